@@ -158,7 +158,7 @@ class TokenRecord:
     support: Ids | None = None
     """The number of ids that the request's constraint allows at each position, the emitted one among them, int32 [T].
     With it all log-probabilities, of both models, are conditional on the allowed ids, and no other id is in any row.
-    None: every id is allowed.
+    It is None if every id is allowed.
     """
     constraint: str = ""
     """The kind of restriction of the ids: one of `CONSTRAINTS`; "" if `support` is None. Figures of constrained records
@@ -191,7 +191,8 @@ class TokenRecord:
     """The thinking, in positions of the whole output; None if there is none, or if the markers are not known."""
     adapter: str | None = None
     """The version of the adapter that the engine added to the weights: then `compressed`, `compressed_emitted` and
-    `features` come from the compressed model with the adapter. None: they come from the compressed model itself.
+    `features` come from the compressed model with the adapter. It is None if they come from the compressed model
+    itself.
     """
     recovered: RecoveredDivergence | None = None
     """None if no distribution of the compressed model was recovered, or its records are conditional on `support`."""

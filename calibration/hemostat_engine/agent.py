@@ -107,7 +107,7 @@ class Agent:
             self._threads[-1].start()
 
     def stop(self) -> None:
-        """Stop the threads. Not needed at exit: they are daemon threads."""
+        """Stop the threads. This is not needed at exit, since they are daemon threads."""
         self._stop.set()
         for thread in self._threads:
             thread.join()

@@ -8,8 +8,8 @@ MAX_NONCES = 4096
 """The largest number of nonces that are known; the one that was used longest ago is forgotten, and its numbers start
 from 0 again."""
 NUMBERS = 1 << 14
-"""After so many of one nonce they start from 0 again: the admin port refuses a message with a larger number. Hemostat's
-nonces are used for one request each, but a client may set one of its own for all of its requests."""
+"""The count of numbers of one nonce after which they start from 0 again: the admin port refuses a message with a larger
+number. Hemostat's nonces are used for one request each, but a client may set one of its own for all of its requests."""
 
 
 class Numbering:

@@ -92,30 +92,34 @@ class ExchangeHook(Protocol):
         """
 
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
-        """Called with the whole body, or None if it is longer than `body_limit`. Returns None to send it unchanged."""
+        """Is called with the whole body, or with None if it is longer than `body_limit`. Returns None if the body is to
+        be sent unchanged."""
 
     def response_head(self, status: int, content_type: bytes, content_coding: bytes) -> bool:
-        """Looks at the response's head. True: the body passes through `response_data`, and is framed anew. Not called
-        for 1xx responses.
+        """Looks at the response's head. Returns True if the body is to pass through `response_data`, and to be framed
+        anew. It is not called for 1xx responses.
 
-        content_type, content_coding: of the response's last field with this name; b"" and b"identity" without one.
+        content_type, content_coding: the values of the response's last field with this name; b"" and b"identity"
+        without one.
         """
 
     @property
     def withholds(self) -> bool:
-        """Nothing of the present response may go to the client, however long it takes: `replay` will replace it."""
+        """It is True if nothing of the present response may go to the client, however long it takes: `replay` will
+        replace it."""
 
     def response_data(self, data: bytes) -> bytes:
         """Takes body bytes without their framing, as they arrive, and returns what the client gets now (may be
         empty)."""
 
     def replay(self) -> bool:
-        """Called when the response to a rewritten request is complete and no byte of it has gone to the client.
+        """Is called when the response to a rewritten request is complete and no byte of it has gone to the client.
 
-        True: discard that response and send the client's own request upstream. `response_head` and what follows it are
-        then called for the second response; `replay` is not called again. False: `response_end` is called next.
+        Returns True if that response is to be discarded, and the client's own request to be sent upstream.
+        `response_head` and what follows it are then called for the second response; `replay` is not called again. After
+        False, `response_end` is called next.
 
-        Return True only where sending a second request has no side effect but its cost: the response shows that the
+        It returns True only if sending a second request has no side effect but its cost: the response shows that the
         upstream did nothing (it failed validation), or the upstream keeps nothing of what it did.
         """
 
@@ -139,4 +143,6 @@ class Hook(Protocol):
     def begin(
         self, method: str, target: bytes, headers: Headers, request_id: str, *, marked: bool = True
     ) -> ExchangeHook | Refusal | None:
-        """None: relay this request without a hook. marked: the name of a field may begin with X-Hemostat-."""
+        """Returns what is to see the request and its response, or the refusal to answer with. Returns None if the
+        request is to be relayed without a hook. marked: True if the name of a field may begin with X-Hemostat-.
+        """

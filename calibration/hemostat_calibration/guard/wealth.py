@@ -46,7 +46,7 @@ stays valid over that change: the term of the client that appears as number `MIN
 the evidence never exceeds, before or after. The guarantee against one client does not hold below it: stated in
 `Evidence.client_share_active`.
 
-Not covered: clients who act together, or one client under several names.
+Clients who act together, or one client under several names, are not covered.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ name of its conversation; a prompt that contains them belongs to that conversati
 have the prompt's end in common, and no answer follows it. What several conversations have in common, such as the end of
 a tool's result and the beginning of the next call, names none of them. Hashes are keyed; no token id is kept.
 
-Not recognized: turns whose answer the client changed, whose thinking was left out, or that are tokenized in another way
-than they were generated.
+Turns are not recognized if the client changed their answer or left its thinking out, or if they are tokenized in
+another way than they were generated.
 """
 
 from __future__ import annotations

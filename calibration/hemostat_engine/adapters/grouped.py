@@ -99,7 +99,7 @@ class Float32:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One adapter's factors of one layer. No slices: the adapter has none here."""
+    """One adapter's factors of one layer. It has no slices if the adapter has none here."""
 
     slices: tuple[Slice, ...] = ()
     small: Float32 | None = None

@@ -58,7 +58,7 @@ ACCESS: Mapping[tuple[str, str], Access] = {
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The tokens of the admin port. None: not set. metrics_need_token: see `Access.METRICS`."""
+    """The tokens of the admin port. A token is None if it is not set. metrics_need_token: see `Access.METRICS`."""
 
     admin: str | None = None
     engine: str | None = None

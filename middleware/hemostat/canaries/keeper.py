@@ -61,7 +61,7 @@ TICK_SECONDS = 1.0
 FIRST_SECONDS = 600.0
 """After the start, before a set is taken where the store has none: engines have served for a while then."""
 RETRY_SECONDS = 300.0
-"""After an attempt that could not tell."""
+"""The time from an attempt that could not tell until the next one."""
 REQUEST_SECONDS = 60.0
 RECENT_SECONDS = 2 * HOUR_SECONDS
 """The age up to which replays of other engines are compared."""

@@ -150,7 +150,7 @@ class Ownership:
         return snapshot
 
     async def try_to_begin(self) -> Snapshot | None:
-        """Tries once to begin. None: another process owns the store, or it is not known what it holds."""
+        """Tries once to begin. Returns None if another process owns the store, or if it is not known what it holds."""
         try:
             if self.state is OwnershipState.STANDBY:
                 if not await self._thread.call(self._store.acquire):

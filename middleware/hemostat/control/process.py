@@ -54,8 +54,8 @@ def make_listener(given: dict[str, Any], settings: Settings) -> RelayListener:
 
 
 def security(settings: Settings) -> Security | None:
-    """Returns the security of relays that connect by TCP, with the certificate as it is now in its file. None: no
-    relays do. Raises OSError.
+    """Returns the security of relays that connect by TCP, with the certificate as it is now in its file. Returns None
+    if no relays do. Raises OSError.
     """
     control = settings.control
     if control.listen is None or control.token is None:

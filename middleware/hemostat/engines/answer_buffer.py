@@ -1,7 +1,7 @@
 """Whole answers of tapped requests, from when vLLM's API server sends them until the scorer takes them.
 
-Not thread-safe: it lives in the control process's event loop. Time is passed in, monotonic seconds. Requests and bytes
-are bounded.
+The buffer is not thread-safe: it lives in the control process's event loop. Time is passed in, monotonic seconds.
+Requests and bytes are bounded.
 """
 
 from __future__ import annotations

@@ -41,7 +41,9 @@ Text = Annotated[str, msgspec.Meta(max_length=64)]
 Fingerprint = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[A-Za-z0-9_.:-]*\Z")]
 """A fingerprint of weights, which is stored and logged."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
-"""More than an engine counts in years, and far below where a metric's float64 no longer shows an increment."""
+"""A counter's value. Its limit is more than an engine counts in years, and far below where a metric's float64 no longer
+shows an increment.
+"""
 
 PluginVersion = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^([0-9A-Za-z][0-9A-Za-z.+!_-]*)?\Z")]
 """A version of the plugin, which is a metric's label."""
@@ -52,9 +54,9 @@ T = TypeVar("T")
 class LoraState(msgspec.Struct, frozen=True):
     """The abilities of a rank's engine to serve adapters.
 
-    slots: --max-loras. max_rank: --max-lora-rank. grouped: the CPU's operations are Hemostat's, which leave rows
-    without an adapter untouched. loaded: all adapters in slots, the clients' own included. was_full: all slots were in
-    use at some time since the engine's start.
+    slots: the engine's --max-loras. max_rank: its --max-lora-rank. grouped: True if the CPU's operations are
+    Hemostat's, which leave rows without an adapter untouched. loaded: the number of adapters in slots, the clients' own
+    included. was_full: True if all slots were in use at some time since the engine's start.
     """
 
     slots: Annotated[int, msgspec.Meta(ge=1)]
@@ -79,11 +81,13 @@ class EngineReport(msgspec.Struct, frozen=True):
     adapters: Annotated[list[Version], msgspec.Meta(max_length=64)] = []
     """The adapters of Hemostat's that this rank's engine has loaded."""
     lora: LoraState | None = None
-    """None: the engine was started without --enable-lora, or the general plugin is not enabled."""
+    """The engine's abilities to serve adapters; None if it was started without --enable-lora, or if the general plugin
+    is not enabled.
+    """
     answers: bool = False
-    """The plugin hands out answers (`TapAnswer`)."""
+    """It is True if the plugin hands out answers (`TapAnswer`)."""
     sets: bool = False
-    """Taps say which ids a grammar allows (`TapRun.set_rows`)."""
+    """It is True if taps say which ids a grammar allows (`TapRun.set_rows`)."""
     model: Annotated[str, msgspec.Meta(max_length=256)] = ""
     """The first served name of the model that `weights` is of."""
     weights: Fingerprint = ""

@@ -39,10 +39,10 @@ class _Rank:
 class EngineRegistry:
     """Owns the last report of every rank; `taps` owns the numbers of tapped requests, `answers` their answers.
 
-    Not thread-safe: it lives in the control process's event loop.
+    The registry is not thread-safe: it lives in the control process's event loop.
 
-    nonce_prefix: what the nonces of this middleware's requests begin with: of several that share an engine, each gets
-        its own taps and answers. "": none.
+    nonce_prefix: the beginning of the nonces of this middleware's requests: if several middlewares share an engine,
+    each gets its own taps and answers. It is "" if there is no such beginning.
     """
 
     def __init__(self, nonce_prefix: str = "") -> None:

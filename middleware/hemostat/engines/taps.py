@@ -1,7 +1,8 @@
 """The numbers of tapped requests, from when the engine sends them until the scorer takes them.
 
-Not thread-safe: it lives in the control process's event loop. Time is passed in, monotonic seconds. Requests, positions
-and bytes are bounded, and what is made of them by the output's length: an engine may name any position.
+The buffer is not thread-safe: it lives in the control process's event loop. Time is passed in, monotonic seconds.
+Requests, positions and bytes are bounded, and what is made of them by the output's length: an engine may name any
+position.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class TapBuffer:
         numbers; None if there are none.
 
         output_ids: the choice's ids, little-endian int32 [T], by which it is found among the choices of a request with
-        several; of two with the same ids it is the first that was not taken, since their numbers are the same. None:
+        several; of two with the same ids it is the first that was not taken, since their numbers are the same. None if
         the request has one choice.
         """
         tap = self._taps.get(nonce)

@@ -184,7 +184,8 @@ class InterceptedResponse:
     def _read(
         self, request: Request, tokens: ResponseTokens, content_type: bytes, coding: bytes, *, stream: bool
     ) -> bool:
-        """Choose what takes out of the answer what was injected. False: nothing can, and it is not for the client."""
+        """Choose what takes out of the answer what was injected. Returns False if nothing can, and the answer is not
+        for the client."""
         form = FORMATS[request.form]
         plain, known = coding == b"identity", stream or content_type == b"application/json"
         if self._from_tap:

@@ -176,7 +176,7 @@ class Child:
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs."""
+        """The process's exit status, as `asyncio` gives it; None while it runs."""
         return self._process.returncode
 
     def _kill(self) -> None:

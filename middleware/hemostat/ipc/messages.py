@@ -27,7 +27,9 @@ ALIVE_SECONDS = 2.0
 REST_KIND = "rest"
 """The kind of all requests whose own kind is too rare to be followed by itself, and that no grammar restricts."""
 REST_GRAMMAR_KIND = "rest grammar"
-"""The same of requests that a grammar restricts: their figures are conditional. No profile serves them."""
+"""The kind of all requests whose own kind is too rare to be followed by itself, and that a grammar restricts: their
+figures are conditional. No profile serves them.
+"""
 
 
 def rest_of(kind: str) -> str:
@@ -306,13 +308,13 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     outcome_fraction: float = 1.0
     """The part of the conversations in an arm whose outcomes are reported."""
     held_by_engine: dict[str, frozenset[str]] | None = None
-    """The versions that requests to each engine may ask for, by `EngineHealth.engine`; an absent engine has none. None:
-    there is one upstream address, and `acknowledged` holds.
+    """The versions that requests to each engine may ask for, by `EngineHealth.engine`; an absent engine has none. It is
+    None if there is one upstream address: then `acknowledged` holds.
     """
 
     secret: str = ""
-    """The secret with which the relay signs the keys of `vllm_xargs` that make the engine's plugin act. Empty: of an
-    older control process; they are not signed. It is never logged."""
+    """The secret with which the relay signs the keys of `vllm_xargs` that make the engine's plugin act. It is empty if
+    the control process is an older one: then the keys are not signed. It is never logged."""
 
     def held_at(self, engine: str) -> frozenset[str]:
         """Returns the versions that a request to this engine may ask for."""

@@ -138,7 +138,8 @@ class Proposed(msgspec.Struct, tag="proposed", frozen=True):
     tokens: int
     """The number of tokens that it was learned from."""
     profile: bytes
-    """The profile's file. Empty: there is nothing to propose yet, or it failed, and `report` says why."""
+    """The profile's file. It is empty if there is nothing to propose yet, or if learning failed, and `report` says
+    why."""
     report: dict[str, str | int | float]
 
 

@@ -31,7 +31,8 @@ def strategy(record: TokenRecord) -> str:
 
 @dataclass(slots=True)
 class _Drawn:
-    """After decoding: both bounds of the two divergences that are finite even where only one model keeps a token."""
+    """Both bounds of the divergences after decoding, of the two that are finite even if only one model keeps a
+    token."""
 
     cycle: Cycle
     tv_lower: ClippedMean = field(default_factory=lambda: ClippedMean(0.0, 1.0))

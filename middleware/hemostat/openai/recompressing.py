@@ -9,8 +9,8 @@ from hemostat.openai.forms.protocol import Stripper
 from hemostat.openai.tokens import ResponseTokens
 
 CODINGS = frozenset((b"gzip", b"x-gzip"))
-"""The values of Content-Encoding, lower case, that can be read. Not `deflate`: some servers send it without its header,
-and clients differ in which of the two they read."""
+"""The values of Content-Encoding, lower case, that can be read. `deflate` is not one of them: some servers send it
+without its header, and clients differ in which of the two they read."""
 _WINDOW_BITS = 31
 """The parameter of zlib for a gzip header, and the largest window."""
 _MAX_PIECE = 1024 * 1024

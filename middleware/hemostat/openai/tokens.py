@@ -88,7 +88,7 @@ class ResponseTokens:
     """The tokens of one response. No choice is left after a failure: one that is incomplete fails them all."""
 
     top_k: int
-    """The number of candidates at each position. 0: the response names ids only."""
+    """The number of candidates at each position. It is 0 if the response names ids only."""
     limit: int
     """The largest number of prompt and output tokens together, of one choice."""
     expected: int = 1

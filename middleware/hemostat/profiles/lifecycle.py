@@ -223,7 +223,7 @@ class Lifecycle:
         self._serving_changed()
 
     def roll_back(self, kind: str, reason: Reason, why: str, evidence: dict[str, Any]) -> None:
-        """Let identity serve a kind again; nothing happens where it does. Other kinds keep what serves them.
+        """Let identity serve a kind again; nothing happens if it does already. Other kinds keep what serves them.
 
         With `Reason.OUTCOMES` the kind is held at identity until an operator releases it. evidence: JSON-ready.
         """

@@ -65,7 +65,7 @@ class KindState:
     units: int = 0
     """The number of held-out units of this kind so far; no test begins before the first."""
     scope: str | None = None
-    """The scope that the kind's requests belong to; None before its first record. Of `REST_KIND`: `ALL`."""
+    """The scope that the kind's requests belong to; None before its first record. For `REST_KIND` it is `ALL`."""
     tried: list[str] = field(default_factory=list)
     """The versions that are not tested here again by themselves: rolled back, replaced or given up."""
 
@@ -89,12 +89,15 @@ class ServingState:
         self.mode = mode
         self.is_adapter = is_adapter
         self.max_adapters: float | None = math.inf
-        """Different adapters that may serve at a time: as many as engines have slots for. None: that is not known, and
-        no further one may. In `observe` nothing is loaded, and it limits nothing."""
+        """The number of different adapters that may serve at a time: as many as engines have slots for. While it is
+        None, it is not known, and no further adapter may. In `observe` nothing is loaded, and it limits nothing.
+        """
         self.model: ServedModel | None = None
         """None until both models are known."""
         self.names: frozenset[str] | None = None
-        """Served names of this model and of its adapters: only their records are used. None: not known, all are."""
+        """The served names of this model and of its adapters: only records of these are used. While it is None, they
+        are not known, and all records are used.
+        """
         self.forced: str | None = None
         self.kinds: dict[str, KindState] = {REST_KIND: KindState(scope=ALL)}
         """The state of every kind that is followed, and of `REST_KIND`."""

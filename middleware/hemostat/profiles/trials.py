@@ -239,7 +239,7 @@ class Trials:
                 self.guard.end_kind(WATCH, kind)
 
     def figure(self, version: str | None, baseline: str | None) -> Figure:
-        """Returns the figure in which gains of a version over another are measured. None: identity."""
+        """Returns the figure in which gains of a version over another are measured. A version of None is identity."""
         adapted = self._is_adapter(version) or self._is_adapter(baseline)
         return Figure.TOTAL_VARIATION if adapted else Figure.NATS
 

@@ -1,4 +1,4 @@
-"""Scores over the full vocabulary, and what they are asked for. No torch."""
+"""Scores over the full vocabulary, and what they are asked for. This module needs no torch."""
 
 from __future__ import annotations
 

@@ -99,8 +99,8 @@ class ScoreRequest:
     """It is True if scores are to be computed in another shape (of batch and prefill) than usual, for the noise
     floor."""
     adapter: str = ""
-    """One of `Reference.adapters`, to score with (on a server, any served name); NO_ADAPTER where it is no longer
-    served."""
+    """The one of `Reference.adapters` to score with (on a server, any served name). The failure is NO_ADAPTER if it is
+    no longer served."""
     allowed: AllowedSets | None = None
     """The ids that scores are conditional on, of T positions and this vocabulary: all others have the log-probability
     -inf, and are not in `top`. GRAMMAR_NEEDS_FULL_VOCABULARY of a reference that gives only its top ids."""
@@ -173,7 +173,7 @@ class FailureReason(StrEnum):
     VOCABULARY = "vocabulary"
     """A token id is outside the vocabulary, or the vocabulary's size is unknown."""
     EMPTY = "empty"
-    """No prompt token or no output token."""
+    """There is no prompt token or no output token."""
     TOO_LONG = "too_long"
     """The text is longer than the context of the reference."""
     GRAMMAR_NEEDS_FULL_VOCABULARY = "grammar_needs_full_vocabulary"

@@ -156,7 +156,7 @@ class ReferenceWorker:
 
 
 def threads_or_default(threads: int | None) -> int:
-    """Returns the number of threads. None: half of the cores that this process may use, at least one."""
+    """Returns the number of threads. For None, this is half of the cores that this process may use, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return threads or max(1, cores // 2)
 

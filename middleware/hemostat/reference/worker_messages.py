@@ -146,11 +146,11 @@ class Loaded(msgspec.Struct, tag="loaded", frozen=True):
     folder: str
     """The folder of the checkpoint."""
     hidden_size: int
-    """The size of hidden states. 0: its logits are not a linear map of a hidden state; `hidden_detail` names the
-    reason."""
+    """The size of hidden states. It is 0 if the reference's logits are not a linear map of a hidden state;
+    `hidden_detail` names the reason."""
     hidden_detail: str
     compares: bool
-    """It compares with the compressed model's recovered distribution."""
+    """It is True if the reference compares with the compressed model's recovered distribution."""
     width: int = 0
     """The size d of an output head, also if `hidden_size` is 0."""
 

@@ -50,8 +50,9 @@ class Exceeded:
 class ClientLimits:
     """Owns what is known of the clients that have been here lately.
 
-    requests_per_second, burst: by the generic cell rate algorithm (ITU-T I.371, also known as a leaky bucket as a
-    meter): `burst` requests at once, then at the rate. concurrent: requests in progress. None: no limit.
+    requests_per_second, burst: the rate at which a client may send, and the number of requests that it may send at
+    once; they are judged by the generic cell rate algorithm (ITU-T I.371, also known as a leaky bucket as a meter).
+    concurrent: the number of a client's requests that may be in progress. A limit of None is no limit.
 
     >>> limits = ClientLimits(requests_per_second=2.0, burst=2)
     >>> [limits.begin(b"a", now) for now in (10.0, 10.0, 10.0)]
@@ -86,8 +87,8 @@ class ClientLimits:
         return network if self._by_address else client_key(request, network)
 
     def begin(self, key: bytes, now: float) -> Exceeded | None:
-        """Admits a request, or returns the limit that it exceeds. None: it is admitted, and `end` is to be called when
-        it has ended."""
+        """Admits a request, or returns the limit that it exceeds. None means that it is admitted, and that `end` is to
+        be called when it has ended."""
         client = self._clients.get(key)
         if client is None:
             self._make_room()

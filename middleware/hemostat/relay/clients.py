@@ -60,7 +60,7 @@ class Clients(Generic[Connection]):
         return iter(tuple(self._addresses))
 
     def opened(self, connection: Connection) -> bool:
-        """Notes that a client has connected. False: its connection exceeds a limit and is not taken."""
+        """Notes that a client has connected. Returns False if its connection exceeds a limit and is not taken."""
         address = connection.holding.network
         number = self._numbers.get(address, 0)
         if number >= self._limits.connections_per_client:

@@ -47,4 +47,4 @@ class RelayContext:
     """While draining: a connection without a request is closed after so long, see `Relay.drain`."""
     access_log: AccessLog | None = None
     client_limits: ClientLimits | None = None
-    """None if no limit is set."""
+    """The limits of what one client may send; None if no limit is set."""

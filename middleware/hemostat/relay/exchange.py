@@ -216,7 +216,7 @@ class Exchange:
         self._respond(503, error_body(503, reason, "overloaded"), ends.OVERLOADED)
 
     def _ask_hook(self, hook: Hook) -> bool:
-        """Ask whether the hook wants to see the request (then `_hook` is set). True: it has refused it."""
+        """Ask whether the hook wants to see the request (then `_hook` is set). Returns True if it has refused it."""
         context, request = self._context, self._request
         try:
             method, fields = request.method.decode("ascii"), Fields(request.received)
@@ -340,7 +340,7 @@ class Exchange:
         self._acquire()
 
     def _answered_elsewhere(self, status: int) -> bool:
-        """Notes a status of 500 or above. True: the request has been sent to another engine."""
+        """Notes a status of 500 or above. Returns True if the request has been sent to another engine."""
         if not self.outgoing.answered_with_error(status, self._route):
             return False
         assert self.upstream is not None

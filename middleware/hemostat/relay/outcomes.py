@@ -87,8 +87,8 @@ class ResponseOutcome:
         self.usage_tokens = usage_tokens
         """The number of tokens by the response's usage alone; None: the response gives none."""
         self.bad = bad
-        """It says, for a request in an arm, if the answer is bad, by outcome that applies to it
-        (`hemostat_calibration.outcomes.Outcome`) and is known. None: the request is in no arm.
+        """The answer to "is it bad?" by outcome (`hemostat_calibration.outcomes.Outcome`), as far as an outcome applies
+        to the request and is known. None if the request is in no arm.
         """
 
 

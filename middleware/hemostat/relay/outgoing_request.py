@@ -188,7 +188,7 @@ class OutgoingRequest:
             self._release()
 
     def begin_upload(self) -> bool:
-        """Begins the request upstream before it is complete. False: too many are begun so."""
+        """Begins the request upstream before it is complete. Returns False if too many are begun so."""
         holding = self._client.holding
         upload = Holding(holding.owner, holding.network)
         if not self._budget.begin_upload(upload, self._context.loop.time()):
@@ -257,8 +257,8 @@ class OutgoingRequest:
         return self.engine.name if self._engine is not None else ""
 
     def connection_failed(self) -> bool:
-        """Notes that the engine could not be reached. True: another one is chosen; nothing has been sent, so that the
-        budget for retries does not matter."""
+        """Notes that the engine could not be reached. Returns True if another one is chosen; nothing has been sent, so
+        that the budget for retries does not matter."""
         engine = self.engine
         if engine not in self._tried:
             self._tried += (engine,)

@@ -79,7 +79,7 @@ class Schema:
 
     def __init__(self, raw: bytes) -> None:
         self._compiled: bool | dict[str, Any] | None = None
-        """None: it is not evaluated."""
+        """The compiled schema; None if it is not evaluated."""
         if len(raw) > MAX_SCHEMA_BYTES:
             return
         try:

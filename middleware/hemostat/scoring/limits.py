@@ -60,7 +60,7 @@ class ShadowQueue:
 
     @property
     def fill(self) -> float:
-        """The part of the queue that is full. 0: empty, 1: full."""
+        """The part of the queue that is full. It is 0 if the queue is empty, and 1 if it is full."""
         return max(len(self._items) / self.limit, self._bytes / self._limit_bytes)
 
     def lag_seconds(self, now: float) -> float:

@@ -93,7 +93,7 @@ class AwaitedAnswers:
         return len(self._captures)
 
     def add(self, capture: Capture) -> bool:
-        """Adds a capture. False: there is no room."""
+        """Adds a capture. Returns False if there is no room."""
         if len(self._captures) >= self._limit:
             return False
         self._captures.append(capture)

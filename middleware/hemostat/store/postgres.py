@@ -157,7 +157,7 @@ class PostgresStore:
             return self._owns
 
     def _try_lock(self) -> bool | None:
-        """Tries to take the lock, and returns True if it did. None: there are no tables yet."""
+        """Tries to take the lock, and returns True if it did. Returns None if there are no tables yet."""
         with self._translated() as session:
             held: bool | None = session.one(_TRY_LOCK)
             return held

@@ -67,7 +67,7 @@ _completion: msgspec.json.Decoder[_CompletionLogprobs] = msgspec.json.Decoder(_C
 
 
 def read_rows(form: Form, pieces: Sequence[bytes], output: Sequence[int], top_k: int) -> Rows:
-    """Returns the candidates of the emitted ids `output`. One of json_splice.MALFORMED where the pieces do not fit
+    """Returns the candidates of the emitted ids `output`. Raises one of json_splice.MALFORMED if the pieces do not fit
     them.
 
     pieces: the JSON of each `logprobs` of one choice, in order: of its whole response, or of a stream's events.
@@ -78,7 +78,7 @@ def read_rows(form: Form, pieces: Sequence[bytes], output: Sequence[int], top_k:
 
 def usual_rows(pieces: Sequence[bytes], output: Sequence[int], top_k: int) -> Rows | None:
     """Returns a chat's candidates where each position has `top_k` different ones, the emitted one first, then the
-    others by their rank, as vLLM lists them where the client asks for no more. None if that is not so."""
+    others by their rank, as vLLM lists them where the client asks for no more. Returns None if that is not so."""
     positions = [entry for piece in pieces for entry in _chat.decode(piece).content]
     if [entry.token for entry in positions] != [f"{_PREFIX}{token}" for token in output]:
         return None

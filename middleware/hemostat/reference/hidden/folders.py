@@ -11,9 +11,9 @@ from hemostat.checkpoints.output_embedding import EmbeddingError
 def find_checkpoint(folder: Path | None, root: str) -> Path:
     """Returns the folder with config.json. Raises EmbeddingError, whose text is one line.
 
-    folder: `reference.folder`: the checkpoint's folder, the folder of the model in a hub cache (models--ORG--NAME), or
-    the cache.
-        None: `root`. root: what the server has loaded the model from, a path or a hub name.
+    folder: `reference.folder`, which names the checkpoint's folder, the folder of the model in a hub cache
+    (models--ORG--NAME), or the cache. If it is None, `root` is looked at. root: what the server has loaded the model
+    from, a path or a hub name.
     """
     if folder is None:
         if root and os.path.isdir(root):

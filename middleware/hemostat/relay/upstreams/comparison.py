@@ -111,9 +111,9 @@ class FailureComparison:
         now: float,
         proven: bool,
     ) -> bool:
-        """Counts a client's request that failed at this engine. key, network: who it is, see `client_identity`.
-        started: when the relay had read its head. proven: another engine has answered it. True: this client's failures
-        stand out at this engine."""
+        """Counts a client's request that failed at this engine. Returns True if this client's failures stand out at
+        this engine. key, network: who the client is, see `client_identity`. started: when the relay had read the
+        request's head. proven: True if another engine has answered the request."""
         client = self._client(key)
         self._failed[engine] += 1
         if proven or started >= client.counted_at:

@@ -60,7 +60,7 @@ class Receiver(Protocol):
 
     @property
     def request_complete(self) -> bool:
-        """The whole request has been sent upstream."""
+        """It is True if the whole request has been sent upstream."""
 
     def connection_ready(self, connection: UpstreamConnection) -> None:
         """Takes the connection that was waited for; the pool calls it."""
@@ -72,7 +72,8 @@ class Receiver(Protocol):
         """Is told by the pool that no connection became free in time."""
 
     def retry(self) -> bool:
-        """Is told that a reused connection closed without a byte of response. True: the request is sent once more."""
+        """Is told that a reused connection closed without a byte of response. Returns True if the request is sent once
+        more."""
 
     def pause_request(self) -> None:
         """Sends nothing more for now, since the upstream does not read fast enough."""
@@ -87,8 +88,8 @@ class Receiver(Protocol):
         """Takes a 101 response that was asked for: from here on, bytes pass through the tunnel."""
 
     def response_started(self, head: ResponseHead, received: float) -> bool:
-        """Takes the final head, which was read at `received` (perf_counter). True: give the body without its chunked
-        framing."""
+        """Takes the final head, which was read at `received` (perf_counter). Returns True if the body is to be given
+        without its chunked framing."""
 
     def response_data(self, data: bytes) -> None:
         """Takes more of the response's body."""
