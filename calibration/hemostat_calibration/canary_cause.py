@@ -60,8 +60,9 @@ NOISE_FACTOR = 2.0
 TOKEN_NATS = 0.05
 """The difference of a single token that is never a change."""
 ONSET_NATS = 0.002
-"""The same, where the first token of a text that differs is looked for: twice the largest one of the baseline is more
-wherever the engine's results are not equal to the last bit."""
+"""The difference of a single token that is never a change when the first token of a text that differs is looked for.
+Twice the largest difference of the baseline is more than this, unless the engine's results are equal to the last bit.
+"""
 MOSTLY = 0.8
 """The share of the parts of a variant that have to differ where all of it has changed."""
 MAX_SHIFT = 32

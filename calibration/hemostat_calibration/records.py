@@ -221,7 +221,7 @@ class TokenRecord:
     engine: str = ""
     """The address of the engine that answered, host:port; "" if it is not known."""
     engine_drawn: bool = False
-    """It was drawn at random, whatever the request is."""
+    """It is True if the engine was drawn at random, whatever the request is."""
     logprobs_mode: str = "raw_logprobs"
     schema: int = SCHEMA_VERSION
 
@@ -238,7 +238,7 @@ class TokenRecord:
 
     @property
     def partial(self) -> bool:
-        """Only the last tokens of the output are here. They are no sample of all its tokens."""
+        """It is True if only the last tokens of the output are here. They are no sample of all its tokens."""
         return self.position > 0
 
     @property

@@ -52,9 +52,9 @@ class Identity:
     runner: str
     vllm: str
     answers: bool = False
-    """The API server of this vLLM hands out answers (`answer_tap`)."""
+    """It is True if the API server of this vLLM hands out answers (`answer_tap`)."""
     sets: bool = False
-    """Taps say which ids a grammar allows (`masks`)."""
+    """It is True if taps say which ids a grammar allows (`masks`)."""
 
 
 def in_thread(run: Callable[[], None]) -> None:

@@ -23,7 +23,7 @@ class Captures:
         self._lock = threading.Lock()
         self._watched: type | None = None
         self._holds = False
-        """The capture that is in progress has the lock."""
+        """It is True if the capture that is in progress has the lock."""
 
     def watch(self, graphs: type) -> None:
         """Makes captures of this class, `torch.cuda.CUDAGraph`, hold the lock from now on."""

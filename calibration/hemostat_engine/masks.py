@@ -57,8 +57,9 @@ class Step:
 
     @property
     def plain(self) -> bool:
-        """A row for each request, and one mask for each restricted one. Under speculative decoding a request has
-        several, of which most are not sampled from."""
+        """It is True if there is a row for each request, and one mask for each restricted one. Under speculative
+        decoding a request has several, of which most are not sampled from.
+        """
         return self.rows == len(self.requests) and len(self.bitmask) == len(self.restricted)
 
 

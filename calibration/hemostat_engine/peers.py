@@ -20,7 +20,9 @@ class Peer:
         self.client = AdminClient(url, token)
         self.last_response: ReportResponse | None = None
         self.answers = True
-        """It answered the last report. The versions that it asked for before that are kept: it may be back soon."""
+        """It is True if the peer answered the last report. The versions that it asked for before that are kept: it may
+        be back soon.
+        """
         self.next_report = 0.0
         """The time of the next report, in monotonic seconds."""
 

@@ -54,10 +54,11 @@ class Comparison:
     client: bytes
     """The digest of the client's name; b"" if none is named."""
     json_in_words: bool
-    """The prompt asks for JSON."""
+    """It is True if the prompt asks for JSON."""
     streamed: bool
-    """The client has asked for a stream. An answer that is no stream is sent when it is complete, so a client that
-    gives it up has seen no token of it."""
+    """It is True if the client has asked for a stream. An answer that is no stream is sent when it is complete, so a
+    client that gives it up has seen no token of it.
+    """
     drawn: float
     """A random number in [0, 1) that belongs to the conversation. If only a part of the comparison is counted, it is
     the part with small numbers.
@@ -82,7 +83,9 @@ class ExchangeHook(Protocol):
 
     @property
     def draws_engine(self) -> bool:
-        """Its engine is to be drawn at random where requests need not go to a certain one."""
+        """It is True if the request's engine is to be drawn at random, provided that requests need not go to a certain
+        one.
+        """
 
     def sent_to(self, engine: str, *, drawn: bool) -> None:
         """Is told that the request goes to this engine, host:port. It is called before `request`, and again where an

@@ -209,7 +209,7 @@ class RunningTest:
 
     @property
     def raised(self) -> bool:
-        """The test has raised the alarm."""
+        """It is True if the test has raised the alarm."""
         return self.test.crossing is not None
 
 

@@ -36,7 +36,7 @@ class View:
     log_r: Floats
     r: Floats
     exact: bool
-    """S is the whole vocabulary, or every allowed id, in every row."""
+    """It is True if S is the whole vocabulary, or every allowed id, in every row."""
 
 
 def view_of(record: TokenRecord) -> View:

@@ -9,10 +9,10 @@ from enum import StrEnum
 
 class Action(StrEnum):
     WAIT = "wait"
-    """A candidate without enough evidence yet."""
+    """The action for a candidate without enough evidence yet."""
     PROMOTE = "promote"
     HOLD = "hold"
-    """A serving profile that no evidence is against."""
+    """The action for a serving profile that no evidence is against."""
     ROLL_BACK = "roll_back"
 
 

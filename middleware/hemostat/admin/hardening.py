@@ -179,7 +179,7 @@ class HeadTimeoutProtocol(H11Protocol):
 
     @property
     def _idle(self) -> bool:
-        """No request is being answered: incoming bytes belong to a head, or are to be discarded."""
+        """It is True if no request is being answered: incoming bytes belong to a head, or are to be discarded."""
         return self.cycle is None or self.cycle.response_complete
 
     def _start_timer(self) -> None:

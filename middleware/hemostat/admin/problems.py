@@ -180,7 +180,7 @@ class Problems:
         self._wall = wall
         self._relays = RelayGrowth()
         self._outage = False
-        """No engine has answered, and not every relay has seen one answer since."""
+        """It is True if no engine has answered, and not every relay has seen one answer since."""
         self._store_failures = Growth(LOST_SECONDS)
         self._lost_records = Growth(LOST_SECONDS)
         self._dropped, self._scored = Growth(LOST_SECONDS), Growth(LOST_SECONDS)

@@ -19,7 +19,7 @@ class StepStatus(msgspec.Struct, frozen=True):
     when: str
     """The earliest moment, in words."""
     known: bool
-    """The figure or decision is there."""
+    """It is True if the figure or decision is there."""
 
 
 def progress(

@@ -118,7 +118,9 @@ class ProcessParts:
 
     @property
     def ready(self) -> bool:
-        """At least one relay takes requests, or they are on other machines; the reference does not matter."""
+        """It is True if at least one relay takes requests, or if they are on other machines; the reference does not
+        matter.
+        """
         return self.link.ready or not self.data_port
 
     def control(self) -> ControlStatus:

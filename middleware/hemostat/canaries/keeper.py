@@ -526,7 +526,7 @@ class Canaries:
 
 
 def _served(origin: Origin) -> tuple[str, str]:
-    """Name and path."""
+    """Returns the served name and the path of the origin's model."""
     return origin.model, origin.root
 
 

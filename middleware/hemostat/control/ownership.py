@@ -112,7 +112,7 @@ class Ownership:
 
     @property
     def active(self) -> bool:
-        """This process decides, and answers relays and engines."""
+        """It is True if this process decides, and answers relays and engines."""
         return self.state is OwnershipState.ACTIVE
 
     def require_active(self) -> None:
@@ -130,7 +130,9 @@ class Ownership:
 
     @property
     def knows(self) -> bool:
-        """This process has read what is stored. What ends something (mode `off`, a rollback) is carried out."""
+        """It is True if this process has read what is stored. What ends something (mode `off`, a rollback) is carried
+        out.
+        """
         return self.state in (OwnershipState.ACTIVE, OwnershipState.SUSPENDED)
 
     def _move(self, event: _Event, why: str) -> None:

@@ -52,7 +52,7 @@ class _Address:
     not_before: float = 0.0
     probe: asyncio.Task[None] | None = None
     refused: bool = False
-    """The last probe was answered with 401 or 403."""
+    """It is True if the last probe was answered with 401 or 403."""
 
 
 class EngineAt:
@@ -99,7 +99,7 @@ class EngineAddresses:
 
     @property
     def several(self) -> bool:
-        """There may be more than one, so that it matters which engine reports."""
+        """It is True if there may be more than one engine, so that it matters which engine reports."""
         return len(self._upstream.addresses) > 1 or len(self._names()) > 1
 
     def current(self) -> Sequence[str]:

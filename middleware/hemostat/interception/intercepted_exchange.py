@@ -87,9 +87,9 @@ class InterceptedExchange:
         self._nonce = ""
         self._sampling = Sampling()
         self._from_tap = False
-        """The response stays as it is: the tokens are what the engine's plugin reports."""
+        """It is True if the response stays as it is: the tokens are what the engine's plugin reports."""
         self._ids_only = False
-        """The response is asked for ids only: the engine computes their log-probabilities again."""
+        """It is True if the response is asked for ids only: the engine computes their log-probabilities again."""
         self._request: Request | None = None
         self._tokens: ResponseTokens | None = None
         self._response: InterceptedResponse | None = None

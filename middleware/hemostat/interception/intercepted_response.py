@@ -135,7 +135,7 @@ class InterceptedResponse:
 
     @property
     def other_answered(self) -> bool:
-        """Another model has answered than the adapter that was asked for."""
+        """It is True if another model has answered than the adapter that was asked for."""
         return self._name is not None and self._name.other_answered
 
     def begin(self, status: int, content_type: bytes, content_coding: bytes) -> bool:

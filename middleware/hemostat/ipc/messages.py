@@ -54,7 +54,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     pid: int = 0
     worker: int = 0
     compiled: bool = False
-    """Its hot path is compiled."""
+    """It is True if the relay's hot path is compiled."""
     upstreams: list[str] = []
     """The engines that it was given, as in `upstream.urls`."""
 
@@ -65,11 +65,13 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
     why: str
     """The reason, in one line."""
     fault: bool = True
-    """The configuration has to be corrected. Otherwise the relay finds another control process, or this one later."""
+    """It is True if the configuration has to be corrected. Otherwise the relay finds another control process, or this
+    one later.
+    """
 
 
 NOT_ACTIVE = Refused("not active", fault=False)
-"""Another control process is, or none is yet."""
+"""The refusal by a control process that is not the active one: another one is, or none is yet."""
 
 
 class Alive(msgspec.Struct, tag="alive", frozen=True):
@@ -132,8 +134,9 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     reasoning: bool = False
     """It is True if vLLM's parser found reasoning in the answer."""
     from_tap: bool = False
-    """The response has no token ids: the tokens of all choices are what the engine's plugin reported under `nonce`.
-    Only the first choice's capture is sent."""
+    """It is True if the response has no token ids: the tokens of all choices are what the engine's plugin reported
+    under `nonce`. Only the first choice's capture is sent.
+    """
     also_in_response: bool = False
     """It is True, for a capture with `from_tap`, if the response could have had the tokens, too, had it been asked for
     them.
@@ -141,16 +144,18 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     engine: str = ""
     """The engine that answered (`EngineHealth.engine`)."""
     engine_drawn: bool = False
-    """The relay drew it at random, whatever the request is."""
+    """It is True if the relay drew the engine at random, whatever the request is."""
     generated: int = -1
     """The number of tokens of all choices together, by the response's usage; -1: it does not say."""
     logprobs: list[bytes] = []
     """The JSON of the response's `logprobs`, in pieces, as it came: it is parsed where the capture is scored. Empty
     where the candidates are here as arrays."""
     grammar: bool = False
-    """A grammar restricted the tokens: then the log-probabilities are conditional on what it allows."""
+    """It is True if a grammar restricted the tokens: then the log-probabilities are conditional on what it allows."""
     ids_only: bool = False
-    """The response named ids only, and `top_k` is 0: the candidates are what the engine computes again, by prefill."""
+    """It is True if the response named ids only, and `top_k` is 0: the candidates are what the engine computes again,
+    by prefill.
+    """
 
 
 class OutcomeReport(msgspec.Struct, frozen=True, array_like=True):
@@ -286,7 +291,9 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """It is True if adapters that are named by a profile's version are Hemostat's own: hidden from the list of models,
     and a request that names one is in no arm."""
     tap_tokens: bool = False
-    """Every engine's plugin reports token ids and the most likely tokens, by choice, where `hemostat_tap_top` asks."""
+    """It is True if every engine's plugin reports token ids and the most likely tokens, by choice, where
+    `hemostat_tap_top` asks.
+    """
     prefer_plugin: bool = False
     """It is True, with `tap_tokens`, if the plugin is asked for the tokens of a request also where its response could
     contain them.

@@ -133,7 +133,7 @@ class Learner:
         self._forgets = False
         """It is True if what the running process has learned is about other weights, and is not to be stored."""
         self._batch_pending = False
-        """A batch was sent, and is not learned yet."""
+        """It is True if a batch was sent, and is not learned yet."""
         self._requested_scope: str | None = None
         """A proposal was requested for this scope, and has not come yet."""
         self._proposals: deque[learner_messages.Proposed] = deque()

@@ -62,14 +62,14 @@ class ServedKinds(Protocol):
 
 @dataclass(slots=True)
 class _Kind:
-    """number: of trials that have begun in this kind. trial: the one that runs. harmed: what was proven, JSON-ready,
-    while the kind is held for it."""
+    """The trials of one kind. number: the number of trials that have begun in this kind. trial: the trial that runs.
+    harmed: what was proven, JSON-ready, while the kind is held for it."""
 
     number: int = 0
     trial: Trial | None = None
     harmed: dict[str, Any] | None = None
     changed: bool = False
-    """Units were counted since the last check."""
+    """It is True if units were counted since the last check."""
     readings: tuple[int, list[Reading]] = (-1, [])
     """The number of the trial's units, and its readings at that moment."""
 

@@ -42,9 +42,9 @@ class ModelName:
     def __init__(self, version: str, name: str, *, stream: bool, error: bool) -> None:
         """stream: the body is an event stream. error: the whole body is an error."""
         self.replaced = False
-        """The answer named the version as its model."""
+        """It is True if the answer named the version as its model."""
         self._named = False
-        """The answer named a model."""
+        """It is True if the answer named a model."""
         self._version = version.encode()
         self._name = encode(name)[1:-1]
         self._name_in_event = json.dumps(name)[1:-1].encode()
@@ -52,13 +52,15 @@ class ModelName:
         self._stream = stream
         self._everywhere = error
         self._in_error = False
-        """The present line of a stream, which is not complete, is an error event."""
+        """It is True if the present line of a stream, which is not complete, is an error event."""
         self._held = b""
         """The end of what was fed, while it may be the beginning of what is replaced."""
         self._last = b""
         """The byte before `_held`."""
         self._between_events = False
-        """The present place is between two events of an answer that names the version, as vLLM writes them."""
+        """It is True if the present place is between two events of an answer that names the version, as vLLM writes
+        them.
+        """
         self._member = b',"model":"%b"' % self._version
         self._restored = b',"model":"%b"' % self._name
 
@@ -86,7 +88,7 @@ class ModelName:
 
     @property
     def other_answered(self) -> bool:
-        """The body is an answer, and of another model."""
+        """It is True if the body is an answer, and of another model."""
         return self._named and not self.replaced and not self._everywhere
 
     def finish(self) -> bytes:

@@ -102,7 +102,7 @@ class Request:
     """The served name; "" if that is not known."""
     stream: bool
     usage_requested: bool
-    """The client itself asked for usage in the stream."""
+    """It is True if the client itself asked for usage in the stream."""
     tools: bool
     unscorable: Unscored | None
     """The reason why its tokens cannot be scored; None if they can."""
@@ -111,7 +111,7 @@ class Request:
     client_profile: str | None
     """The version of the profile that the client itself named in `vllm_xargs`."""
     client_acts: bool
-    """The client itself set a key of `vllm_xargs` that only Hemostat may use: it is removed."""
+    """It is True if the client itself set a key of `vllm_xargs` that only Hemostat may use: it is removed."""
     conversation_key: bytes | None
     """A key that is equal for every turn of one conversation; it is the prompt's if no conversation can be recognized;
     None without a prompt."""
@@ -124,14 +124,17 @@ class Request:
     prompts: int = 1
     requested: RequestedLogprobs = NO_LOGPROBS
     grammar: bool = False
-    """A grammar restricts the tokens."""
+    """It is True if a grammar restricts the tokens."""
     ids_only: bool = False
-    """It cannot be scored from its response alone, but that can name the ids of its tokens: the engine then computes
-    their log-probabilities again."""
+    """It is True if the request cannot be scored from its response alone, but the response can name the ids of its
+    tokens: the engine then computes their log-probabilities again.
+    """
 
     @property
     def from_tap(self) -> bool:
-        """It cannot be scored from its response, but can be from what the engine's plugin reports of it."""
+        """It is True if the request cannot be scored from its response, but can be from what the engine's plugin
+        reports of it.
+        """
         return self.unscorable in FROM_TAP and self.choices <= MAX_CHOICES
 
 

@@ -22,11 +22,11 @@ class Support(Enum):
     """The ways in which Hemostat treats the requests of a route."""
 
     SCORED = "scored"
-    """They can be sampled, scored and calibrated, and their outcomes are counted."""
+    """Requests can be sampled, scored and calibrated, and their outcomes are counted."""
     NOT_SCORED = "not_scored"
-    """They generate or compute too: a sampled one is counted as skipped, with the reason `route`."""
+    """Requests generate or compute, too: a sampled one is counted as skipped, with the reason `route`."""
     RELAYED = "relayed"
-    """They are relayed, and never sampled."""
+    """Requests are relayed, and never sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Route:
     path: str
     support: Support
     labelled: bool = True
-    """The path is a value of the metrics' label `route`; otherwise that is OTHER."""
+    """It is True if the path is a value of the metrics' label `route`; otherwise that value is OTHER."""
     form: Form | None = None
     """The form of its requests, if they are scored."""
     operation: str = ""

@@ -95,7 +95,7 @@ class Parser:
 
     @property
     def between_events(self) -> bool:
-        """Nothing of an event is buffered, or has been passed on."""
+        """It is True if no part of an event is buffered, and the end of no event that was passed on is outstanding."""
         return not self._buffer and not self._in_oversized
 
     def feed(self, data: bytes) -> list[Event]:

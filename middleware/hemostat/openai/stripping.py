@@ -73,7 +73,7 @@ class ResponseBody:
         self._size = 0
         """The number of bytes of these pieces."""
         self._pass_through = False
-        """The body is larger than MAX_BODY and is passed on as it arrives."""
+        """It is True if the body is larger than MAX_BODY and is passed on as it arrives."""
 
     def feed(self, data: bytes) -> bytes:
         """Take the next bytes of the body; returns what the client gets now."""

@@ -20,7 +20,7 @@ from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 class Operator:
     """Every method raises HemostatError, and changes nothing, if the action is not possible.
 
-    kind: of traffic, followed or `REST_KIND`; None: all of them.
+    kind: the kind of traffic, which is followed or is `REST_KIND`; None means all kinds.
     """
 
     def __init__(

@@ -126,9 +126,9 @@ class StateWriter:
         self._candidates = SpentAlpha(TESTS_BEGUN_KEY, writes)
         self._windows = SpentAlpha(WINDOWS_BEGUN_KEY, writes)
         self._changed = False
-        """Records have changed something since the last `save`."""
+        """It is True if records have changed something since the last `save`."""
         self._begun = False
-        """A test or a window has begun since the tests were written."""
+        """It is True if a test or a window has begun since the tests were written."""
         self._held = False
         """See `one_commit`."""
 

@@ -93,7 +93,7 @@ class ServingState:
         None, it is not known, and no further adapter may. In `observe` nothing is loaded, and it limits nothing.
         """
         self.model: ServedModel | None = None
-        """None until both models are known."""
+        """The compressed model that profiles are for; None until both models are known."""
         self.names: frozenset[str] | None = None
         """The served names of this model and of its adapters: only records of these are used. While it is None, they
         are not known, and all records are used.

@@ -36,7 +36,7 @@ class Match:
     """The result of a comparison."""
 
     ok: bool
-    """The reference can score the compressed model's tokens."""
+    """It is True if the reference can score the compressed model's tokens."""
     compared: bool
     """It is False if the upstream could not be asked: no mismatch, and worth another attempt."""
     detail: str

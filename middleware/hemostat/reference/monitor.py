@@ -78,7 +78,7 @@ class ReferenceMonitor:
 
     @property
     def ready(self) -> bool:
-        """At least one served model is matched, and its reference answers."""
+        """It is True if at least one served model is matched, and its reference answers."""
         return self.state is ReferenceState.READY
 
     def samples(self) -> Iterator[Sample]:

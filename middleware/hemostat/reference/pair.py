@@ -63,7 +63,7 @@ class ModelPair:
 
     @property
     def compared(self) -> bool:
-        """It is known whether the model has a matched reference."""
+        """It is True if it is known whether the model has a matched reference."""
         return self.reference is not None or self.state in {ReferenceState.NONE, ReferenceState.MISMATCH}
 
 

@@ -40,7 +40,7 @@ class Finding:
     fix: str = ""
     """The advice on what to do about it; "" if nothing needs to be done."""
     transient: bool = False
-    """A failure that says nothing about the server's settings: the next attempt may succeed."""
+    """It is True if the failure says nothing about the server's settings: the next attempt may succeed."""
 
 
 SPECULATES = "vLLM decodes speculatively; model runner V1 takes no plugin then, so no profile can serve"

@@ -85,7 +85,7 @@ class AccessLog:
         """The largest number of bytes of one write. Relays share the descriptor: a longer write to a pipe may be mixed
         with another's."""
         self._torn = False
-        """The last line in the file lacks its end."""
+        """It is True if the last line in the file lacks its end."""
         # A daemon, unlike the threads of an executor: a pipe without a reader must not keep the process from ending.
         threading.Thread(target=self._run, name="access-log", daemon=True).start()
 

@@ -108,15 +108,15 @@ class ClientConnection(asyncio.Protocol):
         self.exchange: Exchange | None = None
         """The request in progress."""
         self.reading_paused = False
-        """Nothing more is to be read, until the request in progress needs it."""
+        """It is True if nothing more is to be read, until the request in progress needs it."""
         self._waits = False
-        """Nothing more is to be read, nor any request begun, before the client's next turn."""
+        """It is True if nothing more is to be read, nor any request begun, before the client's next turn."""
         self._reading = True
-        """The transport reads: it is neither paused nor waits."""
+        """It is True if the transport reads: it is neither paused nor waits."""
         self.write_paused = False
-        """The client does not read."""
+        """It is True if the client does not read."""
         self.eof = False
-        """The client has shut down its sending side, or is gone."""
+        """It is True if the client has shut down its sending side, or is gone."""
         self.since = 0.0
         """The event-loop time from which the client's time limits count."""
         self._context = context
@@ -496,7 +496,9 @@ class ClientConnection(asyncio.Protocol):
 
     @property
     def evictable(self) -> bool:
-        """Nothing is lost but an incomplete request, or what follows the last response."""
+        """It is True if nothing is lost by closing the connection but an incomplete request, or what follows the last
+        response.
+        """
         state = self.state
         if state is _READING_BODY:
             return self.exchange is not None and self.exchange.state is COLLECTING

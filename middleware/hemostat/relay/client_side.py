@@ -18,11 +18,11 @@ class ClientSide(Protocol):
 
     @property
     def write_paused(self) -> bool:
-        """The client does not read: take nothing more from the upstream."""
+        """It is True if the client does not read: then nothing more is to be taken from the upstream."""
 
     @property
     def last_request(self) -> bool:
-        """No request can follow the present one."""
+        """It is True if no request can follow the present one."""
 
     def pause_reading(self) -> None:
         """Take nothing more from the client for now."""

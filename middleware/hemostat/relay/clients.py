@@ -24,7 +24,7 @@ class Evictable(Protocol):
 
     @property
     def evictable(self) -> bool:
-        """It waits for a complete request."""
+        """It is True if the connection waits for a complete request."""
 
     @property
     def since(self) -> float:

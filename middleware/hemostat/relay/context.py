@@ -40,11 +40,11 @@ class RelayContext:
     report_outcome: Callable[[OutcomeReport], bool] | None = None
     """Takes what the client of a treated or a control request got; False where it is dropped."""
     allow_adapter_routes: bool = False
-    """Clients may load and unload adapters at the upstream."""
+    """It is True if clients may load and unload adapters at the upstream."""
     draining: bool = False
-    """The response to the request in progress, or to one more, closes each connection."""
+    """It is True if the response to the request in progress, or to one more, closes each connection."""
     idle_drain_seconds: float = 0.0
-    """While draining: a connection without a request is closed after so long, see `Relay.drain`."""
+    """The time after which a connection without a request is closed while the relay drains, see `Relay.drain`."""
     access_log: AccessLog | None = None
     client_limits: ClientLimits | None = None
     """The limits of what one client may send; None if no limit is set."""

@@ -30,11 +30,11 @@ class Watched(Protocol):
 
     @property
     def unread(self) -> bool:
-        """Nothing is read from the client, but it may still expect a response."""
+        """It is True if nothing is read from the client, which may still expect a response."""
 
     @property
     def eof(self) -> bool:
-        """The client has shut down its sending side."""
+        """It is True if the client has shut down its sending side."""
 
     def probe(self) -> bool:
         """Send bytes without a meaning, if that is possible here. False if there is no response in progress, or it

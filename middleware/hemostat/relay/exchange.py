@@ -43,7 +43,9 @@ from hemostat.relay.tunnel import Tunnel
 from hemostat.relay.upstreams.connection import UpstreamConnection
 
 MAX_READ_AHEAD_BYTES: Final = 64 * 1024
-"""Bytes taken from a client beyond the request in progress, or while that waits for an upstream connection."""
+"""The largest number of bytes that are taken from a client beyond the request in progress, or while that waits for an
+upstream connection.
+"""
 UPLOADS_EXHAUSTED: Final = "too many requests with long bodies at a time"
 MAX_HEAD_HOLD_SECONDS: Final = 0.2
 """The longest time for which a response's head is held back for the hook. vLLM reports in the first event of a stream
@@ -96,7 +98,7 @@ class Exchange:
         """started: when the request's head had been received (perf_counter)."""
         self.state = STARTING
         self.request_complete = False
-        """The client has sent the whole request."""
+        """It is True if the client has sent the whole request."""
         self.upstream: UpstreamConnection | None = None
         self.outgoing = OutgoingRequest(context, request, client, started)
         self._context = context

@@ -29,16 +29,18 @@ class FailOpenHook:
         self._on_error = on_error
         self._failed = False
         self._unchanged = False
-        """The hook failed before it could change the request."""
+        """It is True if the hook failed before it could change the request."""
         self.rewrote = False
-        """The response belongs to a request that the hook has changed: without the hook it is not for the client."""
+        """It is True if the response belongs to a request that the hook has changed: without the hook it is not for the
+        client.
+        """
         self._held: list[bytes] = []
         """The bytes of the response that the hook has got and not given back. Not kept if it would not help: see
         `lost`."""
         self._altered = False
         """True if the hook has given back other bytes than it got."""
         self.transforming = False
-        """The response's body passes through the hook."""
+        """It is True if the response's body passes through the hook."""
 
     @property
     def arm(self) -> str:
@@ -54,7 +56,7 @@ class FailOpenHook:
 
     @property
     def lost(self) -> bool:
-        """The hook has failed, and the present response cannot go on without it."""
+        """It is True if the hook has failed, and the present response cannot go on without it."""
         return self._failed and (self.rewrote or self._altered)
 
     @property

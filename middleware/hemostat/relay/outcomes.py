@@ -123,14 +123,14 @@ class OutcomeObserver:
         self.json = False
         """It is True if JSON output was requested."""
         self.tools = False
-        """The request offers tools."""
+        """It is True if the request offers tools."""
         self.body = b""
         """The first piece of the request's body, in which `model` is looked for."""
         self.events = 0
         """The number of server-sent events with data so far."""
         self.stream = False
         self.disabled = False
-        """The response is an error, or is compressed: there is nothing to evaluate."""
+        """It is True if the response is an error, or is compressed: there is nothing to evaluate."""
         self._format: AnswerFormat | None = None
         """The form of the answer that a request in an arm asks for."""
         self._pieces: deque[bytes] = deque()

@@ -154,7 +154,7 @@ class OutgoingRequest:
 
     @property
     def rewritten(self) -> bool:
-        """It was rewritten, and what the client sent can still be sent in its place."""
+        """It is True if the request was rewritten, and what the client sent can still be sent in its place."""
         return self._original is not None
 
     def sent(self, payload: bytes) -> None:
@@ -285,7 +285,7 @@ class OutgoingRequest:
 
     @property
     def failed(self) -> bool:
-        """An engine has failed it, and it is not settled whose fault that is."""
+        """It is True if an engine has failed the request, and it is not settled whose fault that is."""
         return bool(self._failed)
 
     def settle(self, *, answered: bool) -> None:

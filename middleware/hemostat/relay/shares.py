@@ -113,8 +113,8 @@ class Holding(Share):
         """None once its connection is closed."""
         self.network = network
         self.waiting = False
-        """It belongs to a complete request. Within one credential such holdings come after all others, and the newest
-        first: who has waited for longest is next to be answered.
+        """It is True if the holding belongs to a complete request. Within one credential such holdings come after all
+        others, and the newest first: who has waited for longest is next to be answered.
         """
 
 

@@ -204,7 +204,7 @@ class Breaker:
     _failures: int = field(init=False, default=0)
     _opened_at: float | None = field(init=False, default=None)
     _trial: bool = field(init=False, default=False)
-    """A call is under way that was allowed while half open."""
+    """It is True if a call is under way that was allowed while half open."""
 
     def state(self, now: float) -> BreakerState:
         if self._opened_at is None:

@@ -46,7 +46,7 @@ class RecordsFile:
         """The number of failures in a row."""
         self._retry_at = 0.0
         self._part_left = False
-        """A part of a line could not be cut off again."""
+        """It is True if a part of a line could not be cut off again."""
         self.written = 0
         self.lost = 0
         """The number of records that could not be written."""

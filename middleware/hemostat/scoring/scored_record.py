@@ -69,9 +69,9 @@ class ScoredRecord:
     pair: ModelPair | None
     uses: Use
     fresh: bool
-    """It is an observation of its own: see `seen_units`."""
+    """It is True if the record is an observation of its own: see `seen_units`."""
     held_out: bool
-    """Nothing is learned from its unit."""
+    """It is True if nothing is learned from the record's unit."""
     profile: CalibrationProfile | None
     """The profile that was served, or would have been."""
     applied: CalibrationProfile | None

@@ -138,7 +138,7 @@ class PostgresStore:
         self._calls = threading.Lock()
         self._session: _Session | None = None
         self._owns = False
-        """The session holds the lock, as far as this process knows."""
+        """It is True if the session holds the lock, as far as this process knows."""
 
     @property
     def owned_until(self) -> float:

@@ -55,7 +55,7 @@ class RequestHead:
         self.received: list[bytes] = []
         """All field lines, as the client sent them."""
         self.marked = False
-        """The name of one of them begins with X-Hemostat-."""
+        """It is True if the name of one of the fields begins with X-Hemostat-."""
         self.lines: list[bytes] = []
         """The fields that are forwarded, unchanged."""
         self.length = 0
@@ -64,15 +64,15 @@ class RequestHead:
         """The index in `lines` of the field that frames the body, -1 without one."""
         self.keep_alive = minor == 1
         self.expect = False
-        """The client waits for `100 Continue` before it sends the body."""
+        """It is True if the client waits for `100 Continue` before it sends the body."""
         self.upgrade = False
-        """The client wants to switch to WebSocket."""
+        """It is True if the client wants to switch to WebSocket."""
         self.authorization = False
-        """There is an Authorization field."""
+        """It is True if there is an Authorization field."""
         self.request_id: bytes | None = None
         """The value of the first X-Request-Id."""
         self.traceparent = False
-        """There is a traceparent field."""
+        """It is True if there is a traceparent field."""
 
     def drop(self, names: frozenset[bytes]) -> None:
         """Remove fields by their lower-case names; the framing field stays."""

@@ -61,7 +61,7 @@ class ResponseHead:
         self.content_coding = b"identity"
         """The value of the last Content-Encoding."""
         self.upgrade = False
-        """A 101 response has the field Upgrade."""
+        """It is True if a 101 response has the field Upgrade."""
 
 
 def parse_response(head: bytes, *, to_head: bool) -> ResponseHead:

@@ -106,7 +106,7 @@ class ConnectionOwner(Protocol):
 
     @property
     def trusted(self) -> bool:
-        """Connections may carry more than one request."""
+        """It is True if connections may carry more than one request."""
 
     @property
     def waiting(self) -> int:
@@ -159,15 +159,15 @@ class UpstreamConnection(asyncio.Protocol):
         self._state: UpstreamState = _IDLE
         self._receiver: Receiver | None = None
         self._reused = False
-        """It has carried a request before: the upstream may have been about to close it."""
+        """It is True if the connection has carried a request before: the upstream may have been about to close it."""
         self._eof = False
-        """The upstream has shut down its sending side."""
+        """It is True if the upstream has shut down its sending side."""
         self._reading_paused = False
         self._rest = b""
         """The bytes that have been read, and are left for the next pass of the event loop; until then nothing more is
         read."""
         self._reading = True
-        """The transport reads: it is not paused, and there is no rest."""
+        """It is True if the transport reads: it is not paused, and there is no rest."""
         self._buffer = bytearray()
         """The beginning of an incomplete response head."""
         self._searched = 0
@@ -175,7 +175,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._interim = 0
         """The number of interim responses to the present request."""
         self._events = False
-        """The hook reads the response, which is a stream of events."""
+        """It is True if the hook reads the response, which is a stream of events."""
         self._head: ResponseHead | None = None
         """The final head, while its body is read."""
         self._missing = 0
@@ -183,21 +183,23 @@ class UpstreamConnection(asyncio.Protocol):
         self._chunks = ChunkedReader()
         self._payload_only = False
         self._to_head = False
-        """The request's method is HEAD."""
+        """It is True if the request's method is HEAD."""
         self._may_upgrade = False
-        """The request asks for a switch of protocols."""
+        """It is True if the request asks for a switch of protocols."""
         self._tunnel: Tunnel | None = None
 
     # Called by the pool and the exchange.
 
     @property
     def idle(self) -> bool:
-        """It is open, and carries no request."""
+        """It is True if the connection is open, and carries no request."""
         return self._state is _IDLE and not self.transport.is_closing()
 
     @property
     def usable(self) -> bool:
-        """A request can be sent on it, and nothing has arrived that would be taken for its response."""
+        """It is True if a request can be sent on the connection, and nothing has arrived that would be taken for its
+        response.
+        """
         return self._state is _IDLE and not self.transport.is_closing() and not self._unread()
 
     @property
@@ -253,7 +255,9 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def between_chunks(self) -> bool:
-        """In a chunked response, and the next byte from the upstream is the first one of a chunk's size."""
+        """It is True if the response is chunked, and the next byte from the upstream is the first one of a chunk's
+        size.
+        """
         head = self._head
         return head is not None and head.length == CHUNKED and self._chunks.between_chunks
 

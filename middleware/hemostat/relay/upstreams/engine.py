@@ -18,11 +18,11 @@ class Engine:
         self.pool = pool
         self.health = health
         self.drained = False
-        """It gets no new requests, because an operator drains it."""
+        """It is True if the engine gets no new requests, because an operator drains it."""
         self.outstanding = 0
         """The number of requests in progress, with the ones that wait for a connection."""
         self.failing = False
-        """It has failed a request since the last sweep."""
+        """It is True if the engine has failed a request since the last sweep."""
         self.requests = 0
         """The number of requests that were sent to it since the start."""
         self.resent = 0

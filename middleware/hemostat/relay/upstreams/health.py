@@ -61,14 +61,14 @@ class Health:
         self.failures = 0
         """The number of failures in a row; 0 needs no `request_succeeded`."""
         self.reachable = True
-        """The last check, or the last attempt to connect, did not fail."""
+        """It is True if the last check, or the last attempt to connect, did not fail."""
         self.ejections = 0
         """The number of ejections since the start."""
         self._in_a_row = 0
         self._failed_checks = 0
         self._held_until = 0.0
         self._proven = True
-        """While up: a check or a request has succeeded since the last ejection."""
+        """It is True if, while the engine is up, a check or a request has succeeded since the last ejection."""
         self._returned = float("-inf")
 
     @property
@@ -79,7 +79,7 @@ class Health:
 
     @property
     def on_probation(self) -> bool:
-        """One more failure ejects it."""
+        """It is True if one more failure ejects the engine."""
         return self.up and self.failures >= FAILURES - 1
 
     def connection_failed(self, now: float) -> None:
