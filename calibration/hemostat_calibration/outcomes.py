@@ -200,7 +200,7 @@ class Trial:
         return self._cap
 
     def add(self, unit: Unit) -> bool:
-        """Count one unit. False, and nothing is counted, where its client has too many already."""
+        """Counts one unit. Returns False, and counts nothing, if its client has too many already."""
         known = unit.client in self._clients
         share = self.settings.client_share
         if known and self.limits_clients and self._clients[unit.client] > share * self._units:

@@ -283,16 +283,16 @@ _DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 def validate(record: TokenRecord) -> TokenRecord:
-    """Return `record`, or raise InvalidRecordError naming the field and an `InvalidReason`.
+    """Returns `record`, or raises InvalidRecordError naming the field and an `InvalidReason`.
 
-    Checked once, where records enter the core: shapes, ids within the vocabulary and not repeated in a row, no NaN (but
-    in `reference_at`, `shifts` and whole rows of `features`, where it means unknown), log-probabilities not above 0 and
-    either -inf or not below MIN_LOGPROB, rows that sum to at most 1 within rounding (so does all that the reference
-    gave of a position, of which the most likely id is at least as likely as the mean of all), rows ordered from the
-    most to the least likely with the padding last. No row of `compressed` has a single id (a server that lists the
-    emitted token in any case fills it by what was sampled, and estimates would be biased), none is shorter than K − 1
-    (the last place is for an emitted token that is not one of the most likely), a reference that gave its entropy gave
-    all of `reference_at`, and the emitted token's log-probability is the same in its row and in its own field.
+    This is checked once, where records enter the core: shapes, ids within the vocabulary and not repeated in a row, no
+    NaN (but in `reference_at`, `shifts` and whole rows of `features`, where it means unknown), log-probabilities not
+    above 0 and either -inf or not below MIN_LOGPROB, rows that sum to at most 1 within rounding (so does all that the
+    reference gave of a position, of which the most likely id is at least as likely as the mean of all), rows ordered
+    from the most to the least likely with the padding last. No row of `compressed` has a single id (a server that lists
+    the emitted token in any case fills it by what was sampled, and estimates would be biased), none is shorter than K −
+    1 (the last place is for an emitted token that is not one of the most likely), a reference that gave its entropy
+    gave all of `reference_at`, and the emitted token's log-probability is the same in its row and in its own field.
 
     >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
     >>> record = TokenRecord(

@@ -97,7 +97,7 @@ class Agent:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Start the threads, if a source of profiles is configured."""
+        """Starts the threads, if a source of profiles is configured."""
         if not self._has_source:
             log.warning("neither HEMOSTAT_ADMIN_URL nor HEMOSTAT_PROFILE_DIR is set: every request gets identity")
             return
@@ -107,7 +107,7 @@ class Agent:
             self._threads[-1].start()
 
     def stop(self) -> None:
-        """Stop the threads. This is not needed at exit, since they are daemon threads."""
+        """Stops the threads. This is not needed at exit, since they are daemon threads."""
         self._stop.set()
         for thread in self._threads:
             thread.join()
@@ -130,7 +130,7 @@ class Agent:
             log.exception("hemostat agent")
 
     def tick(self, now: float) -> None:
-        """Send taps and report: each if it is due and not paused after a failure."""
+        """Sends taps and a report: each if it is due and not paused after a failure."""
         if self._peers.is_due(now):
             self._call("resolve", lambda: self._peers.refresh(now))
         if self._peers.all and len(self._taps):

@@ -84,14 +84,14 @@ class AnswerSender:
                 self._pause(PAUSE_SECONDS)
 
     def look(self) -> None:
-        """Ask the admin ports for their secrets, by messages without answers."""
+        """Asks the admin ports for their secrets, by messages without answers."""
         self._peers.refresh(self._clock())
         for peer in self._peers.all:
             with contextlib.suppress(FetchError):
                 self._deliver(peer, [])
 
     def send(self) -> None:
-        """Send one message's worth of answers, or drop and count them."""
+        """Sends one message's worth of answers, or drops and counts them."""
         unsent = self._queue.take(MAX_MESSAGE_BYTES, MAX_MESSAGE_ANSWERS)
         for attempt in range(ATTEMPTS):
             if attempt:

@@ -98,7 +98,7 @@ class AnswerQueue:
         return messages
 
     def drop(self, answers: int = 1) -> None:
-        """Count answers that are lost."""
+        """Counts answers that are lost."""
         with self._lock:
             self.dropped += answers
 
@@ -163,7 +163,7 @@ class _Rows:
         return len(self.token_ids)
 
     def add(self, ids: list[int], logprobs: Any, top_k: int) -> None:
-        """Append positions. Raises ValueError if ids and logprobs do not fit each other, or there are too many."""
+        """Appends positions. Raises ValueError if ids and logprobs do not fit each other, or there are too many."""
         if logprobs is None or len(logprobs) != len(ids):
             raise ValueError("ids without their logprobs")
         for position in range(len(ids)):
@@ -241,7 +241,7 @@ class Recording:
             self.params.flat_logprobs = True
 
     def note(self, output: Any) -> None:
-        """Record one RequestOutput, and remove from it what the server did not ask for. Never raises.
+        """Records one RequestOutput, and removes from it what the server did not ask for. Never raises.
 
         Where that cannot be removed the server gets more logprobs than it asked for, and a dropped answer is counted.
         """
@@ -345,7 +345,7 @@ class AnswerTap:
 
 
 def install() -> None:
-    """Wrap `AsyncLLM.generate` in a process that has imported it; else, and without an admin port, do nothing.
+    """Wraps `AsyncLLM.generate` in a process that has imported it; else, and without an admin port, does nothing.
 
     Idempotent; never raises.
     """

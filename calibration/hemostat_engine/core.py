@@ -252,7 +252,7 @@ class Core:
     def apply_where(
         self, logits: torch.Tensor, profile: HeldProfile, chosen: Callable[[], torch.Tensor], requests: int
     ) -> None:
-        """Apply in place at the rows `chosen()` (bool [N], on the device), which belong to `requests` requests."""
+        """Applies in place at the rows `chosen()` (bool [N], on the device), which belong to `requests` requests."""
         if not profile.is_probe:
             counts, run = self._device_counters.on_device, functools.partial(self._run, profile)
             transform.apply_where(profile, logits, chosen, counts, run=run)
@@ -300,7 +300,7 @@ class Core:
     def tap_rows(
         self, reading: Reading, rows: Sequence[tuple[int, Binding]], places: Sequence[tuple[int, int]]
     ) -> None:
-        """Hand on what was read at `rows`, once profiles were applied. Rows and places are known on the host.
+        """Hands on what was read at `rows`, once profiles were applied. Rows and places are known on the host.
 
         places: the position of each row's token in the output, and the id at the position before (-1: not known).
         """
@@ -332,8 +332,8 @@ class Core:
     def read(
         self, bindings: Sequence[Binding], logits: torch.Tensor, where: Callable[[], tuple[torch.Tensor, ...]]
     ) -> Reading | None:
-        """Measure the unmodified logits of tapped requests; None, and counted, where that fails. Of requests whose
-        binding is not `measured`, which are read apart from others, only where they are.
+        """Measures the unmodified logits of tapped requests; returns None, and counts that, if it fails. Of requests
+        whose binding is not `measured`, which are read apart from others, only where they are.
 
         where: returns the rows (int64 [R], on the device); where only the device knows whose they are, then also their
         slots, their positions, and the ids that the model was fed (-1: not known).

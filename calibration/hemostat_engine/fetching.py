@@ -43,7 +43,7 @@ class Fetcher:
         self._next_scan = 0.0
 
     def tick(self, now: float) -> None:
-        """Scan the folder, and fetch what the library lacks: each if it is due and not paused after a failure."""
+        """Scans the folder, and fetches what the library lacks: each if it is due and not paused after a failure."""
         self._scan(now)
         if self._peers and not self._peers.all:
             return  # no address is known yet: each version would count as one that does not exist
@@ -55,7 +55,7 @@ class Fetcher:
                 self._fetch(version, now, self._retries_of_named)
 
     def _scan(self, now: float) -> None:
-        """Load the newest profiles of the folder, if SCAN_SECONDS have passed."""
+        """Loads the newest profiles of the folder, if SCAN_SECONDS have passed."""
         if self._folder is None or now < self._next_scan:
             return
         self._next_scan = now + SCAN_SECONDS
@@ -71,7 +71,7 @@ class Fetcher:
                 self._fetch(version, now, self._retries)
 
     def _fetch(self, version: str, now: float, retries: Retries) -> None:
-        """Read one profile, check its digest, and put it into the library."""
+        """Reads one profile, checks its digest, and puts it into the library."""
         try:
             data = read_profile(version, self._folder, self._peers, self._retries, now)
             if not self._library.put(CalibrationProfile.from_bytes(data, version)):

@@ -9,8 +9,8 @@ import torch
 
 
 def force(logits: torch.Tensor, ids: torch.Tensor) -> None:
-    """Leave one token in each row, in place. logits: float [N, V]. ids: int64 [N] on the same device; -1: the row stays
-    as it is, as it does where the token is masked (-inf).
+    """Leaves one token in each row, in place. logits: float [N, V]. ids: int64 [N] on the same device; -1: the row
+    stays as it is, as it does where the token is masked (-inf).
 
     >>> logits = torch.tensor([[1.0, 2.0], [1.0, 2.0], [-torch.inf, 2.0]])
     >>> force(logits, torch.tensor([0, -1, 0]))

@@ -79,7 +79,8 @@ class Library:
             return held
 
     def put(self, profile: CalibrationProfile) -> bool:
-        """Load `profile` onto the device and add it; False if the library is full of versions that `hold` names.
+        """Loads `profile` onto the device and adds it; returns False if the library is full of versions that `hold`
+        names.
 
         Raises InvalidProfileError if the profile is for another vocabulary size, its family is unknown, or the device
         has no memory for it, or is in a capture for too long.
@@ -142,7 +143,7 @@ class Library:
                 self._failed.popitem(last=False)
 
     def hold(self, versions: Iterable[str]) -> None:
-        """Set the versions that the control process asks for, most important first; the first `limit` count."""
+        """Sets the versions that the control process asks for, most important first; the first `limit` count."""
         with self._lock:
             self._hold = tuple(dict.fromkeys(versions))[: self._limit]
 
@@ -165,7 +166,7 @@ class Library:
         return tuple(version for version in versions if version not in self._held and version not in self._failed)
 
     def forget(self, version: str) -> None:
-        """Forget a version that a request named and that does not exist."""
+        """Forgets a version that a request named and that does not exist."""
         with self._lock:
             self._requested.pop(version, None)
 

@@ -54,7 +54,7 @@ class Peers:
         return now >= self._next_refresh
 
     def refresh(self, now: float) -> None:
-        """Resolve the host names if RESOLVE_SECONDS have passed; a peer whose address remains keeps its state."""
+        """Resolves the host names if RESOLVE_SECONDS have passed; a peer whose address remains keeps its state."""
         if not self.is_due(now):
             return
         self._next_refresh = now + RESOLVE_SECONDS

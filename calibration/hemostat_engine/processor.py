@@ -106,7 +106,7 @@ class BatchV1:
         self._rows: dict[int, tuple[Binding, list[int]]] = {}
 
     def update(self, batch_update: Any) -> None:
-        """Apply a BatchUpdate in vLLM's order: removed, added, moved (a move may be a swap)."""
+        """Applies a BatchUpdate in vLLM's order: removed, added, moved (a move may be a swap)."""
         for row in batch_update.removed:
             self._rows.pop(row, None)
         bindings = self._core.bind([params for _, params, _, _ in batch_update.added])
@@ -173,7 +173,7 @@ class SlotsV2:
         self._active = np.zeros(req_states.max_num_reqs, dtype=bool)
 
     def add(self, slot: int, params: Any) -> bool:
-        """Free the slot and queue the request for `bind`. Returns whether it has parameters of Hemostat."""
+        """Frees the slot and queues the request for `bind`. Returns whether it has parameters of Hemostat."""
         self._slots.pop(slot, None)
         self._admitted.pop(slot, None)
         self._active[slot] = False
@@ -184,7 +184,7 @@ class SlotsV2:
         return has_parameters
 
     def bind(self) -> None:
-        """Bind all requests admitted in this step, with one all-reduce among the ranks."""
+        """Binds all requests admitted in this step, with one all-reduce among the ranks."""
         if not self._admitted:
             return
         admitted, self._admitted = self._admitted, {}

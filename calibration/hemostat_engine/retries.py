@@ -36,7 +36,7 @@ class Retries:
             return self._paused.get(operation, (0.0, 0.0))[0] <= now
 
     def failed(self, operation: str, error: Exception, now: float) -> None:
-        """Start or double the pause, and log the error if it is new."""
+        """Starts or doubles the pause, and logs the error if it is new."""
         text = str(error)
         with self._lock:
             last = self._paused.pop(operation, None)

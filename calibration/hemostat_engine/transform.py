@@ -178,7 +178,7 @@ def apply_to_rows(
     on_device: Callable[[Sequence[int]], torch.Tensor],
     run: Run = at_once,
 ) -> None:
-    """Add Δz in place to `logits` [N, V] (float32, float16 or bfloat16) at `rows` (distinct; None: all).
+    """Adds Δz in place to `logits` [N, V] (float32, float16 or bfloat16) at `rows` (distinct; None: all).
 
     counts: int64 [2] on the device, to which the rows that were masked and limited are added (see `Shift`). on_device:
     copies indices there. Nothing that can fail is done outside of what `run` calls.

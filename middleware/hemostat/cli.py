@@ -40,7 +40,7 @@ def commands() -> dict[str, ModuleType]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code, 2 for an error that the user can correct (one line on stderr)."""
+    """Runs one command; returns the exit code, 2 for an error that the user can correct (one line on stderr)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         options = _parser(arguments).parse_args(arguments)

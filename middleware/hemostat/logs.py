@@ -49,7 +49,7 @@ class TextFormatter(logging.Formatter):
 
 
 def set_up(level: str, form: Format) -> None:
-    """Configure the root logger of this process; it writes to standard error."""
+    """Configures the root logger of this process; it writes to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

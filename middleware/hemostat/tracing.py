@@ -88,7 +88,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("hemostat", version, schema_url=SCHEMA_URL)
 
     def start_request(self, route: str, headers: Mapping[str, str], request_id: str) -> RequestSpan:
-        """Start the span of a request that has just arrived.
+        """Starts the span of a request that has just arrived.
 
         headers: the client's header fields, names in lower case, which may have `traceparent` and `tracestate`.
         """
@@ -115,7 +115,7 @@ class Tracing:
         results: Mapping[str, float],
         attributes: Mapping[str, Any],
     ) -> None:
-        """Record the span of a shadow score, if the scored request's trace is sampled.
+        """Records the span of a shadow score, if the scored request's trace is sampled.
 
         traceparent: the one that the request had upstream. seconds: since the response ended. results: an evaluation
         result for each name; values that are not finite are omitted. attributes: further ones, without their prefix
@@ -143,5 +143,5 @@ class Tracing:
         span.end(now)
 
     def close(self) -> None:
-        """Send the spans that are still queued; blocks for a few seconds at most."""
+        """Sends the spans that are still queued; blocks for a few seconds at most."""
         self._provider.shutdown()

@@ -58,7 +58,7 @@ class BudgetTest:
         return factors / max(self.inflation, inflation)
 
     def update(self, divergences: Floats, noise_floor: float, now: float = 0.0, inflation: float = 1.0) -> BudgetTest:
-        """Add one request: divergences float64 [T], nats; NaN is left out. now: seconds.
+        """Adds one request: divergences float64 [T], nats; NaN is left out. now: seconds.
 
         noise_floor: upper limit of the noise floor, nats per token. inflation: v̂ of recent requests. No change while
         the noise floor is not finite, nor after a crossing.

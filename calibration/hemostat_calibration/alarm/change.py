@@ -59,7 +59,7 @@ class ChangeTest:
     def update(
         self, baseline: Baseline, request: RequestSpread, now: float = 0.0, inflation: float = 1.0
     ) -> ChangeTest:
-        """Add one request of the kind of `baseline`. now: seconds. inflation: v̂ of recent requests. Nothing changes
+        """Adds one request of the kind of `baseline`. now: seconds. inflation: v̂ of recent requests. Nothing changes
         after a crossing."""
         if self.crossing is not None:
             return self

@@ -177,7 +177,7 @@ def init(alpha: float, begun: int = 0) -> OutlierTest:
 
 
 def update(state: OutlierTest, stratum: str, unit: Unit, now: float = 0.0) -> OutlierTest:
-    """Add one unit. now: seconds, of a clock that does not go back.
+    """Adds one unit. now: seconds, of a clock that does not go back.
 
     >>> state = init(0.01)
     >>> for n in range(80):

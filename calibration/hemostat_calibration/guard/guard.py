@@ -175,7 +175,7 @@ class Guard:
     def begin_candidate(
         self, name: str, kinds: Mapping[str, tuple[float, float]], figures: Mapping[str, Figure] = _NO_FIGURES
     ) -> int:
-        """Begin a candidate's test, dropping an older one of that name. Returns its number. (Without kinds, which may
+        """Begins a candidate's test, dropping an older one of that name. Returns its number. (Without kinds, which may
         be
         added later, it has none: the last number given is returned.)
 
@@ -198,8 +198,9 @@ class Guard:
         return number
 
     def add_kind(self, name: str, kind: str, width: float, figure: Figure = Figure.NATS) -> int:
-        """Add a kind that appeared later, or begin it anew since what serves there has changed. Returns its number: it
-        is a test of its own. Raises InvalidArgumentError if there is no test of that name, or width is not above 0."""
+        """Adds a kind that appeared later, or begins it anew since what serves there has changed. Returns its number:
+        it is a test of its own. Raises InvalidArgumentError if there is no test of that name, or width is not above
+        0."""
         if name not in self._state.tests:
             raise InvalidArgumentError(f"{name[:80]} {_UNKNOWN}")
         number = self._state.candidate_tests + 1
@@ -218,7 +219,7 @@ class Guard:
         like: str | None = None,
         figure: Figure = Figure.NATS,
     ) -> None:
-        """Watch what serves in a kind from now on, dropping an older watch of that name and kind.
+        """Watches what serves in a kind from now on, dropping an older watch of that name and kind.
 
         width, figure: as for a candidate, over identity. window: units, at most `MAX_WINDOW` are used.
         like: name of the candidate's test that was promoted here: the lengths of its answers fix the weights by token.
@@ -236,12 +237,12 @@ class Guard:
         self._count_window(kind, number)
 
     def end(self, name: str) -> None:
-        """Drop a test with all its kinds, if there is one of that name. The alpha that it spent is not spent again."""
+        """Drops a test with all its kinds, if there is one of that name. The alpha that it spent is not spent again."""
         self._state.tests.pop(name, None)
         self._state.ended.pop(name, None)
 
     def end_kind(self, name: str, kind: str) -> None:
-        """Drop one kind of a test, if it is there. In the closed test over the others it stays as it was."""
+        """Drops one kind of a test, if it is there. In the closed test over the others it stays as it was."""
         tests = self._state.tests.get(name, {})
         test = tests.pop(kind, None)
         if test is not None and test.role is Role.CANDIDATE:
@@ -296,7 +297,7 @@ class Guard:
         kl_gain: float | None = None,
         now: float = 0.0,
     ) -> None:
-        """Count one unit of `tokens` tokens, its mean gain between `lower` and `upper` (equal where exact).
+        """Counts one unit of `tokens` tokens, its mean gain between `lower` and `upper` (equal where exact).
 
         now: its time, seconds; the gains of a candidate have to span a cycle before it is promoted.
         kl_gain: given where, and only where, the test's figure is the total variation: the unit's mean gain in KL,
@@ -313,7 +314,7 @@ class Guard:
             test.supported = test.reaches(-math.log(self._alpha), lambda: self._inflation(kind, test))
 
     def note_gain(self, name: str, kind: str, lower: float, now: float) -> None:
-        """Note the gain (lower end) of a unit that a candidate's test is too full to count: how much gains depend on
+        """Notes the gain (lower end) of a unit that a candidate's test is too full to count: how much gains depend on
         each other is estimated from it, too. now: see `update`. Raises InvalidArgumentError for what is not under
         test."""
         self._test(name, kind).note(lower, now, self._longest_gap)
@@ -324,7 +325,7 @@ class Guard:
         return self._test(name, kind).spans(self._cycle)
 
     def oppose(self, name: str, kind: str, lower: float, figure: Figure = Figure.NATS) -> None:
-        """Note the gain (lower end) of a unit that a candidate's test has refused for its client's share. It does
+        """Notes the gain (lower end) of a unit that a candidate's test has refused for its client's share. It does
         not count, and can prevent a promotion: else a client with most of the traffic could be harmed unseen. Raises
         InvalidArgumentError for what is not under test as a candidate, or a gain below −width or of another figure.
         """
@@ -435,7 +436,7 @@ class Guard:
 
     @classmethod
     def load(cls, data: bytes, alpha: float, client_share: float, cycle: float = 0.0) -> Guard:
-        """Go on from a state that was saved. Raises InvalidArgumentError if it is damaged, or of another format."""
+        """Goes on from a state that was saved. Raises InvalidArgumentError if it is damaged, or of another format."""
         guard = cls(alpha, client_share, cycle)
         guard._state = saving.decode(data)
         return guard
@@ -466,7 +467,7 @@ class Guard:
         return self._alpha / (number * (number + 1))
 
     def _needed(self, test: KindTest) -> float:
-        """Log of the e-value at which its action is taken."""
+        """Returns the log of the e-value at which the test's action is taken."""
         return -math.log(self._alpha_of(test))
 
     def _adjusted(self, name: str, test: KindTest) -> float:

@@ -75,7 +75,7 @@ class HarmSum:
         return len(self.places)
 
     def update(self, client: bytes, by_unit: float, by_token: float) -> None:
-        """Count one unit: what it lost, divided by the width, −1 to 1."""
+        """Counts one unit: what it lost, divided by the width, −1 to 1."""
         if self.units % STEP == 0:
             self._begin()
         row = client_row(self.places, client)

@@ -202,7 +202,7 @@ class KindTest:
         now: float = 0.0,
         longest_gap: float = math.inf,
     ) -> None:
-        """Count one unit. kl_gain, now: see `Guard.update`. longest_gap: see `note`. Raises InvalidArgumentError for a
+        """Counts one unit. kl_gain, now: see `Guard.update`. longest_gap: see `note`. Raises InvalidArgumentError for a
         gain outside of ±width or of another figure, or a unit that has counted."""
         width = self.width
         self._require(Figure.NATS if kl_gain is None else Figure.TOTAL_VARIATION)
@@ -246,7 +246,7 @@ class KindTest:
         self.evidence = None
 
     def oppose(self, lower: float, figure: Figure = Figure.NATS) -> None:
-        """Note a unit that was refused for its client's share. Raises InvalidArgumentError for a gain below −width, or
+        """Notes a unit that was refused for its client's share. Raises InvalidArgumentError for a gain below −width, or
         of another figure."""
         self._require(figure)
         if self.role is not Role.CANDIDATE:

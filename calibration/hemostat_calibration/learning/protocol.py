@@ -25,7 +25,7 @@ class Learner(Protocol[State]):
         """Returns the state before the first record. model: name or digest of the compressed model."""
 
     def update(self, state: State, records: Iterable[TokenRecord]) -> State:
-        """Learn from validated records of the learning side of the split, of whatever arm: records hold the compressed
+        """Learns from validated records of the learning side of the split, of whatever arm: records hold the compressed
         model's own distribution, before any profile. Raises InvalidArgumentError if one does not fit."""
 
     def propose(self, state: State) -> CalibrationProfile | None:

@@ -127,7 +127,8 @@ class CalibrationProfile:
 
     @classmethod
     def from_bytes(cls, data: bytes, version: str | None = None) -> CalibrationProfile:
-        """Parse and check; raise InvalidProfileError when malformed or when its digest is not `version`.
+        """Parses and checks a profile's file; raises InvalidProfileError if it is malformed, or if its digest is not
+        `version`.
 
         Only the canonical bytes of a valid profile are accepted, so that one profile has one version.
         """

@@ -87,7 +87,7 @@ class MeanSequence:
     cubes: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
 
     def update(self, x: float, n: float) -> MeanSequence:
-        """Add one request: `x` its sum, finite; `n` ≥ 0 its tokens. InvalidArgumentError otherwise."""
+        """Adds one request: `x` its sum, finite; `n` ≥ 0 its tokens. InvalidArgumentError otherwise."""
         return self.merge(MeanSequence(RatioEstimate().update(x, n), (x * x * x, x * x * n, x * n * n, n * n * n)))
 
     def merge(self, other: MeanSequence) -> MeanSequence:
@@ -155,7 +155,7 @@ class ClippedMean:
             raise InvalidArgumentError(f"values from {self.lo} to {self.cap}: both must be finite, and increase")
 
     def update(self, values: Floats) -> ClippedMean:
-        """Add one request's tokens, [T]. NaN ("not available") is left out; a request with nothing else adds nothing.
+        """Adds one request's tokens, [T]. NaN ("not available") is left out; a request with nothing else adds nothing.
         Raises InvalidArgumentError if a value is below lo (by more than rounding).
         """
         values = values[~np.isnan(values)]

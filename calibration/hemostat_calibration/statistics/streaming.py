@@ -135,7 +135,7 @@ class Histogram:
             raise InvalidArgumentError(f"counts has {len(self.counts)} buckets: {len(self.edges) + 1} are needed")
 
     def update(self, values: npt.NDArray[np.float64]) -> Histogram:
-        """Add the values of any shape."""
+        """Adds the values of any shape."""
         values = values[~np.isnan(values)]
         buckets = np.searchsorted(self.edges, values.ravel(), side="left")
         added = np.bincount(buckets, minlength=len(self.counts))

@@ -52,7 +52,7 @@ class AdapterFolder:
         return self._own / version
 
     def write(self, version: str, files: Mapping[str, bytes], listed: Collection[str], now: float) -> Path:
-        """Write an adapter's files. listed: versions that the server lists; they are never removed to make room.
+        """Writes an adapter's files. listed: versions that the server lists; they are never removed to make room.
 
         Raises OSError: the disk is full, or no room can be made within the limits.
         """
@@ -96,7 +96,7 @@ class AdapterFolder:
         return self._own
 
     def _remove_stale(self) -> None:
-        """Remove folders of this user whose processes have ended: their locks are free."""
+        """Removes folders of this user whose processes have ended: their locks are free."""
         for folder in self._parent.glob(f"{PREFIX}*"):
             try:
                 if folder.is_symlink() or folder.stat().st_uid != os.getuid():

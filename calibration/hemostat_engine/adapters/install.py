@@ -82,7 +82,8 @@ def install() -> None:
 
 
 def _install_product() -> bool:
-    """Replace the CPU's operations; False on other devices, and where this vLLM's are not the known ones."""
+    """Replaces the CPU's operations; returns False on other devices, and if the operations of this vLLM are not the
+    known ones."""
     platform = importlib.import_module("vllm.platforms").current_platform
     if not platform.is_cpu():
         return False

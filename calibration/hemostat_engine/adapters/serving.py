@@ -24,7 +24,7 @@ class Serving:
         self._models: Any = lambda: None
 
     def install(self, models_class: Any) -> None:
-        """Wrap the constructor and `unload_lora_adapter` of OpenAIServingModels. Idempotent."""
+        """Wraps the constructor and `unload_lora_adapter` of OpenAIServingModels. Idempotent."""
         if _WRAPPED in vars(models_class):
             return
         setattr(models_class, _WRAPPED, True)
@@ -76,7 +76,8 @@ def _names(requests: dict[str, Any]) -> Collection[str]:
 
 
 async def free(models: Any, lora: Any) -> None:
-    """Free the slot in every rank of the engine; running requests that use the adapter load it again until they end."""
+    """Frees the slot in every rank of the engine; running requests that use the adapter load it again until they
+    end."""
     try:
         await models.engine_client.remove_lora(lora.lora_int_id)
     except Exception as error:  # noqa: BLE001 - the name is gone already, which is what vLLM itself does

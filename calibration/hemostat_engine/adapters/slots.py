@@ -50,7 +50,7 @@ class SlotKeeper:
         """The ids of the adapters of the last forward pass."""
 
     def install(self, manager_class: Any) -> None:
-        """Wrap the methods of LRUCacheWorkerLoRAManager. Idempotent."""
+        """Wraps the methods of LRUCacheWorkerLoRAManager. Idempotent."""
         if _WRAPPED in vars(manager_class):
             return
         setattr(manager_class, _WRAPPED, True)
@@ -103,7 +103,7 @@ class SlotKeeper:
             self._report(manager)
 
     def add(self, manager: Any, request: Any, add: Callable[..., Any]) -> Any:
-        """Load the adapter into a slot if it is in none."""
+        """Loads the adapter into a slot if it is in none."""
         ident, name = request.lora_int_id, request.lora_name
         if ident in _loaded(manager) and not getattr(request, "load_inplace", False):
             if ident in self._names:
@@ -136,7 +136,7 @@ class SlotKeeper:
         return added
 
     def remove(self, manager: Any, ident: int, remove: Callable[..., Any]) -> Any:
-        """Free the slot. A running request that uses the adapter loads it again; it is removed again after that."""
+        """Frees the slot. A running request that uses the adapter loads it again; it is removed again after that."""
         self._unloaded[ident] = None
         while len(self._unloaded) > MAX_REMEMBERED:
             self._unloaded.popitem(last=False)
@@ -145,7 +145,8 @@ class SlotKeeper:
         return removed
 
     def _make_room(self, manager: Any, ident: int, name: str) -> None:
-        """Remove adapters of Hemostat's that it does not ask for, until one slot is free besides the one needed."""
+        """Removes adapters of Hemostat's that the control process does not ask for, until one slot is free in
+        addition to the one needed."""
         slots = len(manager._adapter_manager.lora_index_to_id)
         while len(_loaded(manager)) + 1 >= slots:
             victim = self._victim(manager)

@@ -57,7 +57,7 @@ class History:
         return now - self._last >= POINT_SECONDS
 
     def add(self, now: float, wall: float, status: Status) -> None:
-        """Take a point. now: monotonic seconds. wall: Unix time."""
+        """Takes a point. now: monotonic seconds. wall: Unix time."""
         self._last = now
         self._notice(status)
         kl, excess = status.raw["kl_nats"], status.excess.get("kl_nats")
@@ -93,7 +93,7 @@ class History:
         return None if result is None else min(result, OVERHEAD_BUCKETS[-1])
 
     def _notice(self, status: Status) -> None:
-        """Add an event for each change since the last point of what is wrong, of the models, and of the settings."""
+        """Adds an event for each change since the last point of what is wrong, of the models, and of the settings."""
         before, self._seen = self._seen, status
         if before is None:
             return

@@ -132,7 +132,7 @@ class RelayGrowth:
         self.overhead = [int(growth.look(now, value)) for growth, value in zip(self._overhead, buckets, strict=True)]
 
     def restart(self, *fields: str) -> None:
-        """Count these fields of `RelayFigures` from now on."""
+        """Counts these fields of `RelayFigures` from now on."""
         for name in fields:
             self._growth[name].restart(self._counters[name])
         self.figures = msgspec.structs.replace(self.figures, **dict.fromkeys(fields, 0.0))

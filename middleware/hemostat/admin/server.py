@@ -33,6 +33,6 @@ class AdminServer:
         await self._server.serve(sockets=[self._listener])
 
     def stop(self) -> None:
-        """End the streams, and `run` soon after."""
+        """Ends the streams, and `run` soon after."""
         self._closing.set()
         self._server.should_exit = True

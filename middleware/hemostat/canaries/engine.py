@@ -119,7 +119,7 @@ class EngineCanaries:
         return next(iter(self.readings.values()), None)
 
     async def list_models(self, wanted: str | None) -> None:
-        """Ask which models it serves. wanted: the base model; None: the first. Raises ReferenceFailure."""
+        """Asks which models it serves. wanted: the base model; None: the first. Raises ReferenceFailure."""
         base = await self._server.model(wanted)
         adapters = sorted(card.id for card in await self._server.models() if card.parent is not None)
         served = (base.id, *adapters[:MAX_ADAPTERS])

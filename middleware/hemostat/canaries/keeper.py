@@ -186,7 +186,7 @@ class Canaries:
                 await self._drop(name)
 
     async def step(self) -> None:
-        """Look at the engines, and begin what is due there."""
+        """Looks at the engines, and begins what is due there."""
         current = self._upstreams.current()
         for gone in self._engines.keys() - current.keys():
             await self._drop(gone)

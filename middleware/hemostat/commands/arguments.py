@@ -68,7 +68,7 @@ def number_from_zero(below: float, text: str) -> Callable[[str], float]:
 
 
 def add_settings(parser: argparse.ArgumentParser, *, file: bool = True) -> None:
-    """Add the flags that set keys of the configuration. file: also the one that names a file with it."""
+    """Adds the flags that set keys of the configuration. file: also the one that names a file with it."""
     parser.set_defaults(config=None)
     if file:
         parser.add_argument(

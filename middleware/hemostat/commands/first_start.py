@@ -40,8 +40,10 @@ def settings_with_tokens(options: argparse.Namespace, *, keep: bool = False) -> 
 
 
 def introduce(settings: Settings, made: frozenset[str]) -> str:
-    """Probe both models; what will be measured, and how vLLM is started with the plugin. made: tokens that are random,
-    and therefore shown: of others only the names are. Raises UsageError if either model cannot be used."""
+    """Prints how vLLM is started with the plugin, probes both models, and prints what was found. Returns the text that
+    says what will be measured, and what the token of the console is. made: the names of the tokens that were made here,
+    whose values are shown. Raises UsageError if either model cannot be used.
+    """
     # Printed first, as it is needed where vLLM does not run yet.
     print(plugin_command(settings, made), flush=True)  # noqa: T201
     findings = asyncio.run(check(settings))

@@ -40,7 +40,7 @@ def load(
     env: Mapping[str, str] | None = None,
     overrides: Iterable[tuple[str, str] | tuple[str, str, str]] = (),
 ) -> Settings:
-    """Read the file, then apply environment variables and flags; the later ones win. Raises ConfigError.
+    """Reads the file, then applies environment variables and flags; the later ones win. Raises ConfigError.
 
     path: None without a file. env: None for the environment of this process. overrides: flags, as (dotted key,
     text), and what an error names as their source where that is not `--set`.
@@ -101,7 +101,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
 
 
 def _note_lines(node: yaml.Node, key: Key, name: str, places: dict[Key, str], seen: set[int]) -> None:
-    """Note the line of every key; raise ConfigError for a duplicate (YAML would silently use the last)."""
+    """Notes the line of every key; raises ConfigError for a duplicate (YAML would silently use the last)."""
     if id(node) in seen or not isinstance(node, yaml.MappingNode):
         return
     seen.add(id(node))
@@ -118,7 +118,7 @@ def _note_lines(node: yaml.Node, key: Key, name: str, places: dict[Key, str], se
 
 
 def _set_value(data: dict[str, Any], places: dict[Key, str], parts: list[str], text: str, source: str) -> None:
-    """Set one value that comes from the environment or a flag."""
+    """Sets one value that comes from the environment or a flag."""
     dotted = ".".join(parts)
     if dotted in REMOVED:
         raise ConfigError(one_line(f"{source}: {REMOVED[dotted]}"))

@@ -348,7 +348,7 @@ class Control:
         self.use(await self.ownership.begin())
 
     def use(self, snapshot: Snapshot) -> None:
-        """Go on from all that is stored, and be active."""
+        """Goes on from all that is stored, and becomes active."""
         self.time.look()
         self.stored_state.restore(snapshot)
         self.learned.restore(snapshot.blobs.get(learned_state.BLOB_KEY))
@@ -383,7 +383,7 @@ class Control:
         self.profile_manager.writer.write_serving()
 
     def apply(self, settings: Settings) -> None:
-        """Take over those settings that can change while this process runs (`config.reloading.IN_PLACE`)."""
+        """Takes over those settings that can change while this process runs (`config.reloading.IN_PLACE`)."""
         self.policy.settings = self.status.settings = settings
         self.pipeline.rate = settings.shadow.rate if self.references is not None else None
         self.changes.notify()
@@ -429,7 +429,7 @@ class Control:
             await asyncio.sleep(PERIODIC_SECONDS)
 
     async def close(self) -> None:
-        """Write what is queued for the store, and release all resources. Nothing is waited for without a limit."""
+        """Writes what is queued for the store, and releases all resources. Nothing is waited for without a limit."""
         self.pipeline.distances.flush()
         if self.ownership.active:
             await _within(SAVE_SECONDS, "what this process knows", self._save())

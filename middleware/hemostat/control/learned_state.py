@@ -86,7 +86,7 @@ class LearnedState:
         self._saved_requests, self._saved_proposed = self._proposals.learned()[0], self._proposals.proposed
 
     async def save(self) -> None:
-        """Queue a write, where something was learned since the last one."""
+        """Queues a write if something was learned since the last one."""
         requests = self._proposals.learned()[0]
         if self._models is None or requests == self._saved_requests:
             return

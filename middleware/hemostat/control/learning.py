@@ -33,7 +33,9 @@ class LearningSubject:
         self._learner = learner
 
     def update(self) -> None:
-        """Call after any change of the mode, the models, or what is forced."""
+        """Tells the learner what is to be learned now. It is to be called after any change of the mode, the models, or
+        what is forced.
+        """
         self._adapters.update()
         pair, serving = self._monitor.served.calibrated, self._profiles.serving
         info = pair.reference if pair is not None else None

@@ -67,7 +67,7 @@ class OperatorActions:
         await self._execute(lambda: self._profiles.operator.roll_back(reason, kind), ends=True)
 
     async def release(self, kind: str | None) -> None:
-        """End the hold of kinds at identity."""
+        """Ends the hold of kinds at identity."""
         await self._execute(lambda: self._profiles.operator.release(kind))
 
     async def drain(self, engine: str, *, ends: bool) -> None:

@@ -83,7 +83,7 @@ class PolicyPublisher:
         """The number of policies that were sent."""
 
     def begin(self) -> None:
-        """Send the first policy once what served before can serve again, at most SETTLE_SECONDS later.
+        """Sends the first policy once what served before can serve again, at most SETTLE_SECONDS later.
 
         Until then relays go on with the policy of the process before this one, so that a restart changes no arm.
         """
@@ -91,7 +91,7 @@ class PolicyPublisher:
         self.publish()
 
     def publish(self) -> None:
-        """Send relays the policy if it is not the last one that was sent; have engines hold what it names."""
+        """Sends relays the policy if it is not the last one that was sent; has engines hold what it names."""
         self._engines.set_wanted([*self._adapters.hold, *self._profiles.engine_versions()])
         now = self._clock()
         policy = self._policy(now)

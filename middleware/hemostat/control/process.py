@@ -131,7 +131,8 @@ async def answer_operators(control: Control) -> None:
 
 
 async def ended(tasks: Collection[asyncio.Task[Any]], but: asyncio.Task[Any]) -> None:
-    """Cancel all of them but one that ends by itself, and wait; not for good, since what is known has to be stored."""
+    """Cancels all of them but one that ends by itself, and waits; not for good, since what is known has to be
+    stored."""
     for task in tasks:
         if task is not but:
             task.cancel()
@@ -141,7 +142,8 @@ async def ended(tasks: Collection[asyncio.Task[Any]], but: asyncio.Task[Any]) ->
 
 
 async def own(control: Control, force: Path | None) -> None:
-    """Wait for the store, then do what its owner does, until cancelled. Superseded."""
+    """Waits for the store, then does what its owner does, until cancelled. Raises Superseded if another process has
+    written to the store."""
     await control.start(force)
     control.policy.begin()
     loops = [asyncio.create_task(loop) for loop in control.loops()]
@@ -156,9 +158,10 @@ async def own(control: Control, force: Path | None) -> None:
 
 
 async def lock_alone(path: Path) -> int:
-    """Wait until no other control process of this folder lives, since one alone may use the store.
+    """Waits until no other control process of this folder lives, since one alone may use the store.
 
-    The file descriptor that holds the lock; it is released with the process. Raises HemostatError after LOCK_SECONDS.
+    Returns the file descriptor that holds the lock; it is released with the process. Raises HemostatError after
+    LOCK_SECONDS.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -177,7 +180,7 @@ async def lock_alone(path: Path) -> int:
 
 
 async def follow(lines: asyncio.StreamReader, control: Control, app: FastAPI, relays: RelayListener) -> None:
-    """Apply what the supervisor sends, until cancelled."""
+    """Applies what the supervisor sends, until cancelled."""
     while line := await lines.readline():
         message = json.loads(line)
         if "settings" in message:

@@ -67,7 +67,7 @@ class SteadyClock:
         return self._time.at(self._steady())
 
     def look(self) -> TimeBreak | None:
-        """Compare with the wall clock. Returns a break if that was set. Call it regularly."""
+        """Compares with the wall clock. Returns a break if that was set. Call it regularly."""
         self._time, time_break = self._time.read(self._wall(), self._steady())
         return time_break
 
@@ -83,7 +83,7 @@ class SteadyClock:
         return StoredTime(SteadyTime(self._time.at(steady), steady), self._boot)
 
     def save(self, writes: StoreWrites) -> None:
-        """Queue a write of the time."""
+        """Queues a write of the time."""
         current = self._current()
         self._saved_at = current.time.steady
         writes.set_state(STATE_KEY, encode(current, SCHEMA).decode())

@@ -159,7 +159,7 @@ class EngineAddresses:
                 await self._forget(name)
 
     async def step(self) -> None:
-        """Begin the probes that are due."""
+        """Begins the probes that are due."""
         now, names = self._clock(), self._names() if self.several else ()
         for gone in self._addresses.keys() - set(names):
             await self._forget(gone)

@@ -49,7 +49,7 @@ class AnswerBuffer:
         self._dropped_at_senders = 0
 
     def add(self, message: AnswerMessage, now: float) -> None:
-        """Keep the answers of a message until they are taken."""
+        """Keeps the answers of a message until they are taken."""
         self.expire(now)
         # A sender that was forgotten would count again from zero on.
         before = self._dropped_by_sender.pop(message.boot_id, 0)
@@ -85,7 +85,7 @@ class AnswerBuffer:
         return [] if waiting is None else [waiting.answers[key] for key in sorted(waiting.answers)]
 
     def expire(self, now: float) -> None:
-        """Drop what was not taken within ANSWER_SECONDS."""
+        """Drops what was not taken within ANSWER_SECONDS."""
         while self._waiting:
             nonce, waiting = next(iter(self._waiting.items()))
             if now - waiting.received_at <= ANSWER_SECONDS:

@@ -62,7 +62,7 @@ class EngineRegistry:
         self._wanted = tuple(dict.fromkeys(versions))[:MAX_HELD_VERSIONS]
 
     def report(self, report: EngineReport, now: float) -> list[str]:
-        """Take a rank's report; returns the versions that it should hold. Raises InvalidEngineMessage if ranks
+        """Takes a rank's report; returns the versions that it should hold. Raises InvalidEngineMessage if ranks
         disagree, or where an engine, which loads weights once, says that it has other ones than before."""
         self._expire(now)
         if report.boot_id not in self._engines:
@@ -79,7 +79,7 @@ class EngineRegistry:
         return list(self._wanted)
 
     def add_answers(self, message: AnswerMessage, now: float) -> None:
-        """Keep the answers of this middleware's requests; an API server that does not know the prefixes yet sends each
+        """Keeps the answers of this middleware's requests; an API server that does not know the prefixes yet sends each
         middleware all answers."""
         if self.nonce_prefix:
             own = [answer for answer in message.answers if answer.nonce.startswith(f"{self.nonce_prefix}-")]

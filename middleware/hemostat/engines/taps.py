@@ -108,7 +108,7 @@ class TapBuffer:
         self._feature_bytes = 0
 
     def add(self, message: TapMessage, now: float) -> None:
-        """Keep the numbers of a message until they are taken."""
+        """Keeps the numbers of a message until they are taken."""
         self.expire(now)
         for run in message.taps:
             tap = self._taps.get(run.nonce)
@@ -172,7 +172,7 @@ class TapBuffer:
         return TapResult(tap.boot_id, child.runs[-1].applied, len(applied) > 1, by_version, features, child.runs)
 
     def expire(self, now: float) -> None:
-        """Drop what was not taken within TAP_SECONDS."""
+        """Drops what was not taken within TAP_SECONDS."""
         while self._taps:
             nonce, tap = next(iter(self._taps.items()))
             if now - tap.received_at <= TAP_SECONDS:
@@ -229,6 +229,6 @@ def _features(runs: list[TapRun], length: int) -> Features | None:
 
 
 def _put(into: npt.NDArray[Any], start: int, values: npt.NDArray[Any]) -> None:
-    """Set the rows from `start` on, as far as `into` has them."""
+    """Sets the rows from `start` on, as far as `into` has them."""
     target = into[start : start + len(values)]
     target[:] = values[: len(target)]

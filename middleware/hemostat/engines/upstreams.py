@@ -84,7 +84,7 @@ class UpstreamEngines:
         self.save()
 
     def save(self) -> None:
-        """Queue a write of which engines are drained."""
+        """Queues a write of which engines are drained."""
         self._writes.set_state(STATE_KEY, json.dumps(sorted(self.drained)))
 
     def restore(self, stored: str | None) -> None:

@@ -201,7 +201,7 @@ class InterceptedExchange:
         return request.tools and request.stream and self._reports.loses_tool_tokens(policy)
 
     def _add_profile(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
-        """Choose the arm and the profile, and add what requests the profile."""
+        """Chooses the arm and the profile, and adds what requests the profile."""
         policy = self._policy
         choice = self._choose_profile(request)
         if choice.compared is not None and self._unjudged is None and self._unreported(request, choice.compared):
@@ -234,7 +234,7 @@ class InterceptedExchange:
         return by_plugin and policy.tap and not policy.tap_tokens and request.choices > 1
 
     def _add_token_details(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
-        """Add what makes vLLM return the tokens' details, or skip a request that cannot be scored."""
+        """Adds what makes vLLM return the tokens' details, or skips a request that cannot be scored."""
         policy = self._policy
         if self._unjudged is not None:
             self._skip(self._unjudged)

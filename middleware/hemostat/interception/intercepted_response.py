@@ -184,7 +184,7 @@ class InterceptedResponse:
     def _read(
         self, request: Request, tokens: ResponseTokens, content_type: bytes, coding: bytes, *, stream: bool
     ) -> bool:
-        """Choose what takes out of the answer what was injected. Returns False if nothing can, and the answer is not
+        """Chooses what takes out of the answer what was injected. Returns False if nothing can, and the answer is not
         for the client."""
         form = FORMATS[request.form]
         plain, known = coding == b"identity", stream or content_type == b"application/json"

@@ -55,7 +55,7 @@ class Reports:
         self._lost_generation: int | None = None
 
     def not_sampled(self, reason: Unscored) -> None:
-        """Count a request as skipped that was not drawn either."""
+        """Counts a request as skipped that was not drawn either."""
         self._count(names.SHADOW_REQUESTS, reason.labels)
 
     def skipped(
@@ -65,7 +65,7 @@ class Reports:
         tokens: int | None = None,
         requests: float = 1.0,
     ) -> None:
-        """Count a sampled request that has ended as skipped.
+        """Counts a sampled request that has ended as skipped.
 
         kind: full name, "" if its body was not read. tokens: what was generated; None: not known. requests: 1/n for
         one of n choices.
@@ -74,7 +74,7 @@ class Reports:
         self._sampled(kind, *reason.labels, tokens, requests)
 
     def captured(self, capture: Capture) -> None:
-        """Hand a capture on, and count its request."""
+        """Hands a capture on, and counts its request."""
         if self._emit(capture):
             self._count(names.SHADOW_REQUESTS, (Outcome.SHADOWED.value, ""))
         else:
@@ -84,11 +84,11 @@ class Reports:
             self._sampled(capture.kind, *dropped, tokens, requests)
 
     def calibrated(self, arm: Arm, reason: Reason) -> None:
-        """Count a request that could get a profile."""
+        """Counts a request that could get a profile."""
         self._count(names.CALIBRATION_REQUESTS, (arm.value, reason.value))
 
     def repeated(self, reason: RepeatReason) -> None:
-        """Count a request that is sent again as the client wrote it."""
+        """Counts a request that is sent again as the client wrote it."""
         self._count(names.REPEATED_REQUESTS, (reason.value,))
 
     def tool_tokens_lost(self, policy: Policy) -> None:

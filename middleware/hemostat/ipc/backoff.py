@@ -28,7 +28,7 @@ class Backoff:
         """The number of failures in a row."""
 
     def pause(self) -> float:
-        """Count a failure; seconds to wait before the next attempt."""
+        """Counts a failure; returns the seconds to wait before the next attempt."""
         longest = self._seconds[min(self.failures, len(self._seconds) - 1)]
         self.failures += 1
         return longest * (0.5 + 0.5 * self._uniform())

@@ -56,7 +56,7 @@ class ChildExited(Exception):
 
 
 async def completed(work: Awaitable[object]) -> None:
-    """Wait for it, also where the caller is cancelled meanwhile."""
+    """Waits for it, also where the caller is cancelled meanwhile."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.shield(task)
@@ -147,7 +147,8 @@ class Child:
             self.exited.set()
 
     async def _watch_stops(self) -> None:
-        """Kill it if it has been stopped for too long. One that computes may be silent for hours, and is left alone."""
+        """Kills it if it has been stopped for too long. One that computes may be silent for hours, and is left
+        alone."""
         silence = liveness.Silence(time.monotonic())
         while not self.exited.is_set():
             with contextlib.suppress(TimeoutError):
@@ -185,7 +186,7 @@ class Child:
                 self._process.kill()
 
     async def close(self, grace_seconds: float = CLOSE_SECONDS) -> None:
-        """Close its input, wait, then kill it. It completes even when the caller is cancelled meanwhile."""
+        """Closes its input, waits, then kills it. It completes even when the caller is cancelled meanwhile."""
         await completed(self._close(grace_seconds))
 
     async def _close(self, grace_seconds: float) -> None:
@@ -211,7 +212,7 @@ class FramedChild(Child):
         return await cls.start_command(command, receive, environment, read_frame)
 
     def send(self, body: bytes) -> None:
-        """Queue a frame. There is no back-pressure: callers wait for an answer before they send the next."""
+        """Queues a frame. There is no back-pressure: callers wait for an answer before they send the next."""
         assert self._process.stdin is not None
         if self.exited.is_set():
             raise ChildExited(self.exit_summary())

@@ -34,7 +34,7 @@ clients. One step of its event loop takes milliseconds.
 
 
 async def beat() -> None:
-    """Write BEAT to standard output every BEAT_SECONDS, until cancelled. It is begun once the process listens.
+    """Writes BEAT to standard output every BEAT_SECONDS, until cancelled. It is begun once the process listens.
 
     It never waits for the supervisor: nothing is written where that does not read, or is gone.
     """

@@ -130,8 +130,8 @@ class ControlLink:
         return None if self._used is None else self._used.transport
 
     def emit(self, capture: Capture) -> bool:
-        """Queue a capture; False when it is dropped, because there is no control process, too much is queued, or it is
-        too large."""
+        """Queues a capture; returns False if it is dropped, because there is no control process, too much is queued, or
+        it is too large."""
         transport = self._transport
         if transport is None or transport.get_write_buffer_size() > MAX_QUEUED_BYTES:
             return False
@@ -142,7 +142,7 @@ class ControlLink:
         return True
 
     def report_outcome(self, report: OutcomeReport) -> bool:
-        """Queue a report; False when it is dropped, which does not depend on what it says."""
+        """Queues a report; returns False if it is dropped, which does not depend on what it says."""
         if self._transport is None or len(self._reports) >= MAX_QUEUED_REPORTS:
             return False
         self._reports.append(report)
@@ -157,7 +157,7 @@ class ControlLink:
             self._reports = []
 
     def report(self) -> None:
-        """Send the figures now, and the reports of outcomes that wait."""
+        """Sends the figures now, and the reports of outcomes that wait."""
         transport = self._transport
         if transport is not None and transport.get_write_buffer_size() <= MAX_QUEUED_BYTES:
             transport.write(encode(self._stats()))
@@ -278,7 +278,7 @@ class ControlLink:
         )
 
     async def close(self, timeout: float = 1.0) -> None:  # noqa: ASYNC109  a limit, not a cancellation
-        """Send the figures once more, and wait until what is queued has been sent."""
+        """Sends the figures once more, and waits until what is queued has been sent."""
         connection = self._used
         if connection is None or connection.transport is None:
             return

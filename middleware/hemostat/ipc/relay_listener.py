@@ -92,14 +92,14 @@ class RelayListener:
             self._keep(self._accept(sock))
 
     def dismiss(self) -> None:
-        """Refuse relays from now on, those that were admitted, too: they look for another control process."""
+        """Refuses relays from now on, those that were admitted, too: they look for another control process."""
         self.admit = None
         for task, writer in self._admitted.items():
             writer.write(encode(NOT_ACTIVE))
             task.cancel()
 
     async def close(self) -> None:
-        """Take no more relays, and end all connections."""
+        """Takes no more relays, and ends all connections."""
         connections = tuple(self._connections)
         for task in connections:
             task.cancel()

@@ -29,7 +29,7 @@ PARENT_LOOK_SECONDS = 1.0
 
 
 def die_with_parent(parent: int, sig: int = signal.SIGTERM) -> None:
-    """Have this process get `sig` when the process `parent` is gone; it ends at once if that is gone already.
+    """Has this process get `sig` when the process `parent` is gone; it ends at once if that is gone already.
 
     Linux sends the signal when the *thread* ends that has started this process, so that every parent starts its
     processes in its main thread. On other platforms a thread of this process looks after the parent.

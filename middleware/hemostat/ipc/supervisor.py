@@ -37,7 +37,7 @@ class ChildOwner(Protocol[Target_contra, Ready_contra]):
     def starting(self, target: Target_contra) -> None: ...
 
     async def begin(self, child: FramedChild, target: Target_contra) -> None:
-        """Send what comes before the first answer."""
+        """Sends what comes before the first answer."""
         ...
 
     def began(self, ready: Ready_contra, target: Target_contra) -> None:
@@ -45,7 +45,8 @@ class ChildOwner(Protocol[Target_contra, Ready_contra]):
         ...
 
     async def exchange(self, child: FramedChild) -> bool:
-        """Send what is due. Whether there may be more to do at once; else it is called after the next `wake`."""
+        """Sends what is due. Returns whether there may be more to do at once; else it is called after the next
+        `wake`."""
         ...
 
     def exited(self, why: ChildExited) -> None:
@@ -113,7 +114,7 @@ class Supervisor(Generic[Target, Ready]):
             self._first.exception()  # it may have no waiter
 
     async def run(self) -> None:
-        """Keep a process running for the target while it is wanted, until cancelled."""
+        """Keeps a process running for the target while it is wanted, until cancelled."""
         while True:
             target = self._target
             self._wake.clear()

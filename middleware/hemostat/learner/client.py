@@ -179,7 +179,7 @@ class Learner:
         return self._learning and self._hidden_size > 0 and self._records.less_than_half_full
 
     def offer(self, record: TokenRecord, scope: str = ALL) -> None:
-        """Queue a record of the learning side; where it cannot be used or there is no room, it is counted as dropped.
+        """Queues a record of the learning side; where it cannot be used or there is no room, it is counted as dropped.
 
         The record's hidden states must not be changed afterwards.
         """
@@ -221,7 +221,7 @@ class Learner:
     # --- the process -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Keep a learner process running for the target, until cancelled."""
+        """Keeps a learner process running for the target, until cancelled."""
         await self._process.run()
 
     def wants_child(self) -> bool:

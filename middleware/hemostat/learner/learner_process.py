@@ -79,7 +79,7 @@ class ScopedLearner:
         self.ready = learner_messages.Ready(anchors.astype("<i4").tobytes(), weight.shape[1], self._learned(), detail)
 
     def _restore(self, stored: bytes) -> str:
-        """Go on from an export; why not, or ""."""
+        """Goes on from an export. Returns why that is not possible, or ""."""
         try:
             states = storage.load(stored, self._family, self._about)
         except InvalidArgumentError as error:
@@ -236,7 +236,7 @@ class RequestLoop:
 
 
 def read_ahead(bodies: Iterator[bytes]) -> queue.Queue[learner_messages.Request | None]:
-    """Read messages in a thread of its own; None is their end."""
+    """Reads messages in a thread of its own; None is their end."""
     requests: queue.Queue[learner_messages.Request | None] = queue.Queue(MAX_QUEUED_MESSAGES)
 
     def read() -> None:

@@ -37,7 +37,7 @@ class RecordQueue:
         return self._bytes < MAX_QUEUED_BYTES // 2
 
     def add(self, record: TokenRecord, scope: str) -> DropReason | None:
-        """Queue a record; the reason where it was dropped instead."""
+        """Queues a record; returns the reason if it was dropped instead."""
         if record.features is None and record.reference_hidden is None:
             return DropReason.NOTHING_TO_LEARN
         if self._bytes > MAX_QUEUED_BYTES:

@@ -30,7 +30,7 @@ class StoredLearning:
         return split_weights(self._stored)
 
     async def save(self, weights: str, parts: list[bytes]) -> None:
-        """Queue a write. weights: fingerprint of the compressed model's, "" if it is not known."""
+        """Queues a write. weights: fingerprint of the compressed model's, "" if it is not known."""
         head = [PREFIX + weights.encode() + b"\n"] if weights else []
         self._stored = await asyncio.to_thread(b"".join, [*head, *parts])
         self._writes.put_blob(BLOB_KEY, self._stored)

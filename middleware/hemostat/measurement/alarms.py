@@ -92,7 +92,7 @@ class FloorLimit:
         return FloorState(self._mean, self._dependence.state)
 
     def restore(self, state: FloorState) -> None:
-        """Go on from there. Raises InvalidArgumentError if it does not fit."""
+        """Goes on from there. Raises InvalidArgumentError if it does not fit."""
         if (state.mean.lo, state.mean.cap) != (self._mean.lo, self._mean.cap):
             raise InvalidArgumentError("the stored noise floor has another range")
         self._dependence.restore(state.dependence)
@@ -196,7 +196,7 @@ class Alarms:
         self._saved_at = time_break.seen(self._saved_at)
 
     def note(self, why: str) -> None:
-        """Store an event that is no alarm, but says why what was measured begins anew."""
+        """Stores an event that is no alarm, but says why what was measured begins anew."""
         self._record(why, {})
 
     def _record(self, why: str, evidence: dict[str, Any]) -> None:
@@ -228,7 +228,7 @@ class Alarms:
     # --- restarts --------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Queue a write of the state."""
+        """Queues a write of the state."""
         self._saved_at = self._wall()
         self._writes.set_state(STATE_KEY, alarm.save(self._state).decode())
         if self._noise_floors:
@@ -242,8 +242,8 @@ class Alarms:
         spent: str | None = None,
         floors: str | None = None,
     ) -> None:
-        """Go on from what an earlier run stored. events: newest first. spent: under SPENT_KEY, which versions before it
-        have not written. floors: under FLOORS_KEY, likewise."""
+        """Goes on from what an earlier run stored. events: newest first. spent: under SPENT_KEY, which versions before
+        it have not written. floors: under FLOORS_KEY, likewise."""
         self.events.clear()
         self.events.extend(reversed(events))
         self._spent.restore(spent)

@@ -131,13 +131,13 @@ class ByEngine:
     # --- restarts --------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Queue a write of the test's state."""
+        """Queues a write of the test's state."""
         self._saved_at = self._wall()
         self._writes.set_state(STATE_KEY, save_engines(self._test).decode())
 
     def restore(self, stored: str | None, spent: str | None = None) -> None:
-        """Go on from what an earlier run stored: alpha that it spent is not spent again. spent: under SPENT_KEY, which
-        versions before it have not written."""
+        """Goes on from what an earlier run stored: alpha that it spent is not spent again. spent: under SPENT_KEY,
+        which versions before it have not written."""
         self._spent.restore(spent)
         if stored is None:
             self._test = outlier_engine.init(self._test.alpha, self._spent.count())

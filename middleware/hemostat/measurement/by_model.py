@@ -29,7 +29,7 @@ class OtherModels:
         self._of: OrderedDict[str, Measurements] = OrderedDict()
 
     def observe(self, model: str, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
-        """Add a record of a whole output of the model, with its raw figures. fresh: see `Measurements.observe`."""
+        """Adds a record of a whole output of the model, with its raw figures. fresh: see `Measurements.observe`."""
         result = self._measurements(model)
         if not record.constraint:
             result.observe(record, None, None, figures=figures, fresh=fresh)
@@ -39,7 +39,7 @@ class OtherModels:
         result.conditional.observe(record, None, None, held_out=False, gains=gains, figures=figures, fresh=fresh)
 
     def observe_noise_floor(self, model: str, side: str, record: TokenRecord) -> None:
-        """Add a record of the model with `side`, of `figures.MODELS`, on both sides."""
+        """Adds a record of the model with `side`, of `figures.MODELS`, on both sides."""
         self._measurements(model).observe_noise_floor(side, record)
 
     def report(self, model: str) -> dict[str, Any]:

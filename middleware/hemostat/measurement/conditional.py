@@ -48,7 +48,7 @@ class ConditionalFigures:
         figures: TokenDivergence,
         fresh: bool,
     ) -> None:
-        """Add one constrained record; as `Measurements.observe`."""
+        """Adds one constrained record; as `Measurements.observe`."""
         if profile is not None and profile.family == ADAPTER:
             profile = None
         own = record.adapter is None

@@ -43,7 +43,7 @@ class Cycle:
     """Everything that counts how much of the cycle was seen."""
 
     def add(self, user: Dependence) -> None:
-        """Tell it of breaks, too."""
+        """Adds one that is told of breaks, too."""
         self._users.add(user)
 
     def after_break(self, time_break: TimeBreak) -> None:
@@ -115,7 +115,7 @@ class Dependence:
         return DependenceState(self._in_time, self._by_client, self._mean, dict(self._clients), self._first, self._last)
 
     def restore(self, state: DependenceState) -> None:
-        """Go on from there. Raises InvalidArgumentError if it does not belong to as many figures, or is damaged."""
+        """Goes on from there. Raises InvalidArgumentError if it does not belong to as many figures, or is damaged."""
         fits = all(a.shape == b.shape for a, b in zip(state.arrays(), self.state.arrays(), strict=True))
         if not fits or not all(0 <= row < MAX_CLIENTS for row in state.clients.values()):
             raise InvalidArgumentError("the stored dependence of requests does not fit")

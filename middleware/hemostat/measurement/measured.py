@@ -38,7 +38,7 @@ class Measured:
         self.outcomes = Outcomes(settings.evidence.client_share, control_fraction, served, writes, wall, sampling)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from what an earlier run stored."""
+        """Goes on from what an earlier run stored."""
         states = snapshot.states
         self.by_engine.restore(states.get(by_engine.STATE_KEY), states.get(by_engine.SPENT_KEY))
         events = [event for event in snapshot.events if event.get("decision") == "alarm"]
@@ -63,7 +63,7 @@ class Measured:
         self.outcomes.forget()
 
     def save(self) -> None:
-        """Queue a write of each part's state."""
+        """Queues a write of each part's state."""
         self.alarms.save()
         self.by_engine.save()
         self.outcomes.save()

@@ -170,7 +170,7 @@ class Measurements:
         figures: TokenDivergence | None = None,
         fresh: bool = True,
     ) -> TokenDivergence:
-        """Add one record; `profile` is the one that the calibrated stage is about, `served` the one that was applied.
+        """Adds one record; `profile` is the one that the calibrated stage is about, `served` the one that was applied.
 
         held_out: nothing is learned from the prompt. Gains are measured on those only: on requests that a profile
             learned from, it looks better than it is.
@@ -275,7 +275,7 @@ class Measurements:
         return StageFigures(cycle=self._cycle)
 
     def observe_noise_floor(self, model: str, record: TokenRecord) -> TokenDivergence:
-        """Add a record with `model`, of `MODELS`, on both sides; returns its figures."""
+        """Adds a record with `model`, of `MODELS`, on both sides; returns its figures."""
         figures = divergence(record)
         self._noise_floor[model].add(figures, record.client)
         return figures

@@ -56,7 +56,7 @@ class OutcomeSampling:
         return (self.reported, self.counted) != before
 
     def restore(self, reported: float, counted: float) -> None:
-        """Go on from what an earlier process stored. Raises ValueError unless 0 < counted ≤ reported ≤ 1."""
+        """Goes on from what an earlier process stored. Raises ValueError unless 0 < counted ≤ reported ≤ 1."""
         if not 0.0 < counted <= reported <= 1.0:
             raise ValueError(f"probabilities {reported}, {counted}")
         self.reported, self.counted, self._changed_at = reported, counted, None

@@ -57,7 +57,8 @@ class ServedKinds(Protocol):
         """
 
     def leave(self, kind: str, why: str, evidence: dict[str, Any]) -> None:
-        """Take the profile from the kind, and hold the kind at identity, unless it is pinned. evidence: JSON-ready."""
+        """Takes the profile from the kind, and holds the kind at identity, unless it is pinned. evidence:
+        JSON-ready."""
 
 
 @dataclass(slots=True)
@@ -160,7 +161,7 @@ class Outcomes:
             self.save()
 
     def _drop(self, kind: str) -> None:
-        """Forget what was counted in a kind; the trials that have begun there stay counted."""
+        """Forgets what was counted in a kind; the trials that have begun there stay counted."""
         del self._kinds[kind]
 
     def _judge(self, kind: str, state: _Kind) -> None:
@@ -192,7 +193,7 @@ class Outcomes:
         self._seen.clear()
 
     def save(self) -> None:
-        """Queue a write of the state: at most 15 kB for each kind, and 400 kB for the conversations."""
+        """Queues a write of the state: at most 15 kB for each kind, and 400 kB for the conversations."""
         self._saved_at = self._wall()
         kinds = {
             kind: {
@@ -213,7 +214,8 @@ class Outcomes:
         self._writes.set_state(STATE_KEY, json.dumps(state))
 
     def restore(self, stored: str | None, spent: str | None = None) -> None:
-        """Go on from what an earlier run stored. spent: under SPENT_KEY, which versions before it have not written."""
+        """Goes on from what an earlier run stored. spent: under SPENT_KEY, which versions before it have not
+        written."""
         self._spent.restore(spent)
         if stored is None:
             return

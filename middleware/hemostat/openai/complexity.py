@@ -30,7 +30,7 @@ class TooComplex(ValueError):
 
 
 def check_complexity(body: bytes) -> None:
-    """Raise TooComplex for a body that has too many values. It need not be valid JSON.
+    """Raises TooComplex for a body that has too many values. It need not be valid JSON.
 
     >>> check_complexity(b'{"model": "m", "messages": [{"role": "user", "content": "Hi"}]}')
     >>> check_complexity(b'{"messages": [' + b"{}," * 30_000 + b"{}]}")
@@ -50,13 +50,13 @@ def check_complexity(body: bytes) -> None:
 
 
 def check_prompts(prompts: bytes) -> None:
-    """Raise TooComplex for too many prompts. prompts: their JSON, a list. Brackets in texts count, too."""
+    """Raises TooComplex for too many prompts. prompts: their JSON, a list. Brackets in texts count, too."""
     if prompts.count(b"[") > MAX_MESSAGES + 1 or _has_more_strings(prompts, MAX_MESSAGES):
         raise TooComplex(f"more than {MAX_MESSAGES} prompts")
 
 
 def check_messages(number: int) -> None:
-    """Raise TooComplex for too many messages of a conversation, or parts of them."""
+    """Raises TooComplex for too many messages of a conversation, or parts of them."""
     if number > MAX_MESSAGES:
         raise TooComplex(f"more than {MAX_MESSAGES} messages or parts")
 

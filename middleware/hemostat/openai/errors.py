@@ -19,7 +19,7 @@ class LeadingError:
         self._events = sse.Parser()
 
     def feed(self, data: bytes) -> int | None:
-        """Take the next bytes of the stream. Returns the code of the error, 500 if the error has none, and 0 if the
+        """Takes the next bytes of the stream. Returns the code of the error, 500 if the error has none, and 0 if the
         stream begins with something else; None while that is not known. Nothing is fed after that."""
         events = self._events.feed(data)
         return _error_code(events[0]) if events else None

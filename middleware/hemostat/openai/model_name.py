@@ -65,7 +65,7 @@ class ModelName:
         self._restored = b',"model":"%b"' % self._name
 
     def feed(self, data: bytes) -> bytes:
-        """Take the next bytes of the body; returns what the client gets now."""
+        """Takes the next bytes of the body; returns what the client gets now."""
         if self._between_events and data.endswith(b"\n\n"):
             quick = data.replace(self._member, self._restored)
             if self._version not in quick:
@@ -145,7 +145,7 @@ class ModelName:
         return data.startswith(_ERROR_EVENT, line) or (not line and self._in_error)
 
     def _hold_end(self, data: bytes) -> bytes:
-        """Hold back the end of `data` that may be the beginning of something to replace; returns the rest."""
+        """Holds back the end of `data` that may be the beginning of something to replace; returns the rest."""
         self._between_events = False
         keep = len(data)
         if self._everywhere:

@@ -30,8 +30,8 @@ def read_request(
     adapter_names: bool = False,
     grammars: bool = True,
 ) -> Request:
-    """Parse a client's body; raises one of MALFORMED where it is not an object with distinct keys, and of these
-    TooComplex where that would take too long.
+    """Parses a client's body; raises one of MALFORMED if it is not an object with distinct keys, and of these
+    TooComplex if parsing it would take too long.
 
     unscorable_models: adapters for which the reference has no counterpart.
     scorable_models: names that are compared with a matched reference; None: not known, no name is excluded.

@@ -99,7 +99,7 @@ class Parser:
         return not self._buffer and not self._in_oversized
 
     def feed(self, data: bytes) -> list[Event]:
-        """Take the next bytes; returns the events that they complete."""
+        """Takes the next bytes; returns the events that they complete."""
         # A blank line may lie across the chunk boundary: it is at most four bytes long.
         search = max(0, len(self._buffer) - 3)
         self._buffer += data

@@ -76,7 +76,7 @@ class ResponseBody:
         """It is True if the body is larger than MAX_BODY and is passed on as it arrives."""
 
     def feed(self, data: bytes) -> bytes:
-        """Take the next bytes of the body; returns what the client gets now."""
+        """Takes the next bytes of the body; returns what the client gets now."""
         if self._events is not None:
             return b"".join([self._on_event(event) for event in self._events.feed(data)])
         if self._pass_through:
@@ -300,7 +300,7 @@ def choices_go_on(events: bytes) -> bool:
 
 
 def _record_ending(tokens: ResponseTokens, parsed: _Parsed) -> None:
-    """Record the model, and what says that the response is complete. May raise one of MALFORMED."""
+    """Records the model, and what says that the response is complete. May raise one of MALFORMED."""
     body = parsed.body
     if body.has("usage"):
         tokens.usage = usage_decoder.decode(body.raw("usage"))

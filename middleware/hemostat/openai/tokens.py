@@ -76,7 +76,7 @@ class ChoiceTokens:
     """It is True if vLLM's parser found reasoning in the choice."""
 
     def parse(self, form: Form, top_k: int) -> None:
-        """Parse what is not parsed yet. One of MALFORMED where it does not fit the ids."""
+        """Parses what is not parsed yet. Raises one of MALFORMED if it does not fit the ids."""
         first = sum(len(rows.emitted) for rows in self.parsed)
         self.parsed.append(read_rows(form, self.logprobs, self.output_ids[first:], top_k))
         self.logprobs = []
@@ -107,7 +107,7 @@ class ResponseTokens:
         self.choices = [ChoiceTokens() for _ in range(self.expected)]
 
     def fail(self, reason: Unscored) -> None:
-        """Drop the tokens and keep the reason, unless an earlier failure did so."""
+        """Drops the tokens and keeps the reason, unless an earlier failure did so."""
         if self.failure is None:
             self.failure = reason
             self.choices = []
@@ -126,7 +126,7 @@ class ResponseTokens:
             self.fail(Unscored.TOO_LONG)
 
     def add(self, index: Any, ids: list[int], logprobs: bytes = b"") -> None:
-        """Append the positions of one event or response: their ids, and the JSON of their `logprobs`, if it has any.
+        """Appends the positions of one event or response: their ids, and the JSON of their `logprobs`, if it has any.
         ValueError or OverflowError where there is no such choice or id."""
         choice = self.choice(index)
         choice.output_ids.extend(ids)
@@ -148,7 +148,7 @@ class ResponseTokens:
         return len(choice.prompt_ids) + len(choice.output_ids) > self.limit
 
     def _share_prompts(self) -> int:
-        """Give every choice its prompt, which not every one has to repeat; returns the number of prompt tokens."""
+        """Gives every choice its prompt, which not every one has to repeat; returns the number of prompt tokens."""
         each = self.expected // self.prompts
         total = 0
         for first in range(0, self.expected, each):
@@ -165,7 +165,8 @@ class ResponseTokens:
             self.fail(Unscored.INCOMPLETE)
 
     def check_complete(self, tools: bool) -> None:
-        """Compare the counts with the engine's own; `failure` is final then. `tools`: the request offered tools."""
+        """Compares the counts with the engine's own; `failure` is final then. tools: True if the request offered
+        tools."""
         if self.failure is not None:
             return
         prompt_tokens = self._share_prompts()

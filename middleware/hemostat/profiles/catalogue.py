@@ -60,7 +60,7 @@ class Catalogue:
         return self._created[version]
 
     def add(self, profile: CalibrationProfile, in_use: Collection[str]) -> list[str]:
-        """Hold a profile as the newest. Returns the versions that were evicted for it; none that is in use."""
+        """Holds a profile as the newest. Returns the versions that were evicted for it; none that is in use."""
         self._put(profile)
         self._created.setdefault(profile.version, self._wall())
         self._profiles.move_to_end(profile.version)
@@ -76,7 +76,7 @@ class Catalogue:
         return evicted
 
     def restore(self, profile: CalibrationProfile, created: float) -> None:
-        """Hold a stored profile as the oldest."""
+        """Holds a stored profile as the oldest."""
         self._put(profile)
         self._profiles.move_to_end(profile.version, last=False)
         self._created[profile.version] = created

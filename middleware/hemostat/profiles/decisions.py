@@ -122,7 +122,7 @@ class EventLog:
         evidence: dict[str, Any],
         kind: str = "",
     ) -> None:
-        """Count, log, hold and store one decision. why: for people. evidence: JSON-ready. kind: "" if the decision
+        """Counts, logs, holds and stores one decision. why: for people. evidence: JSON-ready. kind: "" if the decision
         is not about one kind of traffic."""
         self.counts[decision, reason] += 1
         event = {
@@ -146,7 +146,7 @@ class EventLog:
             yield Sample(names.PROFILE_DECISIONS, labels, count)
 
     def restore(self, events: Iterable[dict[str, Any]]) -> None:
-        """Add events of an earlier run, oldest first, without writing them again."""
+        """Adds events of an earlier run, oldest first, without writing them again."""
         self._events.extend(events)
 
     def newest_first(self, version: str | None = None) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ class FollowedKinds:
         self.table = self.table.after_break(time_break)
 
     def see(self, kind: str) -> str:
-        """Count one request, and return what its kind is called from here on: its own name, or the rest's."""
+        """Counts one request, and returns what its kind is called from here on: its own name, or the rest's."""
         if kind not in (REST_KIND, REST_GRAMMAR_KIND):
             before, self.table = self.table, self.table.see(kind, self._keep(), self._wall())
             if self.table.followed != before.followed:

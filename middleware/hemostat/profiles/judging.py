@@ -191,7 +191,7 @@ class Judge:
         return True
 
     def _give_way(self, candidate: Candidate) -> None:
-        """Drop a candidate that is hopeless, where others wait for the end of its test; see `futility`."""
+        """Drops a candidate that is hopeless if others wait for the end of its test; see `futility`."""
         successors = self._trials.successors(candidate)
         if not successors:
             return

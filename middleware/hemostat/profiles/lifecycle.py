@@ -97,19 +97,19 @@ class Lifecycle:
         self._serving.require_model(profile)
 
     def hold(self, profile: CalibrationProfile) -> None:
-        """Add it to the catalogue; what is evicted for it leaves the store too."""
+        """Adds it to the catalogue; what is evicted for it leaves the store too."""
         for version in self._catalogue.add(profile, self.in_use()):
             self._writer.delete_profile(version)
 
     def forget(self, version: str) -> None:
-        """Remove it from the catalogue and the queue; the store may keep it."""
+        """Removes it from the catalogue and the queue; the store may keep it."""
         self._trials.remove(lambda c: c.version == version)
         self._catalogue.remove(version)
 
     # --- candidates ------------------------------------------------------------------------------------------------
 
     def test(self, profiles: Sequence[CalibrationProfile], scope: str, source: str) -> None:
-        """Make them candidates; several are variants of one proposal. Where the queue is full, the first
+        """Makes them candidates; several are variants of one proposal. If the queue is full, the first
         of those that wait is dropped, if possible one whose test has not begun.
 
         They are stored, so that their tests go on after a restart.
@@ -132,10 +132,10 @@ class Lifecycle:
         evidence: dict[str, Any],
         source: str | None = None,
     ) -> bool:
-        """Test learned profiles of one source in this scope. They wait until the tests of its earlier candidates have
+        """Tests learned profiles of one source in this scope. They wait until the tests of its earlier candidates have
         ended, and take the place of those whose tests have not begun.
 
-        source: None is the profiles' family. False where all of them are in use already: then nothing changes.
+        source: None is the profiles' family. Returns False if all of them are in use already: then nothing changes.
         """
         fresh = [profile for profile in profiles if profile.version not in self.in_use()]
         if not fresh:
@@ -223,7 +223,7 @@ class Lifecycle:
         self._serving_changed()
 
     def roll_back(self, kind: str, reason: Reason, why: str, evidence: dict[str, Any]) -> None:
-        """Let identity serve a kind again; nothing happens if it does already. Other kinds keep what serves them.
+        """Lets identity serve a kind again; nothing happens if it does already. Other kinds keep what serves them.
 
         With `Reason.OUTCOMES` the kind is held at identity until an operator releases it. evidence: JSON-ready.
         """
@@ -256,7 +256,7 @@ class Lifecycle:
                 self.roll_back(kind, reason, why, {})
 
     def release(self, kind: str) -> None:
-        """Let profiles be tested again, and serve, in a kind that was held at identity."""
+        """Lets profiles be tested again, and serve, in a kind that was held at identity."""
         self._serving.kinds[kind].held = ""
         self._test_in(kind)
         self._serving_changed()
@@ -307,7 +307,7 @@ class Lifecycle:
         self._serving_changed()
 
     def _test_in(self, kind: str) -> None:
-        """Begin tests there: of the candidates, and of what serves other kinds already."""
+        """Begins tests there: of the candidates, and of what serves other kinds already."""
         self._trials.begin_in(kind)
         for other in list(self._serving.kinds.values()):
             if other.version is None or any(c.version == other.version for c in self._trials.queue):

@@ -219,7 +219,8 @@ class ProfileManager:
     def observe(
         self, record: TokenRecord, gains: RecordGains, *, fresh: bool = True, divergences: Floats | None = None
     ) -> None:
-        """Learn from a record, or judge by it; where its kind is not followed, as one of the rest. gains: its own.
+        """Learns from a record, or judges by it; if its kind is not followed, it counts as one of the rest. gains: its
+        own.
 
         divergences: of the compressed model itself, nats by token; None if the record has none.
         fresh: see `hemostat.scoring.seen_units`; only then is the record learned from. Tests know by themselves which
@@ -249,7 +250,7 @@ class ProfileManager:
         return HeldOutUnit(*names, record.tokens, fresh, adapted, gain, record.distances, self._wall())
 
     def _place(self, record: TokenRecord) -> str | None:
-        """Count a record, and return the kind that it counts in; None if it counts in none."""
+        """Counts a record, and returns the kind that it counts in; None if it counts in none."""
         self.writer.note_record()
         kind = record.kind
         if kind not in self.serving.kinds:

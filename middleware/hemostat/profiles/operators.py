@@ -56,9 +56,9 @@ class Operator:
     def import_profile(
         self, profile: CalibrationProfile, scope: str = ALL, why: str = "imported by the operator"
     ) -> str:
-        """Make it a candidate, which has to prove itself like any other. Returns its version.
+        """Makes it a candidate, which has to prove itself like any other. Returns its version.
 
-        Nothing happens where it is known there already.
+        Nothing happens if it is known there already.
         """
         self._lifecycle.require_fit(profile)
         self._serving.scopes.require(scope)
@@ -77,7 +77,7 @@ class Operator:
         return version
 
     def promote(self, version: str, kind: str | None = None) -> None:
-        """Let a profile serve without statistical proof; it is watched like any other."""
+        """Lets a profile serve without statistical proof; it is watched like any other."""
         kinds = self._serving.named(kind)
         if any(self._serving.kinds[each].pinned for each in kinds):
             raise HemostatError("a profile is pinned there: unpin it first (hemostat profile pin --off)")
@@ -89,7 +89,7 @@ class Operator:
             self._serve(Decision.PROMOTE, version, each, "promoted by the operator")
 
     def pin(self, version: str, kind: str | None = None) -> None:
-        """Let a profile serve, whatever the evidence says, until it is unpinned."""
+        """Lets a profile serve, whatever the evidence says, until it is unpinned."""
         kinds = self._serving.named(kind)
         self._require_servable(version, kinds)
         for each in kinds:
@@ -115,7 +115,7 @@ class Operator:
         self._writer.write_tests()
 
     def roll_back(self, why: str, kind: str | None = None) -> None:
-        """Let identity serve until another profile is promoted."""
+        """Lets identity serve until another profile is promoted."""
         kinds = [each for each in self._serving.named(kind) if self._serving.kinds[each].version is not None]
         if not kinds:
             raise HemostatError("nothing to roll back: identity serves")
@@ -123,7 +123,7 @@ class Operator:
             self._lifecycle.roll_back(each, Reason.OPERATOR, why, {})
 
     def release(self, kind: str | None = None) -> None:
-        """Let profiles be tested and serve again in kinds that are held at identity."""
+        """Lets profiles be tested and serve again in kinds that are held at identity."""
         held = [each for each in self._serving.named(kind) if self._serving.kinds[each].held]
         if not held:
             raise HemostatError("nothing is held at identity there")
@@ -133,7 +133,7 @@ class Operator:
             self._lifecycle.release(each)
 
     def force(self, profile: CalibrationProfile) -> None:
-        """Put this profile on every request (`calibration.force`)."""
+        """Puts this profile on every request (`calibration.force`)."""
         self._lifecycle.hold(profile)
         self._serving.forced = profile.version
 

@@ -189,7 +189,7 @@ class StateWriter:
         self.spend()
 
     def spend(self) -> None:
-        """Write the numbers of all tests and windows that have begun, where they are new."""
+        """Writes the numbers of all tests and windows that have begun, if they are new."""
         self._candidates.spend({OTHERS: self._trials.tests_begun})
         self._windows.spend(self._trials.guard.windows)
 
@@ -208,7 +208,7 @@ class StateWriter:
         self._changed = True
 
     def save(self) -> None:
-        """Write all that has changed with the records, if anything."""
+        """Writes all that has changed with the records, if anything."""
         if self._changed or self._begun:
             self._changed = False
             self.write_serving()

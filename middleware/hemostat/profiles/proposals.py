@@ -108,7 +108,7 @@ class Proposals:
         return lambda: storage.save(states, self._temperature_bias, models, notes)
 
     def restore(self, data: bytes, models: str) -> str:
-        """Go on from an export; its weights. Raises InvalidArgumentError if it is damaged, or about other
+        """Goes on from an export; returns its weights. Raises InvalidArgumentError if it is damaged, or about other
         models or settings."""
         states, text = storage.load(data, self._temperature_bias, models)
         model = self._serving.model
@@ -140,7 +140,7 @@ class Proposals:
         self.count_serving()
 
     def count_serving(self) -> None:
-        """Count what serves, and what was proposed and is tested or waits, as the last proposal of its family, learned
+        """Counts what serves, and what was proposed and is tested or waits, as the last proposal of its family, learned
         from the tokens that its metadata says."""
         serving = [(state.version, state.learned_of) for state in self._serving.kinds.values()]
         proposed = [
@@ -154,14 +154,14 @@ class Proposals:
                 proposed_at[profile.family] = max(tokens, proposed_at.get(profile.family, 0))
 
     def discard_batches(self) -> None:
-        """Forget records that wait for an update: the mode has changed."""
+        """Forgets records that wait for an update: the mode has changed."""
         for learning in self._scopes.values():
             learning.batch = []
 
     # --- temperature and bias --------------------------------------------------------------------------------------
 
     def learn(self, record: TokenRecord, scope: str) -> None:
-        """Learn from a record of the learning side, pooled and in its scope; propose what is due."""
+        """Learns from a record of the learning side, pooled and in its scope; proposes what is due."""
         for each in dict.fromkeys((ALL, scope)):
             self._learn(record, each)
 
@@ -208,7 +208,7 @@ class Proposals:
         return self._serving.active and self._due(scope, CONTEXTUAL, tokens)
 
     def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = ALL) -> bool:
-        """Test a contextual profile, as soon as the test of the scope's last one has ended; False when it is not
+        """Tests a contextual profile, as soon as the test of the scope's last one has ended; returns False if it is not
         accepted now.
 
         report: JSON-ready, shown as the event's evidence; `tokens` is the number of tokens learned from in all. Raises
@@ -231,7 +231,7 @@ class Proposals:
         return enough and self._serving.active and self._due(ALL, ADAPTER, tokens)
 
     def propose_adapter(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
-        """Test an adapter, as soon as the test of the last one has ended; False when it is not accepted now.
+        """Tests an adapter, as soon as the test of the last one has ended; returns False if it is not accepted now.
 
         report: as for `propose`. Raises InvalidProfileError for another model's profile, or one of another family.
         """

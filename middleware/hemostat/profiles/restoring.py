@@ -158,7 +158,7 @@ class Restoring:
         return {candidate: cause for candidate, cause in causes.items() if cause is not None}
 
     def _restore_profiles(self, stored: Iterable[StoredProfile], used: set[str]) -> dict[str, str]:
-        """Hold the newest profiles, as many as fit, and those that are used; delete the others from the store.
+        """Holds the newest profiles, as many as fit, and those that are used; deletes the others from the store.
 
         Returns the versions that cannot be read -> why.
         """

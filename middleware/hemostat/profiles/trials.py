@@ -205,7 +205,7 @@ class Trials:
         queue: Iterable[Candidate],
         watched: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        """Go on from stored tests. What this process itself or the store has counted as begun stays spent.
+        """Goes on from stored tests. What this process itself or the store has counted as begun stays spent.
 
         data: of `Guard.save`; None: all tests begin anew. watched: by kind, the number of a window that was begun.
         Raises InvalidArgumentError if `data` is damaged; then nothing changes.
@@ -246,19 +246,19 @@ class Trials:
     # --- the queue -------------------------------------------------------------------------------------------------
 
     def add(self, candidate: Candidate) -> None:
-        """Append to the queue, behind the candidates of the same or a lower priority number."""
+        """Appends to the queue, behind the candidates of the same or a lower priority number."""
         self._queue.append(candidate)
         self._arrange()
 
     def remove(self, matches: Callable[[Candidate], bool]) -> None:
-        """End the tests of these candidates."""
+        """Ends the tests of these candidates."""
         for candidate in [c for c in self._queue if matches(c)]:
             self._queue.remove(candidate)
             self._give_up(candidate)
         self._arrange()
 
     def restart(self) -> None:
-        """Begin all tests of candidates anew, of other models."""
+        """Begins all tests of candidates anew, of other models."""
         self.guard.forget()
         for candidate in self._queue:
             self.guard.end(candidate.test)
@@ -304,7 +304,7 @@ class Trials:
         return new and _is_testable(candidate, state)
 
     def begin_in(self, kind: str, ends: Callable[[Candidate], bool] = lambda _: False) -> None:
-        """Begin tests in a kind that appeared, changed what serves it, or may be served by a profile again.
+        """Begins tests in a kind that appeared, changed what serves it, or may be served by a profile again.
 
         ends: of a candidate whose test there ends, and does not begin there again. The test of one that waits does not
         begin there either.
@@ -343,7 +343,7 @@ class Trials:
                 self._seen.pop(candidate, None)
 
     def forget_kind(self, kind: str) -> None:
-        """End all tests in a kind that is not followed any more."""
+        """Ends all tests in a kind that is not followed any more."""
         self.guard.forget(kind)
         self.guard.end_kind(WATCH, kind)
         for candidate in self._queue:
@@ -372,7 +372,7 @@ class Trials:
     # --- the watch of what serves ----------------------------------------------------------------------------------
 
     def watch(self, kind: str, like: str | None = None) -> None:
-        """Watch what serves a kind from now on. like: the version whose test proved it, where there is one."""
+        """Watches what serves a kind from now on. like: the version whose test proved it, where there is one."""
         state = self._serving.kinds[kind]
         if state.version is None:
             return

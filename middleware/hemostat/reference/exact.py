@@ -71,7 +71,7 @@ def score(
     allowed: AllowedSets | None = None,
     see: Callable[[slice, torch.Tensor], None] | None = None,
 ) -> ExactScores:
-    """Score `output` [T] after `prompt` [P], P and T ≥ 1, also at `ids` [T, K] (-1 pads: NaN there).
+    """Scores `output` [T] after `prompt` [P], P and T ≥ 1, also at `ids` [T, K] (-1 pads: NaN there).
 
     functionals: name -> float32 [V] on the model's device, or a basis; `expected` is E_r of each at every position.
     codes: of every basis, [T, r].

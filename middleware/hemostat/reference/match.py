@@ -44,7 +44,7 @@ class Match:
 
 
 async def compare(upstream: Upstream, reference: Reference, model: str | None = None) -> Match:
-    """Compare vocabulary size, ids of a probe text, ids of a rendered chat. Starts the reference.
+    """Compares vocabulary size, the ids of a probe text, and the ids of a rendered chat. Starts the reference.
 
     model: the upstream's served name, None for its first. Raises ReferenceFailure if the reference could not be asked.
     """

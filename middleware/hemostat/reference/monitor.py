@@ -116,7 +116,7 @@ class ReferenceMonitor:
         return without_own(cards) if self._adapter_names else cards
 
     async def _match(self, references: References, server: VllmServer) -> None:
-        """Compare every served base model that is not ready with its reference."""
+        """Compares every served base model that is not ready with its reference."""
         if references.first is not None:
             # It loads while the server may still be starting, unless that may need the device.
             if self._waits:
@@ -208,7 +208,8 @@ class ReferenceMonitor:
             await asyncio.sleep(POLL_SECONDS)
 
     def _look_at_scores(self) -> bool:
-        """Note whose scores have begun to fail; True once some may be tried again, or no model is ready any more."""
+        """Notes whose scores have begun to fail; returns True once some may be tried again, or no model is ready any
+        more."""
         failing = {pair.name for pair in self.served.pairs if self._scores_fail(pair.name)}
         down = [pair for pair in self.served.pairs if pair.detail == SCORES_FAILED]
         fails = [p for p in self.served.pairs if p.name in failing and p.state is ReferenceState.READY]
@@ -224,7 +225,7 @@ class ReferenceMonitor:
         return MODELS_SECONDS if ReferenceState.MISMATCH in states else float("inf")
 
     async def _look_at_servers(self, server: VllmServer) -> bool:
-        """Note which adapters were loaded; True when the upstream serves other base models."""
+        """Notes which adapters were loaded; returns True if the upstream serves other base models."""
         pairs = []
         for pair in self.served.pairs:
             # A server that does not answer has not lost a model.
@@ -245,7 +246,7 @@ class ReferenceMonitor:
         self._summarize()
 
     def _update(self, pair: ModelPair) -> None:
-        """Put a pair in the place of the one with its name."""
+        """Puts a pair in the place of the one with its name."""
         old = next(known for known in self.served.pairs if known.name == pair.name)
         if (old.state, old.detail) != (pair.state, pair.detail):
             failed = pair.state in {ReferenceState.MISMATCH, ReferenceState.DOWN}

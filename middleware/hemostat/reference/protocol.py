@@ -199,7 +199,7 @@ class Reference(Protocol):
     """One reference model. All methods raise ReferenceFailure and nothing else."""
 
     async def start(self) -> ReferenceInfo:
-        """Load or connect; returns when it can score."""
+        """Loads the model or connects to its server; returns when it can score."""
 
     async def score(self, request: ScoreRequest) -> ReferenceScores:
         """Returns the scores of the request's output."""

@@ -28,7 +28,7 @@ class TransformersReference:
         self._worker = ReferenceWorker(worker_messages.Load(model, dtype, device, threads_or_default(threads)))
 
     async def start(self) -> ReferenceInfo:
-        """Load the model; returns at once when it is loaded. Raises ReferenceFailure, and may be called again after
+        """Loads the model; returns at once when it is loaded. Raises ReferenceFailure, and may be called again after
         one."""
         loaded = await self._worker.start()
         return ReferenceInfo(
@@ -68,5 +68,5 @@ class TransformersReference:
         return await self._worker.token_ids(lambda number: worker_messages.Tokenize(number, text))
 
     async def close(self) -> None:
-        """End the worker; the request under way fails."""
+        """Ends the worker; the request under way fails."""
         await self._worker.close()

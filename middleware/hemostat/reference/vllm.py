@@ -73,7 +73,7 @@ class VllmReference:
         self._probing = asyncio.Lock()
 
     def use(self, server: VllmServer) -> None:
-        """Score at another server of the same model; `start` comes next. Whoever made the server closes it."""
+        """Scores at another server of the same model; `start` comes next. Whoever made the server closes it."""
         self._server = server
 
     async def start(self) -> ReferenceInfo:

@@ -45,7 +45,7 @@ class ReferenceWorker:
         self._closed = False
 
     async def start(self) -> worker_messages.Loaded:
-        """Load what there is to load; returns at once when it is loaded. May be called again after a failure."""
+        """Loads what there is to load; returns at once when it is loaded. May be called again after a failure."""
         async with self._starting:
             if self._closed:
                 raise ReferenceFailure(FailureReason.DOWN, "the reference is closed")
@@ -139,7 +139,7 @@ class ReferenceWorker:
         return await self.running()[0].token_ids(request)
 
     async def close(self) -> None:
-        """End the process; the request under way fails."""
+        """Ends the process; the request under way fails."""
         self._closed = True
         if self._keeper is not None:
             self._keeper.cancel()

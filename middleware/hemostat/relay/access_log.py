@@ -124,7 +124,7 @@ class AccessLog:
         self.request("", routes.OTHER, status, REFUSED, 0, 0.0, None, "none", "", transport)
 
     def flush(self) -> None:
-        """Begin to write what waits, if nothing is being written."""
+        """Begins to write what waits, if nothing is being written."""
         if self._waiting and self._writing is None:
             data = b"".join(self._waiting)
             self._waiting = []
@@ -162,7 +162,7 @@ class AccessLog:
         return 0
 
     async def close(self, timeout: float = 1.0) -> None:  # noqa: ASYNC109  a limit, not a cancellation
-        """Write what waits, as far as it is possible in this time."""
+        """Writes what waits, as far as it is possible in this time."""
         for _ in range(2):  # what is being written, then what has waited meanwhile
             self.flush()
             if self._writing is not None:

@@ -186,7 +186,7 @@ def _merge_events(data: bytes) -> Response:
 
 
 def _append_tool_call(message: Message, part: ToolCall) -> None:
-    """Append a part's arguments to the tool call with the same index."""
+    """Appends a part's arguments to the tool call with the same index."""
     calls = message.tool_calls
     assert calls is not None
     call = next((c for c in calls if c.index == part.index), None)

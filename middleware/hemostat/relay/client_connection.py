@@ -229,7 +229,7 @@ class ClientConnection(asyncio.Protocol):
     # Requests.
 
     def _advance(self) -> None:
-        """Read requests from the buffer, one at a time, until one waits for its response, more has to be read, or the
+        """Reads requests from the buffer, one at a time, until one waits for its response, more has to be read, or the
         client has used up its turn."""
         if self._advancing or self._waits:
             return
@@ -253,7 +253,7 @@ class ClientConnection(asyncio.Protocol):
             self._count()
 
     def _read_head(self) -> bool:
-        """Begin the next request. False while its head is incomplete, or if nothing more is to be read."""
+        """Begins the next request. False while its head is incomplete, or if nothing more is to be read."""
         context = self._context
         limits = context.limits
         buffer = self._buffer
@@ -320,7 +320,7 @@ class ClientConnection(asyncio.Protocol):
         return self.state is not _CLOSING
 
     def _append(self, data: bytes) -> None:
-        """Add to the buffer. One array, not a list: a client can send each byte in a packet of its own."""
+        """Adds to the buffer. One array, not a list: a client can send each byte in a packet of its own."""
         if not self._buffer:
             self._buffer = data
             return
@@ -334,7 +334,7 @@ class ClientConnection(asyncio.Protocol):
         self._searched = 0
 
     def _compact(self) -> None:
-        """Leave out of the buffer what has been used."""
+        """Leaves out of the buffer what has been used."""
         at = self._at
         size = len(self._buffer)
         self._searched = max(0, self._searched - at)
@@ -342,7 +342,7 @@ class ClientConnection(asyncio.Protocol):
         self._buffer = b"" if at == size else _part(self._buffer, at, size)
 
     def _use_turn(self, size: int) -> bool:
-        """Count work for the client. Returns True if its turn is used up, so that the connection waits for another."""
+        """Counts work for the client. Returns True if its turn is used up, so that the connection waits for another."""
         if self._context.turns.use(self.holding.network, size) and not self._waits:
             self._waits = True
             self._context.turns.wait(self.holding.network, self)
@@ -427,7 +427,7 @@ class ClientConnection(asyncio.Protocol):
             self._update_reading()
 
     def _update_reading(self) -> None:
-        """Let the transport read, unless reading is paused or the client has to wait for its turn."""
+        """Lets the transport read, unless reading is paused or the client has to wait for its turn."""
         reading = not self.reading_paused and not self._waits
         if reading is not self._reading and not self.eof and not self.transport.is_closing():
             self._reading = reading
@@ -439,7 +439,7 @@ class ClientConnection(asyncio.Protocol):
     # The budget.
 
     def _count(self) -> None:
-        """Tell the budget what is in the buffer. Any request may have to give way for it, this client's too."""
+        """Tells the budget what is in the buffer. Any request may have to give way for it, this client's too."""
         holding, added = self.holding, len(self._buffer) - self._counted
         if not added:
             return

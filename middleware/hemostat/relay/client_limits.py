@@ -110,7 +110,7 @@ class ClientLimits:
             client.in_progress -= 1
 
     def _make_room(self) -> None:
-        """Forget clients without a request in progress; those with one are fewer than the relay's connections."""
+        """Forgets clients without a request in progress; those with one are fewer than the relay's connections."""
         for _ in range(min(len(self._clients), 8)):
             if len(self._clients) < MAX_CLIENTS:
                 return

@@ -25,7 +25,7 @@ class ClientSide(Protocol):
         """It is True if no request can follow the present one."""
 
     def pause_reading(self) -> None:
-        """Take nothing more from the client for now."""
+        """Takes nothing more from the client for now."""
 
     def resume_reading(self) -> None: ...
 

@@ -90,7 +90,7 @@ class Clients(Generic[Connection]):
         await self._none.wait()
 
     def _evict(self, candidates: Iterable[Connection], number: int, limit: str) -> bool:
-        """Close some of the candidates that wait; False, and a connection is refused, where none does."""
+        """Closes some of the candidates that wait; returns False if none waits: then a connection is refused."""
         evictable = (candidate for candidate in candidates if candidate.evictable)
         waiting = sorted(evictable, key=lambda candidate: candidate.since)
         left = self._numbers.copy()

@@ -27,7 +27,7 @@ class Counters:
         self.requests[key] = self.requests.get(key, 0) + 1
 
     def add(self, name: str, labels: tuple[str, ...], by: float = 1.0) -> None:
-        """Add to a counter. labels: its label values, in the metric's order."""
+        """Adds to a counter. labels: its label values, in the metric's order."""
         series = self.other.get(name)
         if series is None:
             series = self.other[name] = {}

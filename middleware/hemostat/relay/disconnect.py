@@ -37,7 +37,7 @@ class Watched(Protocol):
         """It is True if the client has shut down its sending side."""
 
     def probe(self) -> bool:
-        """Send bytes without a meaning, if that is possible here. False if there is no response in progress, or it
+        """Sends bytes without a meaning, if that is possible here. False if there is no response in progress, or it
         has been probed before."""
 
 
@@ -52,7 +52,7 @@ class DisconnectWatcher:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Check at intervals, as long as the connection is unread."""
+        """Checks at intervals, as long as the connection is unread."""
         if self._timer is None and _HAS_TCP_INFO:
             self._timer = self._loop.call_later(0.0 if self._connection.eof else CHECK_SECONDS, self._check)
 

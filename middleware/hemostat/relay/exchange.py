@@ -140,7 +140,7 @@ class Exchange:
     # The request, from the client's connection.
 
     def start(self, body: bytes, *, complete: bool, more_read: bool) -> None:
-        """Ask the hook, then begin to send the request upstream. body: the whole body, if `complete`; otherwise it
+        """Asks the hook, then begins to send the request upstream. body: the whole body, if `complete`; otherwise it
         follows by `request_data`. more_read: the client has sent some of it already."""
         context, request = self._context, self._request
         self.request_complete = complete
@@ -218,7 +218,7 @@ class Exchange:
         self._respond(503, error_body(503, reason, "overloaded"), ends.OVERLOADED)
 
     def _ask_hook(self, hook: Hook) -> bool:
-        """Ask whether the hook wants to see the request (then `_hook` is set). Returns True if it has refused it."""
+        """Asks whether the hook wants to see the request (then `_hook` is set). Returns True if it has refused it."""
         context, request = self._context, self._request
         try:
             method, fields = request.method.decode("ascii"), Fields(request.received)
@@ -234,7 +234,7 @@ class Exchange:
         return False
 
     def _send(self, body: bytes, started: float) -> None:
-        """Send the request upstream, as the hook wants it: whole, or as much as is here of a long one."""
+        """Sends the request upstream, as the hook wants it: whole, or as much as is here of a long one."""
         hook, outgoing = self._hook, self.outgoing
         if not outgoing.choose_engine(body, self._route, draw=hook is not None and hook.draws_engine):
             self.response_failed("the name in upstream.url has no address yet")
@@ -255,7 +255,7 @@ class Exchange:
         self._dispatch(payload, started)
 
     def _dispatch(self, payload: bytes, started: float) -> None:
-        """Send a request, or its beginning, upstream: now, or when there is a connection."""
+        """Sends a request, or its beginning, upstream: now, or when there is a connection."""
         if not self.request_complete and not self.outgoing.begin_upload():
             self._overloaded(UPLOADS_EXHAUSTED)
             return
@@ -282,7 +282,7 @@ class Exchange:
             self.outgoing.sent(payload)
 
     def _send_more(self, data: bytes, started: float) -> None:
-        """Send more of a body upstream."""
+        """Sends more of a body upstream."""
         if self.request_complete:
             self.outgoing.end_upload()
         if self.upstream is not None:
@@ -450,7 +450,7 @@ class Exchange:
         self._client.exchange_ended(keep_alive=keep_alive)
 
     def _end_collected(self) -> bool:
-        """Send the response, its body whole; False if the request is sent again instead."""
+        """Sends the response, its body whole; returns False if the request is sent again instead."""
         started = perf_counter()
         head, hook = self._response, self._hook
         assert head is not None
@@ -476,7 +476,7 @@ class Exchange:
         return True
 
     def _end_streamed(self) -> bool:
-        """Send the end of the response; False if the request is sent again instead."""
+        """Sends the end of the response; returns False if the request is sent again instead."""
         if self._held_head and self._replay():
             return False
         if self._hook is not None and self._hook.lost:
@@ -499,7 +499,7 @@ class Exchange:
         return True
 
     def response_failed(self, reason: str) -> None:
-        """Answer with 502, or close the client's connection where the response's head has been sent already."""
+        """Answers with 502, or closes the client's connection if the response's head has been sent already."""
         self.outgoing.broke_off()
         self.upstream = None
         if self.state is not STREAMING:
@@ -511,7 +511,7 @@ class Exchange:
     # The held-back head.
 
     def _release_held_head(self) -> None:
-        """Send the head, which has been held back for too long."""
+        """Sends the head, which has been held back for too long."""
         hook = self._hook
         assert hook is not None
         if self._held_head and self.state is HEAD_HELD and not hook.withholds:
@@ -526,7 +526,7 @@ class Exchange:
             self._hold = None
 
     def _send_head(self, data: bytes) -> None:
-        """Send the head, with the first bytes of the body in their framing."""
+        """Sends the head, with the first bytes of the body in their framing."""
         self._enter(STREAMING)
         self._transport.write(self._held_head + data)
         self._held_head = b""
@@ -535,7 +535,7 @@ class Exchange:
         self._overhead += perf_counter() - self._received
 
     def _replay(self) -> bool:
-        """Ask the hook whether to discard the response that is now complete, and to send the client's own request."""
+        """Asks the hook whether to discard the response that is now complete, and to send the client's own request."""
         hook = self._hook
         if not self.outgoing.rewritten or hook is None or not hook.transforming or not hook.replay():
             return False
@@ -543,7 +543,7 @@ class Exchange:
         return True
 
     def _send_own(self, hook: FailOpenHook) -> None:
-        """Send the client's own request in place of the one that was rewritten."""
+        """Sends the client's own request in place of the one that was rewritten."""
         started = perf_counter()
         self._keep_alive = self._request.keep_alive
         self._response = None
@@ -585,10 +585,11 @@ class Exchange:
             self.upstream.resume()
 
     def probe(self) -> bool:
-        """Send bytes without a meaning to a client that has shut down its sending side, to find out whether it is gone.
+        """Sends bytes without a meaning to a client that has shut down its sending side, to find out whether it is
+        gone.
 
         Before the response's head an interim response is sent, before a chunk's size a zero; elsewhere nothing can be.
-        False if the client has been probed before.
+        Returns False if the client has been probed before.
         """
         if self._probed:
             return False
@@ -615,7 +616,7 @@ class Exchange:
         self._finish(ends.CLIENT_GONE)
 
     def _leave_upstream(self) -> None:
-        """Stop waiting for a connection, or close the one whose response is no longer wanted."""
+        """Stops waiting for a connection, or closes the one whose response is no longer wanted."""
         if self.state is QUEUED:
             self.outgoing.engine.pool.cancel(self)
         upstream, self.upstream = self.upstream, None
@@ -623,7 +624,7 @@ class Exchange:
             upstream.abort()
 
     def _respond(self, status: int, body: bytes, outcome: str, fields: bytes = b"") -> None:
-        """Answer the request with a response of the relay's own. fields: more field lines, each with its CRLF."""
+        """Answers the request with a response of the relay's own. fields: more field lines, each with its CRLF."""
         request = self._request
         keep = self._keep_alive and self.request_complete and not self._client.last_request
         if not keep or not request.minor:
@@ -633,7 +634,8 @@ class Exchange:
         self._client.exchange_ended(keep_alive=keep)
 
     def _finish(self, outcome: str, *, complete: bool = False, own_status: int = 0) -> None:
-        """Count and report the exchange. complete: the whole response has been sent. own_status: of the relay's own."""
+        """Counts and reports the exchange. complete: the whole response has been sent. own_status: of the relay's
+        own."""
         asked = self.request_complete and self.state in _ASKED
         self._enter(DONE)
         self.outgoing.end()

@@ -149,7 +149,7 @@ class FailOpenHook:
             self._on_error()
 
     def _note(self, data: bytes, given: bytes) -> None:
-        """Note what the hook still holds, after it got `data` and has given back `given`."""
+        """Notes what the hook still holds, after it got `data` and has given back `given`."""
         self._held.append(data)
         if not given:
             return

@@ -44,7 +44,7 @@ class GenerationReport:
         self._span: RequestSpan | None = None
 
     def start_span(self, tracing: Tracing, request: RequestHead) -> None:
-        """Start the request's span and make it the parent of the upstream's, also as the hook sees the request."""
+        """Starts the request's span and makes it the parent of the upstream's, also as the hook sees the request."""
         received = {name.lower().decode(): value.decode("latin-1") for name, value in split_fields(request.lines)}
         try:
             self._span = tracing.start_request(self._route, received, self._request_id)

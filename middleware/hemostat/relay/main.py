@@ -74,7 +74,8 @@ def _print(line: dict[str, Any]) -> None:
 
 
 async def drain(relay: Relay, end: _End, shutdown_seconds: float, drain_seconds: float) -> bool:
-    """Let the requests in progress end; False if some have not. A relay that was replaced may be stopped meanwhile."""
+    """Lets the requests in progress end; returns False if some have not. A relay that was replaced may be stopped
+    meanwhile."""
     if not end.stop.is_set():
         draining = asyncio.create_task(relay.drain(drain_seconds, REPLACED_IDLE_SECONDS))
         stopping = asyncio.create_task(end.stop.wait())
@@ -112,7 +113,7 @@ def _within_descriptors(config: dict[str, Any]) -> tuple[Limits, UpstreamSetting
 
 
 async def run(config: dict[str, Any]) -> None:
-    """Serve until SIGTERM, SIGINT or SIGUSR1, then let the requests in progress end."""
+    """Serves until SIGTERM, SIGINT or SIGUSR1, then lets the requests in progress end."""
     loop = asyncio.get_running_loop()
     end = _End(loop)
 
@@ -187,7 +188,7 @@ async def run(config: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Exit code 0 after an orderly stop, 1 if it cannot start."""
+    """Runs a relay; returns the exit code, 0 after an orderly stop, 1 if it cannot start."""
     watch = end_after_supervisor()
     _print({"loaded": True})
     if not (line := sys.stdin.readline()):

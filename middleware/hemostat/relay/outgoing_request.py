@@ -97,7 +97,7 @@ class OutgoingRequest:
         return len(self._unsent)
 
     def hold(self, data: bytes, *, complete: bool = False) -> None:
-        """Keep bytes that cannot be sent yet. complete: the whole request is here."""
+        """Keeps bytes that cannot be sent yet. complete: the whole request is here."""
         holding = self._client.holding
         size = len(data)
         if not self._held:
@@ -316,9 +316,9 @@ class OutgoingRequest:
         return client_key(self.head, self._client.holding.network)
 
     def _redirect(self, *, free: bool) -> bool:
-        """Choose an engine that has not failed to answer it; False where there is none, or the budget for retries is
-        used up. free: it does not count. Otherwise an engine has answered, if with an error: that is better than what
-        an engine out of reach has, or one that is to get no requests."""
+        """Chooses an engine that has not failed to answer it; returns False if there is none, or the budget for retries
+        is used up. free: it does not count. Otherwise an engine has answered, if with an error: that is better than
+        what an engine out of reach has, or one that is to get no requests."""
         upstreams = self._context.upstreams
         if upstreams.only is not None or len(self._tried) > MAX_RESENDS:
             return False

@@ -131,7 +131,7 @@ class Relay:
         self._context.hook = hook
 
     async def serve(self, *sockets: socket.socket) -> None:
-        """Listen on bound sockets; returns at once, or after the first look-up of the engines' name."""
+        """Listens on bound sockets; returns at once, or after the first look-up of the engines' name."""
         if self._resolver is not None:
             await self._resolver.resolve()
         watchers = [watcher for watcher in (self._resolver, self._checker) if watcher is not None]
@@ -154,10 +154,10 @@ class Relay:
         timeout: float,  # noqa: ASYNC109  not a cancellation
         idle_seconds: float = STOP_IDLE_SECONDS,
     ) -> bool:
-        """Accept no more connections, and wait up to `timeout` seconds for the requests in progress to end.
+        """Accepts no more connections, and waits up to `timeout` seconds for the requests in progress to end.
 
         idle_seconds: connections without a request stay open for so long, as their clients may have sent one or be
-        about to; its response closes the connection. False if some requests have not ended.
+        about to; its response closes the connection. Returns False if some requests have not ended.
         """
         self._context.draining = True
         self._context.idle_drain_seconds = idle_seconds
@@ -177,7 +177,7 @@ class Relay:
         return sum(client.exchange is not None for client in self.clients)
 
     async def _accept_waiting(self) -> None:
-        """Take the connections that wait in the queues of the listening sockets: closing these would reset them.
+        """Takes the connections that wait in the queues of the listening sockets: closing these would reset them.
 
         Their clients may have sent requests already, and cannot know that nobody has accepted them.
         """

@@ -66,7 +66,7 @@ class RequestBudget:
         self._bytes.add(holding, size)
 
     def enforce(self) -> None:
-        """Keep to the limit; `give_way` of any owner may be called."""
+        """Keeps to the limit; `give_way` of any owner may be called."""
         self._peak = max(self._peak, self.held_bytes)
         if self._enforcing:
             return  # whoever gives way may begin its next request: the loop further up goes on

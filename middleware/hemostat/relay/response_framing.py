@@ -32,10 +32,11 @@ _UNTIL_CLOSE: Final = BodyMode.UNTIL_CLOSE
 
 
 def frame_response(head: ResponseHead, *, http11: bool, transformed: bool, close: bool) -> tuple[BodyMode, bool]:
-    """Choose the body's mode, and make the head's fields agree with it.
+    """Chooses the body's mode, and makes the head's fields agree with it.
 
-    http11: the client's version is HTTP/1.1, not 1.0. transformed: a hook changes the body. close: the client's
-    connection is to be closed after the response. Returns the mode, and whether the connection has to be closed.
+    http11: True if the client's version is HTTP/1.1, not 1.0. transformed: True if a hook changes the body. close: True
+    if the client's connection is to be closed after the response. Returns the mode, and whether the connection has to
+    be closed.
     """
     length = head.length
     mode = _CHUNKED if http11 else _UNTIL_CLOSE

@@ -173,7 +173,7 @@ class Shares:
         return None
 
     def _rank(self) -> None:
-        """Bring those that have come since into the order of all."""
+        """Brings those that have come since into the order of all."""
         if not self._unranked:
             return
         unranked, self._unranked = self._unranked, {}

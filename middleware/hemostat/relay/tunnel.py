@@ -36,7 +36,8 @@ class Tunnel:
 
 
 def _half_close(transport: asyncio.Transport) -> bool:
-    """Shut down the sending side; close, where that is impossible (TLS). True if the other direction stays open."""
+    """Shuts down the sending side; closes instead if that is impossible (TLS). True if the other direction stays
+    open."""
     if transport.is_closing():
         return False
     if transport.can_write_eof():

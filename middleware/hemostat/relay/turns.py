@@ -28,7 +28,7 @@ class Waiting(Protocol):
     """A connection that may have to wait for its turn."""
 
     def take_turn(self) -> None:
-        """Go on, and wait again if there is more to do."""
+        """Goes on, and waits again if there is more to do."""
 
 
 class Turns:
@@ -45,14 +45,14 @@ class Turns:
         network's connections."""
 
     def use(self, network: bytes, size: int) -> bool:
-        """Count work of so many bytes. Returns True if the network has used up its turn."""
+        """Counts work of so many bytes. Returns True if the network has used up its turn."""
         used = self._used.get(network, 0) + size
         self._used[network] = used
         self._schedule()
         return used >= TURN_BYTES
 
     def wait(self, network: bytes, connection: Waiting) -> None:
-        """Call the connection's `take_turn` in a later turn."""
+        """Calls the connection's `take_turn` in a later turn."""
         self._waiting.setdefault(network, {})[connection] = None
         self._schedule()
 

@@ -33,12 +33,12 @@ class DistanceSource(Protocol):
         versions: tuple[str, ...],
         done: Callable[[Mapping[str, ExactDistances]], None],
     ) -> bool:
-        """Compute the distances of these versions (`IDENTITY`: the compressed model itself) on the record's tokens.
+        """Computes the distances of these versions (`IDENTITY`: the compressed model itself) on the record's tokens.
 
-        False: refused, and `done` is never called. Otherwise it is called once, later, in the event loop, in the order
-        of the offers: with the distances, empty where they could not be computed. Of a model whose logits are not
-        finite at a position, the KL is infinite there, the total variation 1: to leave the record out would be a
-        selection by its outcome.
+        Returns False if this is refused: then `done` is never called. Otherwise it is called once, later, in the event
+        loop, in the order of the offers: with the distances, empty if they could not be computed. Of a model whose
+        logits are not finite at a position, the KL is infinite there, the total variation 1: to leave the record out
+        would be a selection by its outcome.
         """
 
 
@@ -70,7 +70,7 @@ class DistanceWaits:
     def use(
         self, record: TokenRecord, prompt_ids: Ids, versions: tuple[str, ...], then: Callable[[TokenRecord], None]
     ) -> None:
-        """Hand the record to `then`, with its distances where they can be had; at once where they are refused."""
+        """Hands the record to `then`, with its distances if they can be had; at once if they are refused."""
         number = self._offered = self._offered + 1
 
         def done(distances: Mapping[str, ExactDistances]) -> None:

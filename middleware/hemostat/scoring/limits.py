@@ -50,7 +50,7 @@ class ShadowQueue:
         return True
 
     def take(self, is_ready: Callable[[Capture], bool] = lambda _: True) -> Capture | None:
-        """Remove and return the first capture that is ready; None when none is."""
+        """Removes and returns the first capture that is ready; returns None if none is."""
         for n, capture in enumerate(self._items):
             if is_ready(capture):
                 del self._items[n]
@@ -102,7 +102,8 @@ class TokenBudget:
         self._level = self.burst
 
     async def take(self, tokens: int, clock: Callable[[], float]) -> None:
-        """Wait until `tokens` may be spent, behind those who came before, and spend them. clock: monotonic seconds."""
+        """Waits until `tokens` may be spent, behind those who came before, and spends them. clock: monotonic
+        seconds."""
         async with self._turn:
             while delay := self.delay(tokens, clock()):  # noqa: ASYNC110  waits for time, not an event
                 await asyncio.sleep(delay)

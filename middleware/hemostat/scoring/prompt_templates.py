@@ -38,7 +38,7 @@ class PromptTemplates:
         return self._table.assign(prompt, conversation)
 
     def restore(self, stored: bytes | None, salt: bytes) -> None:
-        """Go on from what an earlier run stored under this salt."""
+        """Goes on from what an earlier run stored under this salt."""
         self._table = TemplateTable(salt)
         if stored is None:
             return
@@ -48,7 +48,7 @@ class PromptTemplates:
             log.error("stored templates of prompts: %s; they are found anew", error)
 
     def save(self) -> None:
-        """Queue a write, where something has changed."""
+        """Queues a write if something has changed."""
         if self._changed:
             self._changed, self._saved_at = False, self._clock()
             self._writes.put_blob(BLOB_KEY, self._table.save())

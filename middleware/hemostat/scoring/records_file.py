@@ -58,7 +58,7 @@ class RecordsFile:
         self.write(scored.capture, scored.record, scored.figures)
 
     def write(self, capture: Capture, record: TokenRecord, figures: TokenDivergence) -> None:
-        """Append a record, or count it as lost."""
+        """Appends a record, or counts it as lost."""
         if self._failures and self._clock() < self._retry_at:
             self.lost += 1
             return

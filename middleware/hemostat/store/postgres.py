@@ -367,7 +367,7 @@ class _Session:
         return self.rows(statement, *values)[0][0]
 
     def undo(self) -> None:
-        """End the transaction. psycopg.Error where the session has ended."""
+        """Ends the transaction. Raises psycopg.Error if the session has ended."""
         if self._connection.info.transaction_status:  # not idle
             self.run("ROLLBACK")
 

@@ -204,7 +204,7 @@ class StoreWrites(Protocol):
         """Sets a state; None deletes it."""
 
     def put_blob(self, key: str, data: bytes) -> None:
-        """Keep up to `MAX_BLOB_BYTES` under a name, in place of what it held."""
+        """Keeps up to `MAX_BLOB_BYTES` under a name, in place of what it held."""
 
     def queued(self) -> int:
         """Returns the number of the write that was queued last."""

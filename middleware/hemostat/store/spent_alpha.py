@@ -93,7 +93,7 @@ class SpentAlpha:
         return number <= self._stored.get(name, self._stored.get(OTHERS, 0))
 
     def restore(self, stored: str | None) -> None:
-        """Go on from what an earlier run stored."""
+        """Goes on from what an earlier run stored."""
         if stored is None:
             return
         self._counts = _read(stored, self.key)

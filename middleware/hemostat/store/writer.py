@@ -114,7 +114,7 @@ class StoreWriter:
         self._note()
 
     def claim(self) -> None:
-        """Make a commit, also where nothing waits."""
+        """Makes a commit, even if nothing waits."""
         self._note()
 
     def queued(self) -> int:
@@ -150,7 +150,7 @@ class StoreWriter:
                 await asyncio.sleep(backoff.pause())
 
     async def write(self) -> None:
-        """Try once to write what waits, the commit whose outcome is not known first. Raises StoreFailure."""
+        """Tries once to write what waits, the commit whose outcome is not known first. Raises StoreFailure."""
         while self._queued > self._written:
             commit = self._commit or self._begin()
             given = commit.writes, self.head.revision, commit.commit_id

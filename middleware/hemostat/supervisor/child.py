@@ -92,7 +92,7 @@ class Child:
         return 0 if self._process is None else self._process.pid
 
     async def load(self) -> None:
-        """Start the process; returns when it has imported its modules and waits for its settings. Raises
+        """Starts the process; returns when it has imported its modules and waits for its settings. Raises
         StartFailure."""
         try:
             self._process = await asyncio.create_subprocess_exec(
@@ -108,7 +108,7 @@ class Child:
         await self._line()
 
     async def begin(self) -> None:
-        """Send its settings to a loaded process; returns when it listens. Raises StartFailure."""
+        """Sends its settings to a loaded process; returns when it listens. Raises StartFailure."""
         self.send(self.launch.settings)
         self.listening = await self._line()
 
@@ -160,7 +160,7 @@ class Child:
                 log.error("%s", failure)
 
     async def _end_of(self, process: asyncio.subprocess.Process) -> int:
-        """Wait for its end, and kill it if it is silent for too long. Returns its exit code."""
+        """Waits for its end, and kills it if it is silent for too long. Returns its exit code."""
         self._silence = None
         ending = asyncio.create_task(process.wait(), name=f"end of {self.name}")
         hearing = asyncio.create_task(self._hear(process), name=f"hears {self.name}")
@@ -184,7 +184,7 @@ class Child:
         return self._silence is not None and self._silence.look(time.monotonic()) >= self._silent_seconds
 
     async def _hear(self, process: asyncio.subprocess.Process) -> None:
-        """Read what it writes, until the end of its output."""
+        """Reads what it writes, until the end of its output."""
         assert process.stdout is not None
         while data := await process.stdout.read(4096):
             if BEAT not in data:

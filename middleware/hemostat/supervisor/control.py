@@ -35,7 +35,7 @@ class ControlProcess:
         return Child("control" if self._role.control else "admin port", MODULES[self._role], launch)
 
     async def load(self) -> None:
-        """Start it as far as it can be while another one still works: it has imported its modules. Raises
+        """Starts it as far as it can be while another one still works: it has imported its modules. Raises
         StartFailure."""
         await self._child.load()
 
@@ -45,9 +45,9 @@ class ControlProcess:
         self._child.keep()
 
     async def replace(self, launch: Launch) -> None:
-        """Stop the process in order, then begin its successor, which is loaded already.
+        """Stops the process in order, then begins its successor, which is loaded already.
 
-        StartFailure: the successor did not start; one with the former settings serves again.
+        Raises StartFailure if the successor did not start; one with the former settings serves again then.
         """
         former, successor = self._child, self._make(launch)
         try:
@@ -69,7 +69,7 @@ class ControlProcess:
         await self._child.stop(signal.SIGTERM, STOP_SECONDS)
 
     async def resume(self) -> None:
-        """Start again after `stop`; keeps trying where that fails."""
+        """Starts again after `stop`; keeps trying if that fails."""
         try:
             await self._child.start()
         except StartFailure as failure:

@@ -87,7 +87,7 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
 
 
 async def follow(lines: asyncio.StreamReader, app: FastAPI) -> None:
-    """Apply what the supervisor sends, until cancelled."""
+    """Applies what the supervisor sends, until cancelled."""
     while line := await lines.readline():
         message = json.loads(line)
         if "settings" in message:

@@ -40,7 +40,8 @@ class Relays:
         self._replaced: list[tuple[list[Child], asyncio.Task[None]]] = []
 
     async def start(self, launches: Sequence[Launch]) -> None:
-        """Start a relay for each; they are not kept running before `keep`. StartFailure: none is left running."""
+        """Starts a relay for each; they are not kept running before `keep`. Raises StartFailure, with none left
+        running."""
         relays = [
             Child(f"relay {n}", MODULE, launch, self._spare.take, RELAY_SILENT_SECONDS)
             for n, launch in enumerate(launches)
@@ -61,9 +62,10 @@ class Relays:
             await self._spare.provide(sorted({fd for relay in self._serving for fd in relay.launch.fds}))
 
     async def replace(self, launches: Sequence[Launch], settings: Settings) -> None:
-        """Start a relay for each, on the same sockets; only then the former ones accept no more connections.
+        """Starts a relay for each, on the same sockets; only then the former ones accept no more connections.
 
-        settings: how long those may drain. StartFailure: the former ones go on as if nothing had been asked.
+        settings: how long those may drain. Raises StartFailure; then the former ones go on as if nothing had been
+        asked.
         """
         former = self._serving
         await self.start(launches)
@@ -84,7 +86,7 @@ class Relays:
         await asyncio.gather(self._stop(self._serving, DRAIN, within), *(task for _, task in self._replaced))
 
     async def stop(self, within: float) -> None:
-        """Stop all relays; those that were being drained, too."""
+        """Stops all relays, and those that were being drained, too."""
         await self._spare.stop()
         relays = list(self._serving)
         for former, task in self._replaced:

@@ -42,10 +42,10 @@ def _print_line(text: str) -> None:
 
 
 def main(load: Callable[[], Settings], role: Role = Role.SERVE, announce: Callable[[str], None] | None = None) -> int:
-    """Run until SIGTERM or SIGINT, or until a successor has taken over; 0, or 2 when a process cannot start.
+    """Runs until SIGTERM or SIGINT, or until a successor has taken over; returns 0, or 2 if a process cannot start.
 
     load: reads the configuration, now and at every SIGHUP. Raises ConfigError. announce: None prints lines for people,
-    or logs them where the log is for programs.
+    or logs them if the log is for programs.
     """
     load = partial(with_role, load, role)
     settings = load()
@@ -113,7 +113,7 @@ def _select(
     *,
     any_address: bool,
 ) -> None:
-    """Add a predecessor's sockets to `passed`: those that are bound to the configured address, or all of them."""
+    """Adds a predecessor's sockets to `passed`: those that are bound to the configured address, or all of them."""
     for name, count in counts.items():
         own, received = received[:count], received[count:]
         if own and name in wanted and name not in passed and (any_address or serves(own[0], *wanted[name][1])):
@@ -178,7 +178,7 @@ class Supervisor:
         service.notify("READY=1")
 
     def _announce_ports(self) -> None:
-        """Say the addresses first, so that programs find them in the first lines, then what people should know."""
+        """Says the addresses first, so that programs find them in the first lines, then what people should know."""
         settings, sockets = self._settings, self._sockets
         host, admin = _url_host(settings.listen.host), _url_host(settings.admin.host)
         if sockets.data:
@@ -205,7 +205,7 @@ class Supervisor:
             self._announce_waiting_times(settings)
 
     def _announce_waiting_times(self, settings: Settings) -> None:
-        """Say what is known when, so that nobody takes a day of silence for a fault."""
+        """Says what is known when, so that nobody takes a day of silence for a fault."""
         times = waiting_times(settings)
         if times:
             self._announce("hemostat: what is known when, at the earliest:")
@@ -216,8 +216,8 @@ class Supervisor:
         return relay_launches(settings, self._sockets, self._folder.control_socket, access_log, self._role)
 
     async def obey(self) -> None:
-        """Do what signals and successors ask for, until a successor has taken over and all relays have drained.
-        Stopped."""
+        """Does what signals and successors ask for, until a successor has taken over and all relays have drained.
+        Raises Stopped at SIGTERM or SIGINT."""
         while not self._replaced:
             command = await self._commands.next()
             if command is Command.RELOAD:
@@ -229,7 +229,8 @@ class Supervisor:
         await self._commands.unless_stopped(self._relays.drain(self._settings.drain_seconds))
 
     async def _reload(self) -> None:
-        """Read the configuration; where it is valid, replace the relays, and the control process if that is needed."""
+        """Reads the configuration; where it is valid, replaces the relays, and the control process if that is
+        needed."""
         service.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             plan = plan_reload(self._settings, await asyncio.to_thread(self._load))
@@ -272,14 +273,14 @@ class Supervisor:
         service.notify("READY=1")
 
     async def _restore_control(self) -> None:
-        """Begin the control process with the former configuration again: the relays did not start with the new one."""
+        """Begins the control process with the former configuration again: the relays did not start with the new one."""
         try:
             await self._control.replace(control_launch(self._settings, self._sockets, self._folder, self._report))
         except StartFailure as failure:
             log.error("SIGHUP: %s with the former configuration; the control process has the new one", failure)
 
     def _start_successor(self) -> Channel | None:
-        """Start the program anew, as this process was started."""
+        """Starts the program anew, as this process was started."""
         if os.getpid() == CONTAINER_INIT:
             log.error(
                 "SIGUSR2: this is a container's first process, with which the container would end; replace the pod"
@@ -336,7 +337,7 @@ class Supervisor:
         log.info("process %s serves; draining for up to %.0f s", pid, self._settings.drain_seconds)
 
     async def stop(self) -> None:
-        """Let the requests in progress end, within `shutdown_seconds`; the successor's go on."""
+        """Lets the requests in progress end, within `shutdown_seconds`; the successor's go on."""
         if not self._replaced:
             log.info("stopping: draining for up to %.0f s", self._settings.shutdown_seconds)
             service.notify("STOPPING=1")

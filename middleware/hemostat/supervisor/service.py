@@ -59,7 +59,7 @@ def _listening(fd: int, name: str) -> socket.socket:
 
 
 def notify(state: str) -> None:
-    """Tell the service manager, if there is one; for example `READY=1`."""
+    """Tells the service manager, if there is one; for example `READY=1`."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address[:1] not in {"/", "@"}:
         return

@@ -53,7 +53,7 @@ class Sockets:
         return int(self.admin.getsockname()[1])
 
     def provide(self, workers: int) -> None:
-        """Bind more sockets to the data port, as far as it can be shared, until each relay has its own.
+        """Binds more sockets to the data port, as far as it can be shared, until each relay has its own.
 
         Once relays accept on them there are never fewer: what waits in the queue of a closed socket would be lost.
         """
@@ -69,7 +69,7 @@ class Sockets:
                 return  # made by another user, such as systemd's: the relays share what there is
 
     def withdraw(self, number: int) -> None:
-        """Close those beyond the first `number`, which no relay accepts on: what connects there would hang."""
+        """Closes those beyond the first `number`, which no relay accepts on: what connects there would hang."""
         while len(self.data) > number:
             self.data.pop().close()
 
@@ -103,7 +103,7 @@ def addresses(settings: Settings, role: Role) -> dict[str, tuple[str, Address]]:
 def open_sockets(
     wanted: Mapping[str, tuple[str, Address]], passed: Mapping[str, list[socket.socket]], *, by_service: bool
 ) -> Sockets:
-    """Bind what was not passed on. wanted: see `addresses`. passed: by name. Raises ConfigError if a port is taken."""
+    """Binds what was not passed on. wanted: see `addresses`. passed: by name. Raises ConfigError if a port is taken."""
     result = {name: passed[name] for name in wanted if passed.get(name)}
     bound: list[socket.socket] = []
     try:

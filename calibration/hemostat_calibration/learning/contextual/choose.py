@@ -45,7 +45,7 @@ def exact_gains(basis: Basis, rows: HiddenRows, maps: Sequence[LinearMap], limit
 
 
 def best_map_and_scale(gains: Floats) -> tuple[int, int]:
-    """Map and scale of the largest mean of gains [maps, scales, n].
+    """Returns the indices of the map and of the scale with the largest mean of gains [maps, scales, n].
 
     >>> best_map_and_scale(np.array([[[0.0, 1.0], [2.0, 2.0]], [[1.0, 1.0], [1.0, 2.0]]]))
     (0, 1)

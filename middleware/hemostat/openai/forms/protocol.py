@@ -35,7 +35,7 @@ class Stripper(Protocol):
     """
 
     def feed(self, data: bytes) -> bytes:
-        """Take the next bytes of the body; returns what the client gets now."""
+        """Takes the next bytes of the body; returns what the client gets now."""
 
     def finish(self) -> bytes:
         """Is called when the response is complete: returns the rest of what the client gets, and checks the tokens."""

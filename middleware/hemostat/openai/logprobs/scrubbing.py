@@ -36,7 +36,7 @@ class Scrubber:
         self._in_string = False
 
     def feed(self, data: bytes) -> bytes:
-        """Take the next bytes; returns what the client gets now."""
+        """Takes the next bytes; returns what the client gets now."""
         data, self._held = self._held + data, b""
         parts: list[bytes] = []
         at = 0

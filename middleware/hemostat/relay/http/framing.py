@@ -39,7 +39,7 @@ def parse_length(value: bytes) -> int:
 
 
 def set_length(lines: list[bytes], framing: int, length: int) -> int:
-    """Give `lines` a Content-Length, and return its index.
+    """Gives `lines` a Content-Length, and returns its index.
 
     It replaces the framing field, keeping the case of its name; without one (framing -1) it is appended.
     """
@@ -84,7 +84,7 @@ class ChunkedReader:
         return not self._left and not self._line and self._trailers < 0
 
     def feed(self, data: bytes, out: list[bytes] | None) -> int:
-        """Append the payload in `data` to `out` (None: the payload is not needed).
+        """Appends the payload in `data` to `out` (None: the payload is not needed).
 
         Returns -1 while the body is incomplete; when it is complete, how many bytes of `data` belong to it, and the
         reader is ready for the next body. Raises ValueError on a malformed body.

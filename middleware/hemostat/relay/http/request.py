@@ -75,13 +75,13 @@ class RequestHead:
         """It is True if there is a traceparent field."""
 
     def drop(self, names: frozenset[bytes]) -> None:
-        """Remove fields by their lower-case names; the framing field stays."""
+        """Removes fields by their lower-case names; the framing field stays."""
         self.lines, self.framing = drop_fields(self.lines, self.framing, names)
 
 
 def parse_request(head: bytes, max_headers: int) -> RequestHead:
-    """Check a head (given without its closing empty line) and select the fields to forward. BadRequest says what is
-    wrong."""
+    """Checks a head (given without its closing empty line) and selects the fields to forward. Raises BadRequest, which
+    says what is wrong."""
     lines = head.split(b"\r\n")
     breaks = len(lines) - 1
     if head.translate(None, LINE_BYTES) != b"\r\n" * breaks:
@@ -198,7 +198,7 @@ def _valid_host(value: bytes) -> bool:
 
 
 def _drop_connection_fields(request: RequestHead, options: set[bytes]) -> None:
-    """Remove the fields that Connection names."""
+    """Removes the fields that Connection names."""
     if request.request_id is not None and b"x-request-id" in options:
         request.request_id = None
     request.traceparent = request.traceparent and b"traceparent" not in options
@@ -208,7 +208,7 @@ def _drop_connection_fields(request: RequestHead, options: set[bytes]) -> None:
 
 
 def _to_origin_form(request: RequestHead, host_at: int) -> None:
-    """Convert a target in absolute form to origin form; its authority replaces Host (RFC 9112, 3.2.2)."""
+    """Converts a target in absolute form to origin form; its authority replaces Host (RFC 9112, 3.2.2)."""
     if request.method == b"CONNECT":
         raise BadRequest(501, "CONNECT is for forward proxies")
     if request.target == b"*" and request.method == b"OPTIONS":

@@ -65,9 +65,9 @@ class ResponseHead:
 
 
 def parse_response(head: bytes, *, to_head: bool) -> ResponseHead:
-    """Check a head (given without its closing empty line) and select the fields to forward.
+    """Checks a head (given without its closing empty line) and selects the fields to forward.
 
-    to_head: it is the response to a HEAD request. BadResponse says what is wrong.
+    to_head: True if it is the response to a HEAD request. Raises BadResponse, which says what is wrong.
     """
     lines = head.split(b"\r\n")
     breaks = len(lines) - 1

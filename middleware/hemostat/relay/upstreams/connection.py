@@ -220,7 +220,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.pause()
 
     def pause(self) -> None:
-        """Stop reading: the client is slow, and the rest of the response is left in the upstream's buffers."""
+        """Stops reading: the client is slow, and the rest of the response is left in the upstream's buffers."""
         if not self._reading_paused and self._state is not _CLOSED:
             self._reading_paused = True
             self._update_reading()
@@ -240,14 +240,14 @@ class UpstreamConnection(asyncio.Protocol):
                 self.transport.pause_reading()
 
     def abort(self) -> None:
-        """Close at once. The upstream notices it, so that the engine stops generating."""
+        """Closes at once. The upstream notices it, so that the engine stops generating."""
         self._receiver = self._head = None
         self._rest = b""
         self._state = _CLOSED
         self.transport.abort()
 
     def close(self) -> None:
-        """Close after what has been written is sent."""
+        """Closes after what has been written is sent."""
         self._receiver = None
         self._rest = b""
         self._state = _CLOSED
@@ -286,14 +286,14 @@ class UpstreamConnection(asyncio.Protocol):
         return end
 
     def _read_rest(self, end: int) -> None:
-        """Read the first `end` bytes of the rest, and the others in later passes."""
+        """Reads the first `end` bytes of the rest, and the others in later passes."""
         data, rest = self._rest[:end], self._rest[end:]
         self._rest = b""
         self._leave(rest)
         self._receive(data)
 
     def _leave(self, rest: bytes) -> None:
-        """Read this in the next pass of the event loop."""
+        """Reads this in the next pass of the event loop."""
         if rest and not self._rest:
             asyncio.get_running_loop().call_soon(self._go_on)
         self._rest = rest

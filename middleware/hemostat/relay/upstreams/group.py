@@ -238,6 +238,6 @@ class Upstreams:
         ]
 
     def close(self) -> None:
-        """Close all connections at once."""
+        """Closes all connections at once."""
         for engine in (*self.engines, *self._retired):
             engine.pool.close()

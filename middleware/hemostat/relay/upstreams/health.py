@@ -111,7 +111,7 @@ class Health:
         self._proven = True
 
     def advance(self, now: float) -> None:
-        """Return, where the hold is over. Called about once a second."""
+        """Lets the engine return if the hold is over. It is called about once a second."""
         if not self.up and now >= self._held_until and not self._failed_checks:
             self.up = True
             self._proven = self._checked  # the last check has passed

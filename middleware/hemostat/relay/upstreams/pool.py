@@ -79,8 +79,8 @@ class Pool:
         del self._waiters[receiver]
 
     def offer(self, connection: UpstreamConnection) -> None:
-        """Give a connection that can take a request to the request that has waited longest, else keep it idle: whether
-        anything has arrived on it is asked when it is acquired."""
+        """Gives a connection that can take a request to the request that has waited longest, else keeps it idle:
+        whether anything has arrived on it is asked when it is acquired."""
         if not connection.idle:
             return
         if self._waiters:
@@ -113,7 +113,7 @@ class Pool:
         self._grow()
 
     def sweep(self, now: float) -> None:
-        """Close connections that have been idle for too long, and end waits that are. now: event-loop time."""
+        """Closes connections that have been idle for too long, and ends waits that are. now: event-loop time."""
         while self._idle and now - self._idle[0].idle_since > IDLE_SECONDS:
             self._idle.popleft().close()
         for receiver in [waiter for waiter, since in self._waiters.items() if now - since > self._queue_seconds]:
@@ -121,12 +121,12 @@ class Pool:
                 receiver.wait_expired()
 
     def close_idle(self) -> None:
-        """Close the connections that carry no request."""
+        """Closes the connections that carry no request."""
         while self._idle:
             self._idle.pop().abort()
 
     def close(self) -> None:
-        """Close all connections at once."""
+        """Closes all connections at once."""
         for task in self._connecting:
             task.cancel()
         for connection in self._open:
