@@ -18,6 +18,7 @@ from tests.support.loops import looping
 
 from hemostat.adapters.serving import host as host_module
 from hemostat.adapters.serving import probes as probes_module
+from hemostat.adapters.serving import versions as versions_module
 from hemostat.adapters.serving.host import AdapterHost
 from hemostat.adapters.serving.probing import CopyUnavailable
 from hemostat.config.schema import Settings
@@ -32,7 +33,7 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hosts wait for hundredths of a second instead of seconds."""
-    for module in (host_module, probes_module):
+    for module in (versions_module, probes_module):
         monkeypatch.setattr(module, "BACKOFF", (0.02,))
     monkeypatch.setattr(host_module, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(host_module, "SOON_SECONDS", 0.01)

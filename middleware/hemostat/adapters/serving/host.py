@@ -6,6 +6,7 @@ Invariants:
   with and without this version. Whatever is not known means no.
 - All of that is about one start of the server: a new engine, or a name that has vanished, ends it.
 - What is replaced is unloaded first. A slot is left free (`slots`).
+- What is known of a version is a record with a state (`versions`). A new start of the engine ends it.
 - No request waits for anything here, and nothing is asked of the server while no adapter is wanted or loaded.
 
 One address may stand for several engines (a router, data parallelism): all of them have to report that they hold it.
@@ -26,9 +27,9 @@ from hemostat.adapters.serving.probes import Probes
 from hemostat.adapters.serving.probing import ModelCopy, Prober
 from hemostat.adapters.serving.server import Listed, listed, load, lora_enabled, max_loras, started, touch, unload
 from hemostat.adapters.serving.setting import Way, explain, without_lora
+from hemostat.adapters.serving.versions import Versions, VersionState
 from hemostat.config.schema import Settings
 from hemostat.engines.messages import EngineReport
-from hemostat.ipc.backoff import Backoff
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
@@ -43,13 +44,9 @@ POLL_SECONDS = 2.0
 """Between two looks at the server, and at what is wanted."""
 SOON_SECONDS = 0.5
 """The same after something was changed at the server."""
-BACKOFF = (1.0, 5.0, 15.0, 60.0)
-"""Seconds before a version that could not be loaded is tried again, by how often in a row."""
 REQUEST_SECONDS = 60.0
 MAX_TIMEOUTS = 3
 """Lists of models in a row that did not come in time, after which the server counts as down."""
-MAX_VERSIONS = 32
-"""Versions whose failures are remembered."""
 LOAD_RESULTS = ("loaded", "refused", "failed")
 
 
@@ -135,12 +132,7 @@ class AdapterHost:
         """--max-loras, where no engine reports it."""
         self._way: Way | None = None
         self._timeouts = 0
-        self._backoffs: dict[str, Backoff] = {}
-        self._not_before: dict[str, float] = {}
-        self._failures: dict[str, str] = {}
-        """By version: why it is not loaded."""
-        self._rejected: dict[str, str] = {}
-        """By version: why it is not used until the server is restarted."""
+        self._versions = Versions()
         self._loads: Counter[str] = Counter()
         self.state = HostState.IDLE
         self.detail = ""
@@ -180,7 +172,7 @@ class AdapterHost:
             "wanted": list(self._profiles.wanted()),
             "loaded": sorted(self._loaded),
             "ready": sorted(self.ready),
-            "failures": {**self._failures, **self._rejected},
+            "failures": self._reasons(),
             "probes": self._probes.report(),
             "probe_tokens": self._prober.tokens if self._prober is not None else 0,
         }
@@ -196,7 +188,11 @@ class AdapterHost:
     @property
     def rejected(self) -> Mapping[str, str]:
         """Versions whose probe has failed since the engine's last start -> why."""
-        return self._rejected
+        return self._versions.reasons(VersionState.REJECTED)
+
+    def _reasons(self) -> dict[str, str]:
+        """Returns why versions are not loaded or not used."""
+        return {**self._versions.reasons(VersionState.FAILED), **self._versions.reasons(VersionState.REJECTED)}
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -304,8 +300,7 @@ class AdapterHost:
                 log.warning("adapters: the upstream was restarted or has lost one; they are loaded and probed again")
             self._set(HostState.LOADING, self.capacity)
             self._boots, self._slots, self._way = frozenset(), None, None
-            for forgotten in (self._backoffs, self._not_before, self._failures, self._rejected):
-                forgotten.clear()
+            self._versions.begin_anew()
             self._probes.begin_anew()
         self._started = began or self._started
         self._boots |= boots
@@ -320,7 +315,7 @@ class AdapterHost:
         usable = []
         for version in wanted:
             profile = self._profiles.get(version)
-            if profile is None or version in self._rejected:
+            if profile is None or self._versions.state(version) is VersionState.REJECTED:
                 continue
             rank = max_rank(profile)
             if room.max_rank is not None and rank > room.max_rank:
@@ -360,7 +355,7 @@ class AdapterHost:
     ) -> bool:
         """Load the first one whose time has come. False where none was loaded."""
         now = self._clock()
-        version = next((v for v in missing if now >= self._not_before.get(v, 0.0)), None)
+        version = next((v for v in missing if self._versions.may_load(v, now)), None)
         profile = self._profiles.get(version) if version is not None else None
         if version is None or profile is None:
             return False
@@ -372,7 +367,7 @@ class AdapterHost:
             self._set(HostState.LOADING, self.capacity)
         isolated, self._probes.isolated_with = self._probes.isolated_with, None
         # Also after it was loaded: where several engines share the address, another request reaches the next one.
-        self._not_before[version] = now + self._backoffs.setdefault(version, Backoff(BACKOFF)).pause()
+        self._versions.begin_load(version, now)
         try:
             await self._load(server, version, profile, base, await prober.prompts(base))
         except (ReferenceFailure, OSError) as failure:
@@ -381,7 +376,7 @@ class AdapterHost:
             self._probes.isolated_with = isolated
             return False
         self._loads["loaded"] += 1
-        self._failures.pop(version, None)
+        self._versions.loaded(version)
         log.info("adapter %s is loaded", version)
         return True
 
@@ -413,9 +408,8 @@ class AdapterHost:
         self._way = Way.FOLDER
 
     def _failed(self, version: str, why: str) -> None:
-        if self._failures.get(version) != why:
+        if self._versions.failed(version, why):
             log.error("adapter %s: %s", version, why)
-        _remember(self._failures, version, why)
 
     # --- probes ----------------------------------------------------------------------------------------------------
 
@@ -430,7 +424,7 @@ class AdapterHost:
             rejected = await self._probes.run(prober, base, present, loaded, len(self._boots))
             for version, why in rejected.items():
                 log.error("adapter %s is not used: %s", version, why)
-                _remember(self._rejected, version, why)
+                self._versions.reject(version, why)
                 self._profiles.reject(version, why)
             return 0.0
         passed = self._probes.passed(present, loaded)
@@ -441,12 +435,6 @@ class AdapterHost:
         elif present:
             self._set(HostState.WAITING, self.capacity, f"a probe has not passed yet: {self._probes.last}")
         else:
-            why = next(iter((self._failures | self._rejected).values()), "")
+            why = next(iter(self._reasons().values()), "")
             self._set(HostState.UNUSABLE if why else HostState.LOADING, 0 if why else self.capacity, why)
         return POLL_SECONDS
-
-
-def _remember(reasons: dict[str, str], version: str, why: str) -> None:
-    reasons[version] = why
-    while len(reasons) > MAX_VERSIONS:
-        del reasons[next(iter(reasons))]
