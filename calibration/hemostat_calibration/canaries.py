@@ -219,18 +219,19 @@ class CanarySet:
         return votes_needed(len(self.canaries), len(self.baseline))
 
     def compare(self, now: Floats, tolerance: float = TOLERANCE_NATS) -> Comparison:
-        """Compares a replay with the baseline. now: float64 [N], one replay. tolerance: nats."""
+        """Returns the comparison of a replay with the baseline. now: float64 [N], one replay. tolerance: nats."""
         replays = np.vstack([self.baseline, now])
         total = replays.sum(axis=0)
         *then, distances = [self._distances(replay, (total - replay) / len(self.baseline)) for replay in replays]
         return Comparison(distances, np.maximum(np.max(then, axis=0), tolerance), self.needed)
 
     def compare_engines(self, now: Mapping[str, Floats], tolerance: float = TOLERANCE_NATS) -> dict[str, Comparison]:
-        """Compares an engine with the other engines: for each sequence it takes the median of an engine's distances
-        from the others, the lower one of two. So one that is like most others is not far away, whatever the rest does;
-        of two engines both differ. Which requests an engine gets has no influence: all were asked the same.
+        """Returns by name the comparison of each engine with the other engines: for each sequence it takes the median
+        of an engine's distances from the others, the lower one of two. So one that is like most others is not far away,
+        whatever the rest does; of two engines both differ. Which requests an engine gets has no influence: all were
+        asked the same.
 
-        now: by engine, float64 [N]. Empty for a single one.
+        now: each engine's replay by its name, float64 [N]. For a single engine the result is empty.
 
         A bound is the largest distance between two baseline replays.
         """
@@ -274,7 +275,8 @@ class CanarySet:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> CanarySet:
-        """Reads what `to_bytes` wrote. Raises InvalidArgumentError, whose text is one line, if it is anything else."""
+        """Returns the set that `to_bytes` wrote. Raises InvalidArgumentError, whose text is one line, if it is anything
+        else."""
         return state_codec.decode(cls, data, SCHEMA)
 
 

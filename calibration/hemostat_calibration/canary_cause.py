@@ -186,7 +186,7 @@ def windows(length: int) -> list[slice]:
 
 
 def prompts() -> list[int]:
-    """Lengths of the prompts after which tokens are decoded, beginnings of the text.
+    """Returns the lengths of the prompts after which tokens are decoded; each prompt is a beginning of the text.
 
     >>> prompts()
     [144, 184]

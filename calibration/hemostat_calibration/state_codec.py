@@ -111,8 +111,8 @@ def _items(inner: tuple[Any, ...], length: int) -> tuple[Any, ...]:
 
 
 def _typed(value: Any, hint: Any, where: str, *, fill: bool) -> Any:
-    """Raises InvalidArgumentError. where: the field, as messages name it. fill: a field that is missing has its
-    default."""
+    """Returns a JSON value as the type that the hint names. Raises InvalidArgumentError if it does not fit. where: the
+    field, as messages name it. fill: True if a field that is missing has its default."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in {Union, types.UnionType}:
         kinds = [kind for kind in inner if kind is not type(None)]

@@ -65,7 +65,7 @@ class AdminClient:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
 
     def report(self, body: dict[str, Any]) -> ReportResponse:
-        """Sends a report. Names in the response that are not profile versions are ignored."""
+        """Sends a report, and returns the response. Names in the response that are not profile versions are ignored."""
         data = self._call("/api/v1/engine/report", MAX_RESPONSE_BYTES, json.dumps(body).encode(), "json")
         try:
             response = json.loads(data)

@@ -73,7 +73,7 @@ class AnswerQueue:
         self.filled.set()
 
     def take(self, max_bytes: int, max_answers: int) -> list[dict[str, Any]]:
-        """Messages of the oldest answers: of one, and of as many more as stay within both bounds.
+        """Returns the messages of the oldest answers: of one, and of as many more as stay within both bounds.
 
         One that cannot be made is dropped and counted.
         """

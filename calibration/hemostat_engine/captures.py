@@ -58,7 +58,8 @@ class Captures:
 
     @contextmanager
     def none(self) -> Iterator[None]:
-        """No capture is in progress. Raises TimeoutError after MAX_WAIT_SECONDS."""
+        """Keeps captures from beginning inside the context, which begins when none is in progress. Raises TimeoutError
+        after MAX_WAIT_SECONDS."""
         if not self._lock.acquire(timeout=MAX_WAIT_SECONDS):
             raise TimeoutError("vLLM captures a CUDA graph")
         try:

@@ -161,7 +161,7 @@ class Core:
         self.agent.start()
 
     def bind(self, admitted: Sequence[Any]) -> list[Binding | None]:
-        """Binds requests by their SamplingParams; None for a request without profile and tap.
+        """Binds requests by their SamplingParams; returns their bindings, None for a request without profile and tap.
 
         A preempted request that is resumed has its binding as an attribute of its params and keeps it.
         """

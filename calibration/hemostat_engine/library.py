@@ -148,7 +148,7 @@ class Library:
             self._hold = tuple(dict.fromkeys(versions))[: self._limit]
 
     def missing(self) -> tuple[str, ...]:
-        """Versions to fetch that `hold` names."""
+        """Returns the versions to fetch that `hold` names."""
         with self._lock:
             return self._absent(self._hold)
 

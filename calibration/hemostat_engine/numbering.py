@@ -24,7 +24,7 @@ class Numbering:
         self._next: OrderedDict[str, int] = OrderedDict()
 
     def __len__(self) -> int:
-        """Nonces that are known."""
+        """Returns the number of nonces that are known."""
         return len(self._next)
 
     def next(self, nonce: str) -> int:

@@ -312,7 +312,7 @@ class LogitsProcessor(*_interfaces()):  # type: ignore[misc] # the bases depend 
             self._batch.update(batch_update)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        """Adds a request, as model runner V2 calls it."""
+        """Adds a request, as model runner V2 calls it; returns True if it has parameters of Hemostat."""
         return self._slots.add(req_idx, sampling_params)
 
     def apply_staged_writes(self) -> None:
@@ -321,7 +321,7 @@ class LogitsProcessor(*_interfaces()):  # type: ignore[misc] # the bases depend 
         self._slots.bind()
 
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
-        """Applies the profiles in place. V1: (logits); V2: (logits, ctx)."""
+        """Applies the profiles in place, and returns the logits. V1 calls it with (logits), V2 with (logits, ctx)."""
         return self._batch.apply(logits) if ctx is None else self._slots.apply(logits, ctx)
 
 

@@ -30,7 +30,8 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """Reads HEMOSTAT_ADMIN_URL, HEMOSTAT_ENGINE_TOKEN and HEMOSTAT_PROFILE_DIR. Raises InvalidArgumentError."""
+        """Returns the settings from HEMOSTAT_ADMIN_URL, HEMOSTAT_ENGINE_TOKEN and HEMOSTAT_PROFILE_DIR. Raises
+        InvalidArgumentError."""
         value = environment.get("HEMOSTAT_ADMIN_URL") or ""
         parts = [value] if "@" in value else value.split(",")  # a password, which is refused, may hold commas
         urls = [part.strip().rstrip("/") for part in parts if part.strip()]

@@ -283,6 +283,6 @@ def _evaluate(
 
 
 def _step(logits: torch.Tensor) -> int:
-    """Rows of a part."""
+    """Returns the number of rows that are handled at a time."""
     step: int = max(1, CHUNK_ELEMENTS // logits.shape[1])
     return step

@@ -41,7 +41,7 @@ NO_PARAMETERS = RequestParameters(None, None)
 
 
 def parse(extra_args: Mapping[str, Any] | None, *, signed: bool) -> RequestParameters:
-    """Parses a request's xargs. Raises ValueError, with a text for the client, on an invalid value.
+    """Returns the parameters in a request's xargs. Raises ValueError, with a text for the client, on an invalid value.
 
     signed: the acting keys are the control process's (`Secrets.signed`); otherwise they are as if absent, so that
     nothing is said about them.

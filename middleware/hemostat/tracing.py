@@ -88,7 +88,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("hemostat", version, schema_url=SCHEMA_URL)
 
     def start_request(self, route: str, headers: Mapping[str, str], request_id: str) -> RequestSpan:
-        """Starts the span of a request that has just arrived.
+        """Starts and returns the span of a request that has just arrived.
 
         headers: the client's header fields, names in lower case, which may have `traceparent` and `tracestate`.
         """

@@ -274,7 +274,7 @@ def init(settings: Settings, tests: int = 0) -> Alarm:
 
 
 def update(alarm: Alarm, kind: str, observation: Observation, noise_floor: float = 0.0) -> Alarm:
-    """Adds one scored request of a kind. noise_floor: nats per token, see `BudgetTest.update`.
+    """Returns the alarm with one more scored request of a kind. noise_floor: nats per token, see `BudgetTest.update`.
 
     >>> alarm = init(Settings(budget=0.1, baseline_requests=0))
     >>> for now in range(150):
@@ -308,7 +308,7 @@ def _without_gone_alarms(kinds: dict[str, KindState], now: float, settings: Sett
 
 
 def with_settings(alarm: Alarm, settings: Settings) -> Alarm:
-    """Goes on with other settings.
+    """Returns the alarm, which goes on with other settings.
 
     The bets of running tests are spent at the new alpha. A raised alarm about a budget, or a tolerance, that is no
     longer set ends; a test of it that has raised none begins anew. What the baselines learned stays.
@@ -359,8 +359,8 @@ def _change_with(running: RunningTest | None, settings: Settings) -> RunningTest
 
 
 def count(alarm: Alarm, kind: str, now: float) -> Alarm:
-    """Adds a scored request of another model, such as an adapter: to the mix of kinds, and to no test.
-    now: seconds.
+    """Returns the alarm with one more scored request of another model, such as an adapter: it counts in the mix of
+    kinds, and in no test. now: seconds.
 
     >>> alarm = count(init(Settings(baseline_requests=30)), "chat", now=0.0)
     >>> dict(alarm.workload.baseline), alarm.kinds
@@ -486,7 +486,8 @@ def _begin_change(alarm: Alarm) -> tuple[Alarm, RunningTest]:
 
 
 def _observe_recovery(running: RunningTest, log_factors: Floats, window: int) -> RunningTest:
-    """Adds one request after a crossing. A window that did not lose wealth is followed by the next."""
+    """Returns the test with one more request after its crossing. A window that did not lose wealth is followed by the
+    next."""
     begun = running.recovery_log_wealth is None or running.recovery_requests >= window
     before = np.zeros(len(log_factors)) if begun or running.recovery_log_wealth is None else running.recovery_log_wealth
     return replace(
@@ -503,8 +504,9 @@ def _cleared(running: RunningTest, settings: Settings) -> bool:
 
 
 def rebase(alarm: Alarm, kind: str | None = None) -> Alarm:
-    """Begins a new baseline of `kind`, or of all kinds and of their mix, learned from the next requests. An alarm of
-    the change test, and one about the budget of these kinds, is dropped, and the next test begins.
+    """Returns the alarm with a new baseline of `kind`, or of all kinds and of their mix, learned from the next
+    requests. An alarm of the change test, and one about the budget of these kinds, is dropped, and the next test
+    begins.
 
     >>> alarm = update(init(Settings()), "chat", Observation(0.0, np.full(8, 0.1), np.full(8, 0.1)))
     >>> kind_readings(alarm)[0].baseline_requests, kind_readings(rebase(alarm, "chat"))[0].baseline_requests

@@ -175,7 +175,8 @@ def amount(k: int, passed: float) -> float:
 
 
 def fund(wealth: WealthState, log_amounts: Floats, now: float) -> WealthState:
-    """Adds to what each strategy has. log_amounts: float64, of its shape, natural logarithms. now: seconds.
+    """Returns the wealth with these amounts added to what each strategy has. log_amounts: float64, of its shape,
+    natural logarithms. now: seconds.
 
     >>> fund(initial_wealth(1), np.log([0.5]), now=3.0).log_wealth.round(6).tolist()
     [-0.693147]

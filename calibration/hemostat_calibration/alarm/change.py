@@ -59,8 +59,8 @@ class ChangeTest:
     def update(
         self, baseline: Baseline, request: RequestSpread, now: float = 0.0, inflation: float = 1.0
     ) -> ChangeTest:
-        """Adds one request of the kind of `baseline`. now: seconds. inflation: v̂ of recent requests. Nothing changes
-        after a crossing."""
+        """Returns the test with one more request of the kind of `baseline`. now: seconds. inflation: v̂ of recent
+        requests. Nothing changes after a crossing."""
         if self.crossing is not None:
             return self
         factors = self.log_factors(baseline, request, inflation)

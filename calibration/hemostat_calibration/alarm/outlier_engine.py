@@ -177,7 +177,7 @@ def init(alpha: float, begun: int = 0) -> OutlierTest:
 
 
 def update(state: OutlierTest, stratum: str, unit: Unit, now: float = 0.0) -> OutlierTest:
-    """Adds one unit. now: seconds, of a clock that does not go back.
+    """Returns the test with one more unit. now: seconds, of a clock that does not go back.
 
     >>> state = init(0.01)
     >>> for n in range(80):
@@ -236,7 +236,7 @@ def _with_test(state: OutlierTest, unit: Unit, now: float) -> OutlierTest:
 
 
 def _begin(alpha: float, number: int, first: int, now: float) -> EngineTest:
-    """Begins the test of an engine. first: number of the unit from which on labels are used."""
+    """Returns the test of an engine at its beginning. first: number of the unit from which on labels are used."""
     cohort = number // COHORT
     part = (1.0 - FIRST_COHORT) / (cohort * (cohort + 1)) if cohort else FIRST_COHORT
     begun = np.full(1 + RESTARTS, first, np.int64)
@@ -266,8 +266,8 @@ def _smaller(log_wealth: Floats) -> float:
 
 
 def _bet(state: OutlierTest, active: set[str], stratum: Stratum, place: int, unit: Unit, now: float) -> OutlierTest:
-    """Bets on the unit in the test of every engine that was active before it. An engine that is known to differ is not
-    among "the others", unless there are no others: of two engines both differ."""
+    """Returns the test after bets on the unit in the test of every engine that was active before it. An engine that is
+    known to differ is not among "the others", unless there are no others: of two engines both differ."""
     tests, begun = dict(state.tests), state.begun
     known = {name for name in active if tests[name].crossing is not None}
     groups: dict[frozenset[str], list[str]] = {}

@@ -44,8 +44,9 @@ def save(alarm: Alarm) -> bytes:
 
 
 def load(data: bytes, settings: Settings) -> Alarm:
-    """Reads what `save` wrote, continued with `settings` (`with_settings`). Raises InvalidArgumentError if it cannot be
-    read, or was written by a version that tested something else: begin anew with `init(settings, begun_tests(data))`.
+    """Returns the alarm that `save` wrote, continued with `settings` (`with_settings`). Raises InvalidArgumentError if
+    it cannot be read, or was written by a version that tested something else: begin anew with `init(settings,
+    begun_tests(data))`.
 
     >>> from hemostat_calibration.alarm.alarm import init
     >>> load(save(init(Settings())), Settings(alpha=0.05)).settings.alpha
@@ -55,7 +56,7 @@ def load(data: bytes, settings: Settings) -> Alarm:
 
 
 def read(data: bytes) -> Alarm:
-    """Reads what `save` wrote, with the settings of that time. Raises InvalidArgumentError as `load` does.
+    """Returns the alarm that `save` wrote, with the settings of that time. Raises InvalidArgumentError as `load` does.
 
     >>> from hemostat_calibration.alarm.alarm import init
     >>> read(save(init(Settings(alpha=0.05)))).settings.alpha

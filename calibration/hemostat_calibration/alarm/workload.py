@@ -52,7 +52,7 @@ class Workload:
         return self.windows > 0 or self._is_whole(self.baseline)
 
     def update(self, kind: str, now: float = 0.0) -> Workload:
-        """Adds one request. now: seconds, of any clock that does not go back."""
+        """Returns the state with one more request. now: seconds, of any clock that does not go back."""
         if not self.complete:
             since = span_begins(self.since, self.last, now) if self.baseline else now
             return replace(self, baseline=_plus(self.baseline, kind), since=since, last=now)

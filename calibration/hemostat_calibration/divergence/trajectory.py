@@ -119,7 +119,8 @@ class Survival:
     moments: Floats = field(default_factory=lambda: np.zeros((2, _COUNT, 2, _COUNT)))
 
     def update(self, factors: npt.NDArray[np.floating]) -> Survival:
-        """Adds one request: its factors f_t, [T], T ≥ 1. Raises InvalidArgumentError unless all are between 0 and 1."""
+        """Returns the state with one more request: its factors f_t, [T], T ≥ 1. Raises InvalidArgumentError unless all
+        are between 0 and 1."""
         if factors.ndim != 1 or not len(factors) or not ((factors >= 0.0) & (factors <= 1.0)).all():
             raise InvalidArgumentError("factors must be one request's, [T], each between 0 and 1, at least one")
         reached = int(np.searchsorted(_AT, len(factors), side="right"))

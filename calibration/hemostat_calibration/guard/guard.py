@@ -258,8 +258,8 @@ class Guard:
     # --- evidence ----------------------------------------------------------------------------------------------------
 
     def admit(self, name: str, kind: str, unit: bytes, client: bytes) -> Admission:
-        """Decides if a unit may count in a test. Call it before the unit's gain is looked at, and `update` only for
-        admitted units.
+        """Returns the decision whether a unit may count in a test. Call it before the unit's gain is looked at, and
+        `update` only for admitted units.
 
         unit: its digest; a unit with b"" counts every time. client: its digest; b"" is one client, too.
         """
@@ -391,8 +391,8 @@ class Guard:
         )
 
     def units(self, name: str, kind: str) -> tuple[int, int]:
-        """Units that counted in a test, and those that were refused for their client's share. Raises
-        InvalidArgumentError for what is not under test."""
+        """Returns the number of units that counted in a test, and of those that were refused for their client's share.
+        Raises InvalidArgumentError for what is not under test."""
         test = self._test(name, kind)
         return test.units, test.refused
 
@@ -403,7 +403,7 @@ class Guard:
         return tuple(self._state.tests)
 
     def kinds(self, name: str) -> tuple[str, ...]:
-        """Kinds of a test, promoted ones included; none where there is no test of that name."""
+        """Returns the kinds of a test, promoted ones included; none if there is no test of that name."""
         return tuple(self._state.tests.get(name, ()))
 
     def is_running(self, name: str, kind: str) -> bool:
@@ -436,7 +436,8 @@ class Guard:
 
     @classmethod
     def load(cls, data: bytes, alpha: float, client_share: float, cycle: float = 0.0) -> Guard:
-        """Goes on from a state that was saved. Raises InvalidArgumentError if it is damaged, or of another format."""
+        """Returns a guard that goes on from a state that was saved. Raises InvalidArgumentError if it is damaged, or of
+        another format."""
         guard = cls(alpha, client_share, cycle)
         guard._state = saving.decode(data)
         return guard
@@ -518,7 +519,8 @@ class Guard:
 
 
 def _number(test: KindTest) -> int:
-    """The number of the first window of what serves: evidence of harm goes on from window to window."""
+    """Returns the test's number; for what serves, the number of its first window: evidence of harm goes on from window
+    to window."""
     return test.number if test.harm is None else test.harm.number
 
 

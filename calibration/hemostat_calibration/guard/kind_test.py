@@ -166,7 +166,8 @@ class KindTest:
             self.elapsed = 0.0
 
     def admit(self, unit: bytes, client: bytes, share: float) -> Admission:
-        """Decides if the unit may count. The answer depends on whose the unit is, and not on what it showed.
+        """Returns the decision whether the unit may count. The answer depends on whose the unit is, and not on what it
+        showed.
 
         A client's share of the units is at most `share`, rounded up to a whole unit. A unit that is refused for that
         does not count later either.

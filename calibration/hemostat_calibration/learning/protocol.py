@@ -25,8 +25,9 @@ class Learner(Protocol[State]):
         """Returns the state before the first record. model: name or digest of the compressed model."""
 
     def update(self, state: State, records: Iterable[TokenRecord]) -> State:
-        """Learns from validated records of the learning side of the split, of whatever arm: records hold the compressed
-        model's own distribution, before any profile. Raises InvalidArgumentError if one does not fit."""
+        """Returns the state after learning from validated records of the learning side of the split, of whatever arm:
+        records hold the compressed model's own distribution, before any profile. Raises InvalidArgumentError if one
+        does not fit."""
 
     def propose(self, state: State) -> CalibrationProfile | None:
         """Returns the profile to try now; None while there is too little to learn from."""

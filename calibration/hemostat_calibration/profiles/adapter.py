@@ -92,7 +92,7 @@ def max_rank(profile: CalibrationProfile) -> int:
 
 
 def adapter_bytes(profile: CalibrationProfile) -> int:
-    """Bytes of the factors as they are stored and sent: int8 and scales.
+    """Returns the number of bytes of the factors as they are stored and sent: int8 and scales.
 
     >>> import numpy as np
     >>> layers = {"mlp": LowRank(np.ones((2, 3), np.float32), np.ones((2, 2), np.float32))}

@@ -127,8 +127,8 @@ class CalibrationProfile:
 
     @classmethod
     def from_bytes(cls, data: bytes, version: str | None = None) -> CalibrationProfile:
-        """Parses and checks a profile's file; raises InvalidProfileError if it is malformed, or if its digest is not
-        `version`.
+        """Returns the profile in a file, parsed and checked. Raises InvalidProfileError if it is malformed, or if its
+        digest is not `version`.
 
         Only the canonical bytes of a valid profile are accepted, so that one profile has one version.
         """

@@ -87,7 +87,8 @@ class MeanSequence:
     cubes: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
 
     def update(self, x: float, n: float) -> MeanSequence:
-        """Adds one request: `x` its sum, finite; `n` ≥ 0 its tokens. InvalidArgumentError otherwise."""
+        """Returns the state with one more request: `x` its sum, finite; `n` ≥ 0 its tokens. Raises InvalidArgumentError
+        otherwise."""
         return self.merge(MeanSequence(RatioEstimate().update(x, n), (x * x * x, x * x * n, x * n * n, n * n * n)))
 
     def merge(self, other: MeanSequence) -> MeanSequence:
@@ -155,8 +156,8 @@ class ClippedMean:
             raise InvalidArgumentError(f"values from {self.lo} to {self.cap}: both must be finite, and increase")
 
     def update(self, values: Floats) -> ClippedMean:
-        """Adds one request's tokens, [T]. NaN ("not available") is left out; a request with nothing else adds nothing.
-        Raises InvalidArgumentError if a value is below lo (by more than rounding).
+        """Returns the state with one more request's tokens, [T]. NaN ("not available") is left out; a request with
+        nothing else adds nothing. Raises InvalidArgumentError if a value is below lo (by more than rounding).
         """
         values = values[~np.isnan(values)]
         if not len(values):
@@ -168,7 +169,7 @@ class ClippedMean:
         return ClippedMean(self.lo, self.cap, self.sequence.update(total, len(values)), clipped)
 
     def merge(self, other: ClippedMean) -> ClippedMean:
-        """Raises InvalidArgumentError if the ranges differ."""
+        """Returns the mean of the requests of both. Raises InvalidArgumentError if the ranges differ."""
         if (self.lo, self.cap) != (other.lo, other.cap):
             raise InvalidArgumentError(f"ranges differ: {self.lo} to {self.cap}, {other.lo} to {other.cap}")
         return ClippedMean(self.lo, self.cap, self.sequence.merge(other.sequence), self.clipped + other.clipped)

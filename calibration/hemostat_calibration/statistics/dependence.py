@@ -85,7 +85,8 @@ class BatchMeans:
         return cls(0, np.zeros((LEVELS, 2, series)), np.zeros((LEVELS, 5, series)))
 
     def update(self, x: Floats, n: Floats | float = 1.0) -> BatchMeans:
-        """Adds one unit: x, n float64 [S], finite. Raises InvalidArgumentError for another shape."""
+        """Returns the state with one more unit: x, n float64 [S], finite. Raises InvalidArgumentError for another
+        shape."""
         if np.shape(x) != self.sums.shape[2:]:
             raise InvalidArgumentError(f"x has shape {np.shape(x)}: it must be {self.sums.shape[2:]}")
         opened, sums = self.open.copy(), self.sums.copy()
@@ -266,7 +267,7 @@ class ClientBatches:
         return cls(by_client, by_client, np.zeros((CLIENT_LEVELS, clients, series)), by_level, by_level)
 
     def update(self, client: npt.NDArray[np.int64], x: Floats) -> ClientBatches:
-        """Adds one unit: its client's row and its figure, [S] each."""
+        """Returns the state with one more unit: its client's row and its figure, [S] each."""
         at = client, np.arange(len(x))
         count, total, opened = self.count.copy(), self.total.copy(), self.open.copy()
         batches, squares = self.batches.copy(), self.squares.copy()
@@ -367,7 +368,7 @@ class KindDependence:
         return float(self.in_time.sums[0, _X, 0]) / max(self.units, 1)
 
     def update(self, client: bytes, x: float, now: float = 0.0) -> KindDependence:
-        """Adds one unit: its client's digest and its figure, finite. now: its time, seconds."""
+        """Returns the state with one more unit: its client's digest and its figure, finite. now: its time, seconds."""
         clients = dict(self.clients)
         row, value = client_row(clients, client), np.array([x])
         by_client = self.by_client.update(np.array([row]), value)

@@ -118,9 +118,10 @@ class KindTable:
 
     @classmethod
     def load(cls, data: bytes, limit: int) -> KindTable:
-        """Raises InvalidArgumentError if `data` was not made by `save`.
+        """Returns the table that `save` wrote. Raises InvalidArgumentError if `data` was not made by `save`.
 
-        limit: may be another than before; of too many followed names those seen most often stay.
+        limit: the largest number of followed names, which may be another than before; of too many, those seen most
+        often stay.
         """
         try:
             stored = json.loads(data)

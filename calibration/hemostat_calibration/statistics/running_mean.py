@@ -68,7 +68,8 @@ class RunningMean:
         return self.total / self.observations if self.observations else math.nan
 
     def update(self, x: float) -> RunningMean:
-        """Adds one observation. Raises InvalidArgumentError if it is NaN or outside lo … hi (by more than rounding)."""
+        """Returns the state with one more observation. Raises InvalidArgumentError if it is NaN or outside lo … hi (by
+        more than rounding)."""
         x = _within(x, self.lo, self.hi, 1.0)
         centre = self.mean if self.observations else min(max(0.0, self.lo), self.hi)
         squares = self.squares + ((x - centre) / (self.hi - self.lo)) ** 2

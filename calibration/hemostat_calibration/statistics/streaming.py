@@ -135,7 +135,7 @@ class Histogram:
             raise InvalidArgumentError(f"counts has {len(self.counts)} buckets: {len(self.edges) + 1} are needed")
 
     def update(self, values: npt.NDArray[np.float64]) -> Histogram:
-        """Adds the values of any shape."""
+        """Returns the histogram with these values added, which may be of any shape."""
         values = values[~np.isnan(values)]
         buckets = np.searchsorted(self.edges, values.ravel(), side="left")
         added = np.bincount(buckets, minlength=len(self.counts))
@@ -146,7 +146,7 @@ class Histogram:
         )
 
     def merge(self, other: Histogram) -> Histogram:
-        """Raises InvalidArgumentError if the edges differ."""
+        """Returns the histogram of the values of both. Raises InvalidArgumentError if the edges differ."""
         if self.edges != other.edges:
             raise InvalidArgumentError(f"edges differ: {self.edges} and {other.edges}")
         counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))

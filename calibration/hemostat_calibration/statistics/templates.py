@@ -203,7 +203,7 @@ class TemplateTable:
 
     @classmethod
     def load(cls, data: bytes, key: bytes) -> TemplateTable:
-        """Raises InvalidArgumentError if `data` was not made by `save`.
+        """Returns the table that `save` wrote. Raises InvalidArgumentError if `data` was not made by `save`.
 
         >>> table = TemplateTable(b"secret")
         >>> digest = table.assign(np.arange(40, dtype=np.int32))

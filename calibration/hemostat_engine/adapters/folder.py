@@ -52,9 +52,10 @@ class AdapterFolder:
         return self._own / version
 
     def write(self, version: str, files: Mapping[str, bytes], listed: Collection[str], now: float) -> Path:
-        """Writes an adapter's files. listed: versions that the server lists; they are never removed to make room.
+        """Writes an adapter's files, and returns the path of their folder. listed: versions that the server lists; they
+        are never removed to make room.
 
-        Raises OSError: the disk is full, or no room can be made within the limits.
+        Raises OSError if the disk is full, or if no room can be made within the limits.
         """
         own = self._make()
         size = sum(map(len, files.values()))

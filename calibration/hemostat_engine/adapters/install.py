@@ -34,7 +34,8 @@ class AdapterSettings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> AdapterSettings:
-        """Reads HEMOSTAT_ADAPTER_DIR and HEMOSTAT_ADAPTERS_CPU_PRODUCT. Raises InvalidArgumentError."""
+        """Returns the settings from HEMOSTAT_ADAPTER_DIR and HEMOSTAT_ADAPTERS_CPU_PRODUCT. Raises
+        InvalidArgumentError."""
         product = environment.get("HEMOSTAT_ADAPTERS_CPU_PRODUCT") or "1"
         if product not in ("0", "1"):
             raise InvalidArgumentError(f"HEMOSTAT_ADAPTERS_CPU_PRODUCT is {product!r}: it must be 0 or 1")

@@ -103,7 +103,7 @@ class SlotKeeper:
             self._report(manager)
 
     def add(self, manager: Any, request: Any, add: Callable[..., Any]) -> Any:
-        """Loads the adapter into a slot if it is in none."""
+        """Loads the adapter into a slot if it is in none; returns what vLLM's own method returns."""
         ident, name = request.lora_int_id, request.lora_name
         if ident in _loaded(manager) and not getattr(request, "load_inplace", False):
             if ident in self._names:
@@ -136,7 +136,8 @@ class SlotKeeper:
         return added
 
     def remove(self, manager: Any, ident: int, remove: Callable[..., Any]) -> Any:
-        """Frees the slot. A running request that uses the adapter loads it again; it is removed again after that."""
+        """Frees the slot; returns what vLLM's own method returns. A running request that uses the adapter loads it
+        again; it is removed again after that."""
         self._unloaded[ident] = None
         while len(self._unloaded) > MAX_REMEMBERED:
             self._unloaded.popitem(last=False)
@@ -172,7 +173,7 @@ class SlotKeeper:
         return next((i for i in ours if not (self._in_step and i in self._used)), None)
 
     def _stand_in(self, manager: Any, ident: int) -> bool:
-        """Loads an adapter of zeros, so that the forward pass finds one."""
+        """Loads an adapter of zeros, so that the forward pass finds one. Returns True if it was added."""
         inner = manager._adapter_manager
         if len(inner) >= inner.capacity:
             inner.remove_oldest_adapter()

@@ -117,8 +117,9 @@ class History:
             event("reload", "the configuration was reloaded")
 
     def report(self, after: float = 0.0) -> dict[str, Any]:
-        """`points`: columns, `time` (Unix), then NAMES, of the points later than `after`; None if there was no
-        figure. `events`: what changed since the start, oldest first, as events of profiles are written."""
+        """Returns the history, JSON-ready. `points`: columns, `time` (Unix), then NAMES, of the points later than
+        `after`; None if there was no figure. `events`: what changed since the start, oldest first, as events of
+        profiles are written."""
         points = [point for point in self._points if point[0] > after]
         columns = zip(*points, strict=True) if points else [()] * (1 + len(self.NAMES))
         return {

@@ -348,7 +348,7 @@ class Problems:
             yield Found("HemostatRecordsLost", text)
 
     def _of_scoring(self, now: float) -> Iterator[Found]:
-        """Requests that could be scored, and are not, while the reference is ready."""
+        """Yields the problem that requests could be scored, and are not, while the reference is ready."""
         relays, pipeline = self._relays, self._pipeline
         endings = pipeline.endings
         dropped_here = float(sum(endings.by_reason(Outcome.DROPPED).values()))

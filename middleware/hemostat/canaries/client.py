@@ -117,8 +117,8 @@ class CanaryClient:
         )
 
     async def take(self, prompts: Prompts, *, engine: str = "") -> CanarySet:
-        """Makes the model write the answers, and score them: about 35,000 tokens with the prompts of this package.
-        Raises InvalidArgumentError if the prompts make no set.
+        """Makes the model write the answers and score them, and returns the set: about 35,000 tokens with the prompts
+        of this package. Raises InvalidArgumentError if the prompts make no set.
         """
         origin = await self.origin(prompts=prompts.digest, engine=engine)
         texts = [await self._server.tokenize(self.model, prompt.prompt, special=True) for prompt in prompts.prompts]
@@ -155,15 +155,15 @@ class CanaryClient:
         return np.concatenate([await self._score(canary) for canary in canaries])
 
     async def compare(self, taken: CanarySet, tolerance: float) -> Comparison:
-        """Compares a replay with the set. If the first replay says that the engine has changed, a second one is
-        compared."""
+        """Returns the comparison of a replay with the set. If the first replay says that the engine has changed, a
+        second one is compared."""
         self._expect(len(taken.canaries))
         comparison = taken.compare(await self.replay(taken.canaries), tolerance)
         self._expect(len(taken.canaries))
         return taken.compare(await self.replay(taken.canaries), tolerance) if comparison.changed else comparison
 
     async def _replay_beside(self, canaries: Sequence[Canary], at_once: int) -> Floats:
-        """Replays the sequences, so many at a time."""
+        """Replays the sequences, so many at a time, and returns their log-probabilities one after the other."""
         values: list[Floats] = []
         for begin in range(0, len(canaries), at_once):
             group = [asyncio.create_task(self._score(canary)) for canary in canaries[begin : begin + at_once]]

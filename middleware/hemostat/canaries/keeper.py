@@ -393,8 +393,9 @@ class Canaries:
 
     @asynccontextmanager
     async def _spending(self, canaries: EngineCanaries, model: str, tokens: int) -> AsyncIterator[CanaryClient]:
-        """Spends the budget, which limits the replays that a statement may follow from. What is spent is stored before
-        anything is sent: this process may end meanwhile, and each further replay has a chance of a false statement."""
+        """Yields a client that spends the budget, which limits the replays that a statement may follow from. What is
+        spent is stored before anything is sent: this process may end meanwhile, and each further replay has a chance of
+        a false statement."""
         client = canaries.client(model)
         canaries.pace.spend(tokens)
         self._save()
@@ -446,7 +447,7 @@ class Canaries:
     # --- what is shown ---------------------------------------------------------------------------------------------
 
     def _all(self) -> Iterator[tuple[EngineCanaries, str, Reading]]:
-        """Engines, their models and readings, those that were replayed."""
+        """Yields the engines with their models and readings, as far as they were replayed."""
         for engine in self._engines.values():
             for model, reading in engine.canaries.readings.items():
                 if reading.found:

@@ -35,8 +35,8 @@ class Prompts:
 
 
 def load(path: Path | None = None) -> Prompts:
-    """Reads one prompt per line, as text or as SHAPE; without `path` it reads the prompts of this package. Raises
-    PromptFileError.
+    """Returns the prompts of a file, one per line, as text or as SHAPE; without `path`, the prompts of this package.
+    Raises PromptFileError.
     """
     name = str(path or "prompts.jsonl")
     try:

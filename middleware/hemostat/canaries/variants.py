@@ -59,7 +59,7 @@ class _Completion(msgspec.Struct, frozen=True):
 
 
 def cost(text: Ids) -> int:
-    """Tokens of one measurement, with those that are generated, at most.
+    """Returns the largest number of tokens of one measurement, with those that are generated.
 
     >>> cost(np.zeros(1000, np.int32))
     4735
@@ -104,8 +104,8 @@ class VariantClient:
         return CauseBaseline(text, tuple(measured))
 
     async def measure(self, text: Ids) -> Measured:
-        """Measures all variants, once. What is to be alone comes first: the engine ends companions a while after they
-        are."""
+        """Measures all variants, once, and returns what was measured. What is to be alone comes first: the engine ends
+        companions a while after they are."""
         ids, salts = text.tolist(), [_salt() for _ in prompts()]
         found: dict[str, Floats | None] = {Variant.LONG: await self._score(ids)}
         found[Variant.SHORT] = np.concatenate([await self._score(ids[piece]) for piece in windows(len(ids))])

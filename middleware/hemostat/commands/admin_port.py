@@ -52,7 +52,8 @@ def _token(options: argparse.Namespace) -> str | None:
 
 
 def admin_request(options: argparse.Namespace, method: str, path: str, **body: Any) -> httpx.Response:
-    """Sends a request to the admin port. Raises UsageError if it cannot be reached or refuses."""
+    """Sends a request to the admin port, and returns the response. Raises UsageError if it cannot be reached or
+    refuses."""
     import httpx  # noqa: PLC0415
 
     from hemostat.ipc.http_bodies import IDENTITY, AnswerRefused, read_answer_now  # noqa: PLC0415
@@ -85,7 +86,8 @@ def admin_request(options: argparse.Namespace, method: str, path: str, **body: A
 
 
 def admin_json(options: argparse.Namespace, method: str, path: str, **body: Any) -> dict[str, Any]:
-    """The same where the answer is a JSON object. Raises UsageError for any other one."""
+    """Sends a request to the admin port as `admin_request` does, and returns the JSON object of the answer. Raises
+    UsageError for any other answer."""
     try:
         answer = admin_request(options, method, path, **body).json()
     except ValueError:

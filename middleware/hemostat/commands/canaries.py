@@ -155,7 +155,7 @@ def _described(origin: Origin) -> str:
 
 @asynccontextmanager
 async def _client(server: str, default: str | None) -> AsyncIterator[CanaryClient]:
-    """A client of URL[#NAME], whose progress is shown. default: the model where none is named."""
+    """Yields a client of URL[#NAME], whose progress is shown. default: the model if none is named."""
     from pydantic import SecretStr  # noqa: PLC0415
 
     from hemostat.canaries.client import CanaryClient  # noqa: PLC0415

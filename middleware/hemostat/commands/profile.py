@@ -113,8 +113,8 @@ def _profile_import(options: argparse.Namespace) -> int:
 
 
 def _read_profile(file: Path) -> bytes:
-    """Reads the file of a profile. Raises UsageError if it cannot be read, or is an adapter in PEFT's format, which is
-    no profile."""
+    """Returns the bytes of a profile's file. Raises UsageError if it cannot be read, or is an adapter in PEFT's format,
+    which is no profile."""
     from hemostat_calibration.profiles.peft import CONFIG_FILE, WEIGHTS_FILE  # noqa: PLC0415
 
     names = (CONFIG_FILE, WEIGHTS_FILE)

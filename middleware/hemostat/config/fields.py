@@ -57,7 +57,7 @@ def _host(value: str) -> str:
 
 
 def split_address(value: str) -> tuple[str, int]:
-    """Splits `host:port`, where an IPv6 host is in brackets, into host and port. Raises ValueError."""
+    """Returns the host and the port of `host:port`, where an IPv6 host is in brackets. Raises ValueError."""
     host, _, port = value.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     if (
@@ -126,7 +126,7 @@ def _null_is_none(value: object) -> object:
 
 
 def yaml_off(value: object) -> object:
-    """Turns false into `off`, since YAML 1.1 reads an unquoted `off` as false."""
+    """Returns the value, with `off` in place of false, since YAML 1.1 reads an unquoted `off` as false."""
     return "off" if value is False else value
 
 
@@ -155,7 +155,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _reject_booleans(cls, value: object, info: ValidationInfo) -> object:
-        """Rejects booleans for numbers, since pydantic would read `rate: yes` as 1.0."""
+        """Returns the value, and rejects booleans for numbers, since pydantic would read `rate: yes` as 1.0."""
         if isinstance(value, bool) and info.field_name is not None:
             kind = without_optional(cls.model_fields[info.field_name].annotation)
             if kind in {int, float}:

@@ -40,10 +40,10 @@ def load(
     env: Mapping[str, str] | None = None,
     overrides: Iterable[tuple[str, str] | tuple[str, str, str]] = (),
 ) -> Settings:
-    """Reads the file, then applies environment variables and flags; the later ones win. Raises ConfigError.
+    """Returns the settings from the file, environment variables and flags; the later ones win. Raises ConfigError.
 
     path: None without a file. env: None for the environment of this process. overrides: flags, as (dotted key,
-    text), and what an error names as their source where that is not `--set`.
+    text), and what an error names as their source if that is not `--set`.
     """
     data, places = _read(path) if path is not None else ({}, {})
     for name, text in sorted((os.environ if env is None else env).items()):

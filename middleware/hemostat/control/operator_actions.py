@@ -92,7 +92,8 @@ class OperatorActions:
         await self._execute(change, ends=mode == "off")
 
     async def _execute(self, action: Callable[[], T], *, ends: bool = False) -> T:
-        """Executes an action, and waits for the store. ends: it ends something that serves."""
+        """Executes an action, waits for the store, and returns the action's result. Raises NotKeptError if the store
+        does not answer in time. ends: True if it ends something that serves."""
         (self._ownership.require_known if ends else self._ownership.require_active)()
         result = action()
         self._on_change()

@@ -200,7 +200,7 @@ _tap_decoder = msgspec.msgpack.Decoder(TapMessage)
 
 
 def decode_report(body: bytes) -> EngineReport:
-    """Decodes a report from JSON. Raises InvalidEngineMessage, which names the invalid field."""
+    """Returns a report, decoded from JSON. Raises InvalidEngineMessage, which names the invalid field."""
     report = _decode(_report_decoder, body)
     if report.rank >= report.world_size:
         raise InvalidEngineMessage(f"rank is {report.rank}: it must be below world_size, {report.world_size}")
@@ -208,7 +208,7 @@ def decode_report(body: bytes) -> EngineReport:
 
 
 def decode_tap(body: bytes) -> TapMessage:
-    """Decodes a tap message from msgpack. Raises InvalidEngineMessage, which names the invalid field."""
+    """Returns a tap message, decoded from msgpack. Raises InvalidEngineMessage, which names the invalid field."""
     message = _decode(_tap_decoder, body)
     for run in message.taps:
         if run.start + run.tokens > MAX_POSITIONS:
@@ -236,7 +236,8 @@ def decode_tap(body: bytes) -> TapMessage:
 
 
 def decode_answers(body: bytes) -> AnswerMessage:
-    """Decodes a message of answers from msgpack. Raises InvalidEngineMessage, which names the invalid field."""
+    """Returns a message of answers, decoded from msgpack. Raises InvalidEngineMessage, which names the invalid
+    field."""
     message = _decode(_answer_decoder, body)
     for answer in message.answers:
         size = len(answer.token_ids)

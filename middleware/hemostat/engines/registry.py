@@ -97,11 +97,13 @@ class EngineRegistry:
         return bool(live) and all(report.sets for report in live)
 
     def acknowledged(self, now: float) -> frozenset[str]:
-        """Versions that every rank of every live engine holds; empty while any rank is missing or silent."""
+        """Returns the versions that every rank of every live engine holds; empty while any rank is missing or
+        silent."""
         return self.held_by_all(self.boots(now), now)
 
     def held_by_all(self, boots: Iterable[str], now: float) -> frozenset[str]:
-        """Versions that every rank of each of these engines holds; none where one is not complete, or there is none."""
+        """Returns the versions that every rank of each of these engines holds; none if one is not complete, or if there
+        is none."""
         held = [self._held(self._engines[boot], now) if boot in self._engines else frozenset() for boot in boots]
         return frozenset.intersection(*held) if held else frozenset()
 
@@ -126,7 +128,8 @@ class EngineRegistry:
         return [rank.report for ranks in self._engines.values() for rank in ranks.values()]
 
     def weights(self, models: Collection[str], now: float) -> Counter[str]:
-        """Fingerprints of the weights that live engines serve under one of these names -> how many engines do."""
+        """Returns the number of live engines that serve weights under one of these names, by the weights'
+        fingerprint."""
         self._expire(now)
         result: Counter[str] = Counter()
         for ranks in self._engines.values():

@@ -79,7 +79,8 @@ def choose_profile(
     conversation: bytes,
     engine: str,
 ) -> Choice:
-    """Chooses the profile by what the client sent and by the engine alone, so that both arms exclude the same requests.
+    """Returns the choice of the profile, by what the client sent and by the engine alone, so that both arms exclude the
+    same requests.
 
     The engine is chosen before, by the conversation and the engines' load, and the arm by a hash that is independent of
     both. A request to an engine that does not hold the profile is in no arm, whichever the hash would give: with

@@ -44,7 +44,7 @@ class SamplingPause:
         self._pause = FIRST_PAUSE_SECONDS
 
     def active(self, top_k: int) -> bool:
-        """Nothing is sampled now."""
+        """Returns True if nothing is sampled now."""
         return top_k == self._top_k and self._clock() < self._until
 
     def _ask_about(self, top_k: int) -> None:

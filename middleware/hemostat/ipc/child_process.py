@@ -66,7 +66,7 @@ async def completed(work: Awaitable[object]) -> None:
 
 
 async def read_line(stream: asyncio.StreamReader) -> bytes:
-    """Reads one line; it is a `ReadMessage`. Lines above asyncio's limit of 64 KiB are left out."""
+    """Returns the next line; it is a `ReadMessage`. Lines above asyncio's limit of 64 KiB are left out."""
     while True:
         with contextlib.suppress(ValueError):
             if line := await stream.readline():
@@ -207,7 +207,7 @@ class FramedChild(Child):
     async def start(
         cls, module: str, receive: Callable[[bytes], None], environment: Mapping[str, str] | None = None
     ) -> FramedChild:
-        """Starts `python -m module PARENT_PID`. Raises ChildExited if it cannot be started."""
+        """Starts `python -m module PARENT_PID`, and returns it. Raises ChildExited if it cannot be started."""
         command = (sys.executable, "-m", module, str(os.getpid()))
         return await cls.start_command(command, receive, environment, read_frame)
 

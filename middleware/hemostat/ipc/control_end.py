@@ -163,7 +163,7 @@ class RelayLink:
                             yield message
 
     async def _read(self, reader: asyncio.StreamReader) -> bytes:
-        """Raises TimeoutError."""
+        """Returns the next bytes. Raises TimeoutError if the relay is silent for too long."""
         async with asyncio.timeout(SILENCE_SECONDS):
             return await reader.read(READ_SIZE)
 

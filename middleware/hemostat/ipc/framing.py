@@ -24,7 +24,7 @@ def frame(body: bytes) -> bytes:
 
 
 def read_frames(stream: BinaryIO) -> Iterator[bytes]:
-    """Bodies of the frames of a blocking stream, until it ends; an incomplete last frame is dropped."""
+    """Yields the bodies of the frames of a blocking stream, until it ends; an incomplete last frame is dropped."""
     while len(header := stream.read(_HEADER.size)) == _HEADER.size:
         length = _body_length(header)
         body = stream.read(length)
@@ -109,5 +109,5 @@ class MessageCodec(Generic[T]):
         return self._encoder.encode(message)
 
     def decode(self, body: bytes) -> T:
-        """Decodes a message. Raises msgspec.DecodeError if the body is not such a message."""
+        """Returns the decoded message. Raises msgspec.DecodeError if the body is not such a message."""
         return self._decoder.decode(body)

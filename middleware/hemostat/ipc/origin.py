@@ -36,7 +36,8 @@ class Origin:
 
 
 def parse_origin(url: str) -> Origin:
-    """Raises ValueError unless `url` is http(s)://host[:port] without a path or query."""
+    """Returns the origin that `url` names. Raises ValueError unless `url` is http(s)://host[:port] without a path or
+    query."""
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"} or not parts.hostname or parts.path not in {"", "/"} or parts.query:
         raise ValueError(f"upstream_url: {shown_address(url)} is not of the form http://host:port or https://host:port")

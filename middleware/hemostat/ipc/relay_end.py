@@ -187,8 +187,8 @@ class ControlLink:
             await asyncio.sleep(backoff.pause())
 
     async def _try_all(self) -> str | None:
-        """Connects to one address after the other. None once a connection was in use and has ended; else why no one
-        could be used."""
+        """Connects to one address after the other. Returns None once a connection was in use and has ended; else why
+        none could be used."""
         try:
             async with asyncio.timeout(ATTEMPT_SECONDS):
                 targets, failures = await self._addresses.targets()

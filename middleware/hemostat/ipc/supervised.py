@@ -87,8 +87,9 @@ def run_supervised(run: Callable[[dict[str, Any], asyncio.StreamReader], Corouti
 
 
 def end_after_supervisor() -> ParentWatch:
-    """The first step of a process that the supervisor keeps: it stops in order once the supervisor is gone, and is
-    killed where that takes too long. A supervisor that is gone before this call is noticed at the end of the input."""
+    """Is the first step of a process that the supervisor keeps. From then on the process stops in order once the
+    supervisor is gone, and is killed if that takes too long; the watch that does so is returned. A supervisor that is
+    gone before this call is noticed at the end of the input."""
     parent = os.getppid()
     die_with_parent(parent)
     return ParentWatch(parent, signal.SIGTERM, STOP_SECONDS)

@@ -299,7 +299,8 @@ class Learner:
         self._on_change()
 
     async def exchange(self, child: FramedChild) -> bool:
-        """Pass on proposals that have come; send the next batch and request the next proposal, where one may be."""
+        """Passes on proposals that have come, sends the next batch, and requests the next export and the next proposal
+        if they are due. Returns False: there is nothing more to do at once."""
         while self._proposals:
             await self._pass_on(self._proposals.popleft())
         if not self._batch_pending and self._records:

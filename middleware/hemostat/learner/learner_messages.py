@@ -153,7 +153,7 @@ ANSWERS: MessageCodec[Answer] = MessageCodec(Answer)
 
 
 def parts(data: bytes) -> Iterator[tuple[bytes, bool]]:
-    """Pieces of at most `PART_BYTES`, each with whether it is the last one; one empty piece of nothing.
+    """Yields pieces of at most `PART_BYTES`, each with whether it is the last one; one empty piece if there is nothing.
 
     >>> list(parts(b""))
     [(b'', True)]

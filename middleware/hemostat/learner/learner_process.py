@@ -153,13 +153,14 @@ def _plain(value: object) -> str | int | float:
 
 
 def eligible(weight: npt.NDArray[np.float32], special: set[int]) -> npt.NDArray[np.int32]:
-    """Ids that anchors are chosen from: no special ones, as those get masked; only a part of the others if need be."""
+    """Returns the ids that anchors are chosen from: no special ones, as those get masked; only a part of the others if
+    need be."""
     ids = np.setdiff1d(np.arange(len(weight), dtype=np.int32), np.array(sorted(special), np.int32))
     return ids[:: max(1, -(-ids.size * weight.shape[1] // MAX_ANCHOR_ELEMENTS))]
 
 
 def special_ids(folder: Path) -> set[int]:
-    """Ids of begin, end, padding and the like, as far as the checkpoint's files name them."""
+    """Returns the ids of begin, end, padding and the like, as far as the checkpoint's files name them."""
     result: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         given = _json(folder / name)
@@ -236,7 +237,7 @@ class RequestLoop:
 
 
 def read_ahead(bodies: Iterator[bytes]) -> queue.Queue[learner_messages.Request | None]:
-    """Reads messages in a thread of its own; None is their end."""
+    """Returns a queue of the messages, which a thread of its own reads; None is their end."""
     requests: queue.Queue[learner_messages.Request | None] = queue.Queue(MAX_QUEUED_MESSAGES)
 
     def read() -> None:
@@ -251,7 +252,7 @@ def read_ahead(bodies: Iterator[bytes]) -> queue.Queue[learner_messages.Request 
 
 
 def main(parent: int) -> int:
-    """0 when the input ended; 1 when it could not start."""
+    """Runs the learner; returns 0 when the input has ended, 1 if it could not start."""
     bodies, send = child.connect_to_parent(parent, NICENESS)
 
     def answer(message: learner_messages.Answer) -> None:

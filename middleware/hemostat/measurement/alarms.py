@@ -175,8 +175,8 @@ class Alarms:
         return 0.5 * sum(floor.limit(part) for floor in self._noise_floors.values())
 
     def _note_changes(self) -> bool:
-        """Stores an event for each alarm that was raised, cleared, or ended with its test. True if there was any: then
-        the state has to be stored, too."""
+        """Stores an event for each alarm that was raised, cleared, or ended with its test. Returns True if there was
+        any: then the state has to be stored, too."""
         now = {_key(reading): reading for reading in alarm.readings(self._state)}
         before, self._raised = self._raised, {key for key, reading in now.items() if reading.raised is not None}
         for test, kind in sorted(before ^ self._raised):

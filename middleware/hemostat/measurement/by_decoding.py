@@ -57,7 +57,8 @@ class _Drawn:
         self.dependence.add(np.nansum(values, axis=1), tokens, client)
 
     def summary(self) -> dict[str, Any]:
-        """`unavailable_share`: of the tokens, where the lists do not determine the cut, or a profile was applied."""
+        """Returns the figures, JSON-ready. `unavailable_share`: the share of the tokens for which the lists do not
+        determine the cut, or a profile was applied."""
         tv_lower, tv_upper, js_lower, js_upper = self.dependence.inflations().tolist()
         return {
             "total_variation": _ends(self.tv_lower, self.tv_upper, max(tv_lower, tv_upper)),

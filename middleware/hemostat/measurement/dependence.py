@@ -156,8 +156,8 @@ def told(requests: int, inflation: float) -> dict[str, Any]:
 
 
 def told_of_mean(requests: int, inflation: float, *, carried_by_few: bool) -> dict[str, Any]:
-    """The same of a mean per token, and `no_interval`: the reason why it has no interval although v̂ is known, or None.
-    carried_by_few: a few requests carry the sum."""
+    """Returns what `told` returns, for a mean per token, and `no_interval`: the reason why it has no interval although
+    v̂ is known, or None. carried_by_few: True if a few requests carry the sum."""
     return told(requests, inflation) | {"no_interval": CARRIED_BY_FEW if carried_by_few else None}
 
 

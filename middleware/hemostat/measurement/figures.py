@@ -107,7 +107,7 @@ INFINITE = ("kl_nats", "reverse_kl_nats")
 
 
 def _ends(interval: ConfidenceInterval, *, known: bool) -> list[float | None]:
-    """JSON-ready; None if the interval is not known."""
+    """Returns the ends of an interval, JSON-ready; None each if the interval is not known."""
     return [finite(interval.low), finite(interval.high)] if known else [None, None]
 
 

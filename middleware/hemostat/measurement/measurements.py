@@ -285,8 +285,8 @@ class Measurements:
         return {model: figures.summary() for model, figures in self._noise_floor.items() if figures.requests}
 
     def excess(self) -> dict[str, Any]:
-        """Figures of `EXCESS` over the noise floor: the raw figure minus half of each model's own, which is what their
-        noise adds to it, to second order. A figure is absent until it and both floors are known."""
+        """Returns the figures of `EXCESS` over the noise floor: the raw figure minus half of each model's own, which is
+        what their noise adds to it, to second order. A figure is absent until it and both floors are known."""
         # Three intervals that hold simultaneously with 95 %: each has a third of the error probability.
         part = 0.05 / (1 + len(self._noise_floor))
         result: dict[str, Any] = {}

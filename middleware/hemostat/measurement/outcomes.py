@@ -46,7 +46,8 @@ class ServedKinds(Protocol):
     """The part of the profiles that outcomes read, and what they do to it."""
 
     def kinds(self) -> Collection[str]:
-        """Names of the kinds that are served and compared by themselves, the one for all others included."""
+        """Returns the names of the kinds that are served and compared by themselves, the one for all others
+        included."""
 
     def version(self, kind: str) -> str | None:
         """Returns the version that serves the kind now; None for identity."""

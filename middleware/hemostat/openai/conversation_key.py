@@ -90,7 +90,8 @@ def _occurrences(body: bytes, sign: re.Pattern[bytes], start: int) -> Iterator[r
 
 
 def _find_value(body: bytes, names: tuple[re.Pattern[bytes], ...]) -> re.Match[bytes] | None:
-    """Where the list of messages, or the prompt's text, begins: group 1 is its first byte."""
+    """Returns the match where the list of messages, or the prompt's text, begins: group 1 is its first byte. None if
+    there is neither."""
     for name in names:
         for occurrence in _occurrences(body, name, 0):
             if (value := _VALUE.match(body, occurrence.end())) is not None:

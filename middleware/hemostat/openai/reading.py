@@ -30,8 +30,8 @@ def read_request(
     adapter_names: bool = False,
     grammars: bool = True,
 ) -> Request:
-    """Parses a client's body; raises one of MALFORMED if it is not an object with distinct keys, and of these
-    TooComplex if parsing it would take too long.
+    """Returns the request in a client's body. Raises one of MALFORMED if it is not an object with distinct keys, and of
+    these TooComplex if parsing it would take too long.
 
     unscorable_models: adapters for which the reference has no counterpart.
     scorable_models: names that are compared with a matched reference; None: not known, no name is excluded.

@@ -58,7 +58,8 @@ def _all_tokens(
 def _contextual_tokens(
     record: TokenRecord, profile: CalibrationProfile, gain: Gain, normalizer: Floats
 ) -> tuple[Floats, Floats] | None:
-    """Tokens whose features were lost are left out. Where an anchor is masked the engine applies nothing: gain 0."""
+    """Returns the lower and the upper ends of the gains of the tokens that are known, nats; None if none is. Tokens
+    whose features were lost are left out. If an anchor is masked, the engine applies nothing, and the gain is 0."""
     features = record.features
     has_features: npt.NDArray[np.bool_] = np.zeros(record.tokens, dtype=np.bool_)
     if features is not None and features.anchors == anchor_set(profile):

@@ -75,8 +75,9 @@ class Lifecycle:
         return [*versions, *adapters]
 
     def adapter_versions(self) -> list[str]:
-        """Versions of the family `adapter` that engines should have loaded, most important first: what is forced, what
-        serves (or in `observe` would), and what is tested, so that it can serve as soon as it is proven."""
+        """Returns the versions of the family `adapter` that engines should have loaded, most important first: what is
+        forced, what serves (or in `observe` would), and what is tested, so that it can serve as soon as it is
+        proven."""
         serving = self._serving
         ordered = self._distinct([serving.forced, *serving.versions, *self._trials.tested_versions])
         return [version for version in ordered if self._catalogue.is_adapter(version)]

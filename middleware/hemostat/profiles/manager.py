@@ -266,7 +266,7 @@ class ProfileManager:
     # --- metrics ---------------------------------------------------------------------------------------------------
 
     def samples(self) -> Iterator[Sample]:
-        """Decisions, and the profiles that serve or would, by kind."""
+        """Yields the metrics of decisions, and of the profiles that serve or would, by kind."""
         yield from self.lifecycle.samples()
         yield from self.events.samples()
         yield from self.report.samples()
@@ -274,7 +274,7 @@ class ProfileManager:
     # --- what engines, the reference and relays get ----------------------------------------------------------------
 
     def engine_versions(self) -> list[str]:
-        """Versions that engines should hold, most important first."""
+        """Returns the versions that engines should hold, most important first."""
         return self.lifecycle.engine_versions()
 
     def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:

@@ -130,7 +130,7 @@ class Report:
         return table.total - followed if kind == REST_KIND else table.seen(kind)
 
     def _tests(self, kind: str) -> list[tuple[Candidate, Evidence]]:
-        """Tests of candidates that go on in this kind."""
+        """Returns the tests of candidates that go on in this kind."""
         running = (c for c in self._trials.tested if kind in self._trials.running_kinds(c))
         return [(candidate, self._trials.evidence(candidate, kind)) for candidate in running]
 
@@ -150,7 +150,7 @@ class Report:
         return "identity; no profile is under test here" if state.units else "identity; no held-out conversation yet"
 
     def _summary(self, candidate: Candidate, kind: str, evidence: Evidence) -> str:
-        """Says what a candidate's test in one kind lacks, and if a newer build waits for its end."""
+        """Returns in words what a candidate's test in one kind lacks, and if a newer build waits for its end."""
         lacks = self._lacks(candidate, kind, evidence)
         newer = any(candidate.version in self._trials.behind(other) for other in self._trials.waiting)
         return f"{lacks}; a newer build waits for the end of this test" if newer else lacks

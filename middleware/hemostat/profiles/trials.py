@@ -397,7 +397,8 @@ class Trials:
             self.guard.note(kind, client, float(np.minimum(known, MAX_NOTED_NATS).mean()), now)
 
     def admit(self, name: str, unit: HeldOutUnit) -> Admission:
-        """Decides if the unit may count in this test; it is asked before anything is known of its gain."""
+        """Returns the decision whether the unit may count in this test; it is asked before anything is known of its
+        gain."""
         windows = self.guard.windows if name == WATCH else {}
         admission = self.guard.admit(name, unit.kind, unit.unit, unit.client)
         if name == WATCH and self.guard.windows != windows:
@@ -455,7 +456,8 @@ class Trials:
         return self.guard.evidence(candidate.test, kind)
 
     def units(self, candidate: Candidate, kind: str) -> tuple[int, int]:
-        """Units that counted in its test, and those that were refused for their client's share."""
+        """Returns the number of units that counted in its test, and of those that were refused for their client's
+        share."""
         return self.guard.units(candidate.test, kind)
 
     def serving_evidence(self, kind: str) -> Evidence | None:

@@ -49,7 +49,8 @@ def nonlinearity(model: Any) -> str:
 
 @contextlib.contextmanager
 def _hidden_states(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Collects the input of the output embedding, [1, T, d] for each call of the model inside the context."""
+    """Yields a list that collects the input of the output embedding, [1, T, d] for each call of the model inside the
+    context."""
     caught: list[torch.Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: caught.append(given[0]))
     try:
@@ -71,7 +72,7 @@ def score(
     allowed: AllowedSets | None = None,
     see: Callable[[slice, torch.Tensor], None] | None = None,
 ) -> ExactScores:
-    """Scores `output` [T] after `prompt` [P], P and T ≥ 1, also at `ids` [T, K] (-1 pads: NaN there).
+    """Returns the scores of `output` [T] after `prompt` [P], P and T ≥ 1, also at `ids` [T, K] (-1 pads: NaN there).
 
     functionals: name -> float32 [V] on the model's device, or a basis; `expected` is E_r of each at every position.
     codes: of every basis, [T, r].

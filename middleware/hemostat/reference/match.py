@@ -44,7 +44,8 @@ class Match:
 
 
 async def compare(upstream: Upstream, reference: Reference, model: str | None = None) -> Match:
-    """Compares vocabulary size, the ids of a probe text, and the ids of a rendered chat. Starts the reference.
+    """Returns the comparison of the vocabulary size, the ids of a probe text, and the ids of a rendered chat. Starts
+    the reference.
 
     model: the upstream's served name, None for its first. Raises ReferenceFailure if the reference could not be asked.
     """

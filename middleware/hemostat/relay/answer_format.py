@@ -111,7 +111,8 @@ class AnswerFormat:
 
     @classmethod
     def read(cls, body: bytes, *, in_words: bool) -> AnswerFormat:
-        """Reads the form from a request's body. What is malformed counts as absent: vLLM explains it to the client."""
+        """Returns the form that a request's body asks for. What is malformed counts as absent: vLLM explains it to the
+        client."""
         try:
             read = _body.decode(body)
         except _ERRORS:

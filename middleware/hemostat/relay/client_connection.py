@@ -253,7 +253,7 @@ class ClientConnection(asyncio.Protocol):
             self._count()
 
     def _read_head(self) -> bool:
-        """Begins the next request. False while its head is incomplete, or if nothing more is to be read."""
+        """Begins the next request. Returns False while its head is incomplete, or if nothing more is to be read."""
         context = self._context
         limits = context.limits
         buffer = self._buffer

@@ -37,8 +37,8 @@ class Watched(Protocol):
         """It is True if the client has shut down its sending side."""
 
     def probe(self) -> bool:
-        """Sends bytes without a meaning, if that is possible here. False if there is no response in progress, or it
-        has been probed before."""
+        """Sends bytes without a meaning, if that is possible here. Returns False if there is no response in progress,
+        or it has been probed before."""
 
 
 class DisconnectWatcher:

@@ -324,8 +324,8 @@ class Exchange:
     # From the upstream's connection.
 
     def retry(self) -> bool:
-        """Sends the request once more: a connection that had been idle was closed, most likely for that: the engine
-        itself has not failed."""
+        """Sends the request once more if it may be repeated, and returns if it was sent. A connection that had been
+        idle was closed, most likely for that: the engine itself has not failed."""
         outgoing = self.outgoing
         if not outgoing.repeatable(self._route):
             return False
@@ -535,7 +535,8 @@ class Exchange:
         self._overhead += perf_counter() - self._received
 
     def _replay(self) -> bool:
-        """Asks the hook whether to discard the response that is now complete, and to send the client's own request."""
+        """Sends the client's own request if the hook wants the response that is now complete to be discarded. Returns
+        if it was sent."""
         hook = self._hook
         if not self.outgoing.rewritten or hook is None or not hook.transforming or not hook.replay():
             return False

@@ -78,7 +78,8 @@ class FailOpenHook:
             self._fail()
 
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
-        """Asks the hook about a request. body: None if it is longer than `body_limit`; then it cannot be rewritten."""
+        """Returns the hook's answer about a request. body: None if it is longer than `body_limit`; then it cannot be
+        rewritten."""
         if self._failed:
             self._unchanged = True
             return None

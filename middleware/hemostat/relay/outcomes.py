@@ -181,7 +181,7 @@ class OutcomeObserver:
         self._pieces = deque((piece[-MAX_PIECE_BYTES:] for piece in self._pieces), MAX_TAIL_PIECES)
 
     def finish(self, arm: str, count: Count) -> ResponseOutcome:
-        """Evaluates the response that has ended, and counts it under the request's arm."""
+        """Evaluates the response that has ended, counts it under the request's arm, and returns its outcome."""
         if self.disabled:
             return NO_OUTCOME
         data = b"".join(self._pieces)
@@ -189,7 +189,8 @@ class OutcomeObserver:
         return self._judge(data, arm, count)
 
     def end_early(self, ended: Outcome, *, streamed: bool, arm: str, count: Count) -> ResponseOutcome:
-        """Evaluates the answer of a request in an arm whose exchange has ended before the response was complete.
+        """Evaluates, and returns, the outcome of a request in an arm whose exchange has ended before the response was
+        complete.
 
         ended: GIVEN_UP or BROKEN_OFF. streamed: the request asked for a stream; then nothing is known of the answer
         before its first token. A client may close its connection at the answer's last event: the answer is complete.
@@ -211,7 +212,7 @@ class OutcomeObserver:
         return ResponseOutcome((), self.events or None, None, bad)
 
     def _judge(self, data: bytes, arm: str, count: Count) -> ResponseOutcome:
-        """Evaluates a complete answer. data: the response, or its tail."""
+        """Returns the outcome of a complete answer. data: the response, or its tail."""
         response = parse(data, self._form, stream=self.stream) if self._whole else None
         if response is None:
             reasons, text = tail_of(data, self._form)

@@ -23,12 +23,14 @@ class Tunnel:
         self.client.write(data)
 
     def client_ended(self) -> bool:
-        """The client has shut down its sending side. True if its transport stays open for the other direction."""
+        """Is told that the client has shut down its sending side. Returns True if its transport stays open for the
+        other direction."""
         self._client_ended = True
         return _half_close(self.upstream) and not self._upstream_ended
 
     def upstream_ended(self) -> bool:
-        """The upstream has shut down its sending side. True if its transport stays open for the other direction."""
+        """Is told that the upstream has shut down its sending side. Returns True if its transport stays open for the
+        other direction."""
         self._upstream_ended = True
         if self._client_ended or not _half_close(self.client):
             self.client.close()
@@ -36,8 +38,8 @@ class Tunnel:
 
 
 def _half_close(transport: asyncio.Transport) -> bool:
-    """Shuts down the sending side; closes instead if that is impossible (TLS). True if the other direction stays
-    open."""
+    """Shuts down the sending side; closes instead if that is impossible (TLS). Returns True if the other direction
+    stays open."""
     if transport.is_closing():
         return False
     if transport.can_write_eof():

@@ -116,8 +116,8 @@ def build_record(
     markers: Markers | None = None,
     template: bytes = b"",
 ) -> TokenRecord:
-    """Joins what the relay captured, the engine tapped and the reference scored. Raises InvalidRecordError if they do
-    not fit each other.
+    """Returns the record that joins what the relay captured, the engine tapped and the reference scored. Raises
+    InvalidRecordError if they do not fit each other.
 
     versions: of the profiles whose effect the reference was asked for.
     features: the tap's, aligned to the output (`align_features`). codes: by version, float64 [T, r], `profile_codes`.

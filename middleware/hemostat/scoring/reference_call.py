@@ -140,7 +140,7 @@ class ReferenceCall:
         return CompressedLogits(ids, features.values, arrays.candidates.logprobs)
 
     async def _scores(self, reference: Reference, request: ScoreRequest) -> ReferenceScores:
-        """Raises ReferenceFailure, also if the reference does not answer in time."""
+        """Returns the reference's scores. Raises ReferenceFailure, also if the reference does not answer in time."""
         seconds = MAX_SCORE_SECONDS + request.tokens / MIN_TOKENS_PER_SECOND
         try:
             async with asyncio.timeout(seconds):

@@ -79,8 +79,8 @@ class Router:
         self._clock = clock
 
     def route(self, capture: Capture, tap: TapResult | None) -> Route:
-        """Raises NotScored if no reference can score the capture now, or if it cannot be known what its tokens were
-        sampled from.
+        """Returns the capture's route. Raises NotScored if no reference can score the capture now, or if it cannot be
+        known what its tokens were sampled from.
         """
         served = self._models.served
         pair = served.of(capture.model)

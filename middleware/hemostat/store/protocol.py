@@ -163,8 +163,8 @@ class Store(Protocol):
         long as this process lives. It never blocks, and may be read on the event loop."""
 
     def acquire(self) -> bool:
-        """Own the store until the process ends, unless another process does: False. Once more: nothing changes, or,
-        after ExclusionLost, it is owned again."""
+        """Owns the store from now until the process ends. Returns False if another process owns it. If it is called
+        once more, nothing changes, or, after ExclusionLost, the store is owned again."""
 
     def verify(self) -> None:
         """Verifies that this process still owns the store; the owner calls it every `VERIFY_SECONDS`. Raises

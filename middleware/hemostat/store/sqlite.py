@@ -177,7 +177,7 @@ class SqliteStore:
         return result.st_dev, result.st_ino
 
     def _head(self, connection: sqlite3.Connection) -> Head:
-        """Raises StoreIncompatible."""
+        """Returns the head. Raises StoreIncompatible if another version has written the store."""
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not tables:
             return Head()
@@ -191,7 +191,8 @@ class SqliteStore:
 
     @contextlib.contextmanager
     def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        """Makes a transaction, which is committed at the end, or undone after an exception. Raises StoreFailure."""
+        """Yields the connection in a transaction, which is committed at the end, or undone after an exception. Raises
+        StoreFailure."""
         try:
             connection = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)
             with contextlib.closing(connection):

@@ -280,7 +280,8 @@ class Supervisor:
             log.error("SIGHUP: %s with the former configuration; the control process has the new one", failure)
 
     def _start_successor(self) -> Channel | None:
-        """Starts the program anew, as this process was started."""
+        """Starts the program anew, as this process was started. Returns the channel to it, or None if it could not be
+        started."""
         if os.getpid() == CONTAINER_INIT:
             log.error(
                 "SIGUSR2: this is a container's first process, with which the container would end; replace the pod"

@@ -103,7 +103,8 @@ def addresses(settings: Settings, role: Role) -> dict[str, tuple[str, Address]]:
 def open_sockets(
     wanted: Mapping[str, tuple[str, Address]], passed: Mapping[str, list[socket.socket]], *, by_service: bool
 ) -> Sockets:
-    """Binds what was not passed on. wanted: see `addresses`. passed: by name. Raises ConfigError if a port is taken."""
+    """Binds what was not passed on, and returns all sockets. wanted: see `addresses`. passed: by name. Raises
+    ConfigError if a port is taken."""
     result = {name: passed[name] for name in wanted if passed.get(name)}
     bound: list[socket.socket] = []
     try:

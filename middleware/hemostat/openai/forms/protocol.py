@@ -45,7 +45,7 @@ class Format(Protocol):
     """One form of request and response."""
 
     def read(self, body: JsonObject) -> Details:
-        """Reads the details of a request's body. May raise one of MALFORMED."""
+        """Returns the details of a request's body. It may raise one of MALFORMED."""
 
     def restricts_tokens(self, body: JsonObject) -> bool:
         """Returns True if a grammar restricts the tokens; see `restrictions`. May raise one of MALFORMED."""

@@ -37,6 +37,7 @@ def find_checkpoint(folder: Path | None, root: str) -> Path:
 
 
 def identity(folder: Path) -> str:
-    """Changes with the files' names, sizes and times: whether they have to be read again."""
+    """Returns a text that changes with the files' names, sizes and times, so that it shows if they have to be read
+    again."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return "\n".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)

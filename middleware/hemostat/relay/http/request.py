@@ -80,8 +80,8 @@ class RequestHead:
 
 
 def parse_request(head: bytes, max_headers: int) -> RequestHead:
-    """Checks a head (given without its closing empty line) and selects the fields to forward. Raises BadRequest, which
-    says what is wrong."""
+    """Returns a checked head (given without its closing empty line) with the fields to forward. Raises BadRequest,
+    which says what is wrong."""
     lines = head.split(b"\r\n")
     breaks = len(lines) - 1
     if head.translate(None, LINE_BYTES) != b"\r\n" * breaks:

@@ -65,7 +65,7 @@ class ResponseHead:
 
 
 def parse_response(head: bytes, *, to_head: bool) -> ResponseHead:
-    """Checks a head (given without its closing empty line) and selects the fields to forward.
+    """Returns a checked head (given without its closing empty line) with the fields to forward.
 
     to_head: True if it is the response to a HEAD request. Raises BadResponse, which says what is wrong.
     """

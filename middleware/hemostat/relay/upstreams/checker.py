@@ -49,7 +49,7 @@ class HealthChecker:
             engine.health.check_failed(now)
 
     async def _status(self, engine: Engine) -> int:
-        """Raises ValueError if the answer is not HTTP."""
+        """Returns the status of the engine's /health. Raises ValueError if the answer is not HTTP."""
         origin = engine.origin
         reader, writer = await asyncio.open_connection(
             origin.address,

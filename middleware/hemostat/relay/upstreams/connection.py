@@ -85,7 +85,7 @@ class Receiver(Protocol):
         """Takes a 1xx response other than 101."""
 
     def switch_protocols(self, head: ResponseHead) -> Tunnel:
-        """Takes a 101 response that was asked for: from here on, bytes pass through the tunnel."""
+        """Takes a 101 response that was asked for, and returns the tunnel through which bytes pass from here on."""
 
     def response_started(self, head: ResponseHead, received: float) -> bool:
         """Takes the final head, which was read at `received` (perf_counter). Returns True if the body is to be given

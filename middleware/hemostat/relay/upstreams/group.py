@@ -117,7 +117,7 @@ class Upstreams:
             engine.drained = engine.name in self._drained
 
     def draw(self, number: float) -> Engine | None:
-        """Draws one of the engines that get requests, each with the same probability, whatever their load; None if
+        """Returns one of the engines that get requests, each with the same probability, whatever their load; None if
         there is none, or one has no free connection: no request waits for one because it is sampled. number: in [0,
         1)."""
         engines = [engine for engine in self.engines if engine.health.up and not engine.drained]

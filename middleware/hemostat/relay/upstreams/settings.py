@@ -31,6 +31,6 @@ class UpstreamSettings:
 
     @classmethod
     def from_json(cls, given: dict[str, Any]) -> UpstreamSettings:
-        """Raises TypeError on a key that is not a field."""
+        """Returns the settings from their JSON. Raises TypeError on a key that is not a field."""
         ca = given.get("ca")
         return cls(**{**given, "urls": tuple(given["urls"]), "ca": Path(ca) if ca else None})
