@@ -11,8 +11,8 @@ from hemostat.adapters.live.client import BuildOutcome
 from hemostat.adapters.live.judge import JudgeDropReason
 from hemostat.adapters.serving.probes import AGREEMENT, ERROR, FAILED, ISOLATION, PASSED, WAITING
 from hemostat.canaries.engine import BASELINE, ENGINES
-from hemostat.canaries.keeper import EQUAL, EXCEEDED
-from hemostat.canaries.keeper import FAILED as COULD_NOT_TELL
+from hemostat.canaries.judge import EQUAL, EXCEEDED
+from hemostat.canaries.judge import FAILED as COULD_NOT_TELL
 from hemostat.ipc import ends
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, REST_GRAMMAR_KIND, REST_KIND
 from hemostat.measurement import figures

@@ -14,8 +14,8 @@ from tests.support.stores import DirectWrites
 
 from hemostat.canaries import client, variants
 from hemostat.canaries.engine import STATES_KEY
-from hemostat.canaries.keeper import FIRST_SECONDS
 from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS
+from hemostat.canaries.replay import FIRST_SECONDS
 from hemostat.canaries.sets import MAX_SETS, Sets
 from hemostat.engines.messages import EngineReport
 from hemostat.metrics import names
@@ -116,9 +116,9 @@ async def test_a_replay_waits_for_low_load_and_for_the_budget(tmp_path: Path, mo
         bench.now += HOUR_SECONDS
         bench.outstanding[bench.names[0]] = 40
         # The average of an hour, in which there was nothing until now, is taken as it was before.
-        bench.canaries._engines[bench.names[0]].canaries.pace.look(0)
+        bench.canaries.schedule.turns[bench.names[0]].canaries.pace.look(0)
         await bench.canaries.step()
-        engine = bench.canaries._engines[bench.names[0]]
+        engine = bench.canaries.schedule.turns[bench.names[0]]
         await asyncio.sleep(0.1)
         assert not engine.idle
         assert bench.asked() == [0]
@@ -216,10 +216,10 @@ async def test_every_adapter_has_its_turn_where_the_budget_is_not_enough_for_all
     prompts = "".join(f"p{n}\n" for n in range(MIN_SEQUENCES))
     async with world(tmp_path, FakeVllm(adapters=("a", "b")), prompts=prompts) as bench:
         await bench.settle(FIRST_SECONDS)
-        assert bench.canaries._sets.base is not None
-        enough = 5 * bench.canaries._sets.base.tokens  # of the base model's replay and one adapter's baseline
+        assert bench.canaries.sets.base is not None
+        enough = 5 * bench.canaries.sets.base.tokens  # of the base model's replay and one adapter's baseline
         for budget, asked in ((enough - 1, {"fake"}), (enough, {"fake", "a", "b"})):
-            for module in ("pace", "keeper"):
+            for module in ("pace", "replay"):
                 monkeypatch.setattr(f"hemostat.canaries.{module}.BUDGET_TOKENS", budget)
             bench.canaries.accept()
             for _ in range(3):
@@ -273,8 +273,8 @@ async def test_the_cause_is_looked_for_once_within_the_budget_and_is_in_the_stat
     async with world(tmp_path, *fakes, prompts=prompts) as bench:
         await bench.settle(FIRST_SECONDS)
         assert sorted(looked_for()) == [0, canary_cause.REPLAYS]
-        pace = bench.canaries._engines[bench.names[1]].canaries.pace
-        needed = 2 * bench.canaries._sets.base.tokens  # type: ignore[union-attr]
+        pace = bench.canaries.schedule.turns[bench.names[1]].canaries.pace
+        needed = 2 * bench.canaries.sets.base.tokens  # type: ignore[union-attr]
         fakes[1].noise = 0.3
         bench.now += HOUR_SECONDS
         pace.spend(BUDGET_TOKENS - needed)

@@ -15,8 +15,9 @@ from tests.support.stores import DirectWrites
 
 from hemostat.canaries import client
 from hemostat.canaries.engine import STATES_KEY
-from hemostat.canaries.keeper import FIRST_SECONDS, RETRY_SECONDS
 from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS
+from hemostat.canaries.replay import FIRST_SECONDS
+from hemostat.canaries.schedule import RETRY_SECONDS
 from hemostat.canaries.sets import BLOB_KEY
 from hemostat.engines.messages import EngineReport
 from hemostat.metrics import names
@@ -32,7 +33,7 @@ async def test_a_replay_that_fails_costs_what_was_sent(tmp_path: Path) -> None:
     fake = FakeVllm()
     async with world(tmp_path, fake) as bench:
         await bench.settle(FIRST_SECONDS)
-        pace, base = bench.canaries._engines[bench.names[0]].canaries.pace, bench.canaries._sets.base
+        pace, base = bench.canaries.schedule.turns[bench.names[0]].canaries.pace, bench.canaries.sets.base
         assert base is not None
         bench.now += HOUR_SECONDS
         assert pace.left() == BUDGET_TOKENS
@@ -89,7 +90,7 @@ async def test_an_engine_that_cannot_be_asked_is_counted_and_asked_again_later_a
         await bench.settle(FIRST_SECONDS)
         for number, (name, (value, text)) in enumerate(faults.items(), 1):
             bench.asked()
-            http = bench.canaries._engines[bench.names[0]].canaries._server._client
+            http = bench.canaries.schedule.turns[bench.names[0]].canaries._server._client
             if name == "hang":
                 http.timeout = 0.2  # type: ignore[assignment]
             setattr(fakes[0], name, value)
@@ -142,7 +143,7 @@ async def test_a_reference_that_does_not_score_stops_no_replay_and_is_asked_agai
             raise ReferenceFailure(FailureReason.REFUSED, "too long")
 
         pair = SimpleNamespace(scorer=SimpleNamespace(score=score), state=ReferenceState.READY)
-        bench.canaries._monitor = SimpleNamespace(served=SimpleNamespace(calibrated=pair))  # type: ignore[assignment]
+        bench.canaries.replays._monitor = SimpleNamespace(served=SimpleNamespace(calibrated=pair))  # type: ignore[assignment]
         await bench.settle(FIRST_SECONDS)
         bench.asked()
         await bench.settle(HOUR_SECONDS)

@@ -9,8 +9,8 @@ import pytest
 from tests.support.canary_world import SEQUENCES, control_process, world
 from tests.support.fake_vllm import FakeVllm
 
-from hemostat.canaries.keeper import FIRST_SECONDS
 from hemostat.canaries.pace import HOUR_SECONDS
+from hemostat.canaries.replay import FIRST_SECONDS
 
 pytestmark = pytest.mark.usefixtures("without_variants", "quick")
 
@@ -36,9 +36,9 @@ async def test_a_restart_loop_of_the_control_process_replays_no_more_than_the_bu
     async with world(tmp_path, FakeVllm()) as first:
         await first.settle(FIRST_SECONDS)
         first.asked()
-        assert first.canaries._sets.base is not None
-        for module in ("pace", "keeper"):
-            monkeypatch.setattr(f"hemostat.canaries.{module}.BUDGET_TOKENS", 2 * first.canaries._sets.base.tokens)
+        assert first.canaries.sets.base is not None
+        for module in ("pace", "replay"):
+            monkeypatch.setattr(f"hemostat.canaries.{module}.BUDGET_TOKENS", 2 * first.canaries.sets.base.tokens)
         asked = []
         for minute in (1, 2, 3, 61):
             async with control_process(first.again(), first.now + 60 * minute) as bench:

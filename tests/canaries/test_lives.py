@@ -15,8 +15,8 @@ from tests.support.stores import DirectWrites
 from tests.support.waiting import until
 
 from hemostat.canaries.engine import BASELINE, Reading
-from hemostat.canaries.keeper import FIRST_SECONDS
 from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS
+from hemostat.canaries.replay import FIRST_SECONDS
 from hemostat_calibration.canaries import MAX_TOKENS, REPLAYS_PER_YEAR, Comparison
 
 FAR, NEAR = (Comparison(np.full(16, nats), np.full(16, 0.1), 13) for nats in (0.5, 0.01))
@@ -49,18 +49,18 @@ async def test_nothing_is_asked_before_what_it_costs_is_stored(tmp_path: Path, m
     async with world(tmp_path, FakeVllm()) as first:
         await first.settle(FIRST_SECONDS)
         first.asked()
-        assert first.canaries._sets.base is not None
-        for module in ("pace", "keeper"):
-            monkeypatch.setattr(f"hemostat.canaries.{module}.BUDGET_TOKENS", first.canaries._sets.base.tokens)
+        assert first.canaries.sets.base is not None
+        for module in ("pace", "replay"):
+            monkeypatch.setattr(f"hemostat.canaries.{module}.BUDGET_TOKENS", first.canaries.sets.base.tokens)
         first.now += HOUR_SECONDS
         with monkeypatch.context() as away:
             away.setattr(DirectWrites, "has_written", lambda *_: False)
             await first.canaries.step()
-            await until(lambda: first.canaries._engines[first.names[0]].canaries.pace.left() == 0)
+            await until(lambda: first.canaries.schedule.turns[first.names[0]].canaries.pace.left() == 0)
             await asyncio.sleep(0.1)
             assert first.asked() == [0], "the store is away"
             killed = first.again()
-            for engine in first.canaries._engines.values():
+            for engine in first.canaries.schedule.turns.values():
                 assert engine.task is not None
                 engine.task.cancel()
         async with control_process(killed, first.now + 60.0) as bench:

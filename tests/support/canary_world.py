@@ -15,6 +15,7 @@ from tests.support.waiting import until
 
 from hemostat.canaries.engine import STATES_KEY
 from hemostat.canaries.keeper import Canaries
+from hemostat.canaries.schedule import ServedEngines
 from hemostat.canaries.sets import BLOB_KEY
 from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.configured import ConfiguredEngines
@@ -45,9 +46,12 @@ class World:
         self.registry = EngineRegistry()
         self.canaries = Canaries(
             made,
-            EngineAddresses(made.upstream, configured, self.registry, lambda: self.names, self.clock, lambda: None),
-            self.registry,
-            self.upstreams,
+            ServedEngines(
+                EngineAddresses(made.upstream, configured, self.registry, lambda: self.names, self.clock, lambda: None),
+                self.registry,
+                self.upstreams,
+                self.clock,
+            ),
             ReferenceMonitor(
                 None,
                 made,
@@ -82,7 +86,7 @@ class World:
         self.now += seconds
         for _ in range(4):  # what is due, what follows at once, and twice more
             await self.canaries.step()
-            await until(lambda: all(engine.idle for engine in self.canaries._engines.values()))
+            await until(lambda: all(engine.idle for engine in self.canaries.schedule.turns.values()))
 
     def asked(self) -> list[int]:
         """Replayed sequences by engine, since the last time."""
@@ -114,7 +118,7 @@ async def world(
 async def control_process(bench: World, now: float = 1000.0) -> AsyncIterator[World]:
     bench.now = now
     task = asyncio.create_task(bench.canaries.run())  # reads the prompts; looks at the engines once
-    await until(lambda: bench.canaries._prompts is not None or task.done())
+    await until(lambda: bench.canaries.replays.prompts is not None or task.done())
     try:
         yield bench
     finally:

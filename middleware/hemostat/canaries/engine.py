@@ -141,6 +141,11 @@ class EngineCanaries:
         await self._server.close()
 
 
+def served(origin: Origin) -> tuple[str, str]:
+    """Returns the served name and the path of the origin's model."""
+    return origin.model, origin.root
+
+
 def statement(
     engine: str, model: str, reading: Reading, then: Origin, now: Origin, cause: Verdict | None = None
 ) -> str:

@@ -20,6 +20,7 @@ from hemostat.admin.problems import Problems
 from hemostat.admin.status import ProcessParts, StatusSource
 from hemostat.admin.status_parts import CalibrationParts, EngineParts, ScoringParts
 from hemostat.canaries.keeper import Canaries
+from hemostat.canaries.schedule import ServedEngines
 from hemostat.config.schema import Settings
 from hemostat.control import learned_state
 from hemostat.control.changes import Changes
@@ -200,9 +201,7 @@ class Control:
         self.upstreams = UpstreamEngines(self.link.engines, self.configured_engines, self.writer)
         self.canaries = Canaries(
             settings,
-            self.addresses,
-            self.engines,
-            self.upstreams,
+            ServedEngines(self.addresses, self.engines, self.upstreams, self._clock),
             self.monitor,
             self.writer,
             active=lambda: self.ownership.active,

@@ -1,0 +1,101 @@
+"""The state of the canaries of every engine, and the part of it that outlasts the control process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from hemostat.canaries.engine import (
+    STATES_KEY,
+    EngineCanaries,
+    EngineState,
+    EngineStates,
+    Reading,
+    served,
+)
+from hemostat.canaries.pace import HOUR_SECONDS, PaceState
+from hemostat.canaries.sets import SCHEMA
+from hemostat.store.protocol import StoreWrites
+from hemostat_calibration import state_codec
+from hemostat_calibration.elapsed import TimeBreak
+
+RECENT_SECONDS = 2 * HOUR_SECONDS
+"""The age up to which replays of other engines are compared."""
+
+
+class KnownEngines:
+    """Owns the canaries of the engines that are reported, and the stored states of the ones that were.
+
+    `Schedule` begins and drops engines; `Replays` and `Judge` change their readings; all store what they changed by
+    `save`. wall: Unix time.
+    """
+
+    def __init__(self, writes: StoreWrites, wall: Callable[[], float]) -> None:
+        self._writes = writes
+        self._wall = wall
+        self.current: dict[str, EngineCanaries] = {}
+        """The engines that are reported now, by name."""
+        self._gone: dict[str, EngineState] = {}
+        """The states of engines that are not reported now; each is kept for an hour."""
+
+    def restore(self, stored: bytes) -> None:
+        """Takes what an earlier run stored. Raises InvalidArgumentError."""
+        self._gone = dict(state_codec.decode(EngineStates, stored, SCHEMA).engines)
+
+    def save(self) -> None:
+        """Stores the states of all engines, and of the ones that were reported within the last hour."""
+        since = self._wall() - HOUR_SECONDS
+        self._gone = {name: state for name, state in self._gone.items() if state.pace.looked_at > since}
+        states = {name: engine.state() for name, engine in self.current.items()}
+        self._writes.put_blob(STATES_KEY, state_codec.encode(EngineStates(self._gone | states), SCHEMA))
+
+    def after_break(self, time_break: TimeBreak) -> None:
+        """Notes that the clock was set: replays were as long ago as before, so that the budget lasts, and the same
+        replays of engines are compared with each other."""
+        self._gone = {
+            name: replace(state, pace=state.pace.after_break(time_break)) for name, state in self._gone.items()
+        }
+        for engine in self.current.values():
+            for reading in engine.readings.values():
+                reading.at = time_break.seen(reading.at)
+        if self._gone or self.current:
+            self.save()
+
+    def add(self, engine: EngineCanaries) -> None:
+        """Adds an engine that is reported now."""
+        self.current[engine.name] = engine
+
+    def stored_state(self, name: str) -> EngineState:
+        """Removes and returns what was stored of an engine that is reported again; nothing is known of a new one."""
+        return self._gone.pop(name, EngineState(PaceState(), {}))
+
+    def drop(self, name: str) -> EngineCanaries:
+        """Keeps the state of an engine that is not reported any more, and returns its canaries, to be closed."""
+        engine = self.current.pop(name)
+        self._gone[name] = engine.state()
+        return engine
+
+    def forget(self) -> None:
+        """Forgets all readings: the set is replaced."""
+        for engine in self.current.values():
+            engine.forget()
+        self._gone = {name: replace(state, readings={}) for name, state in self._gone.items()}
+        self.save()
+
+    def alike(self, canaries: EngineCanaries, model: str) -> dict[str, Reading]:
+        """Returns by engine the readings of the last hours of all engines that serve the same, this one among them."""
+        readings = {}
+        for name, other in self.current.items():
+            reading = other.readings.get(model)
+            if reading is None or reading.values is None or served(other.now) != served(canaries.now):
+                continue
+            if self._wall() - reading.at < RECENT_SECONDS:
+                readings[name] = reading
+        return readings
+
+    def replayed(self) -> Iterator[tuple[EngineCanaries, str, Reading]]:
+        """Yields the engines with their models and readings, as far as they were replayed."""
+        for engine in self.current.values():
+            for model, reading in engine.readings.items():
+                if reading.found:
+                    yield engine, model, reading

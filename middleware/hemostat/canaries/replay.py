@@ -1,0 +1,193 @@
+"""The requests to an engine: a set is taken, replayed within the engine's budget of tokens, and explained."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import numpy as np
+
+from hemostat.canaries.client import CanaryClient
+from hemostat.canaries.engine import (
+    EngineCanaries,
+    served,
+)
+from hemostat.canaries.judge import Judge
+from hemostat.canaries.known import KnownEngines
+from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS
+from hemostat.canaries.prompts import Prompts
+from hemostat.canaries.sets import Sets
+from hemostat.canaries.variants import cost
+from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.reference.pair import ReferenceState
+from hemostat.reference.protocol import ReferenceFailure, ScoreRequest
+from hemostat.store.protocol import StoreWrites
+from hemostat.store.spent_alpha import until_written
+from hemostat_calibration.canaries import REPLAYS, CanarySet, Origin, shortest
+
+log = logging.getLogger("hemostat.canaries")
+
+FIRST_SECONDS = 600.0
+"""After the start, before a set is taken where the store has none: engines have served for a while then."""
+
+
+class Replays:
+    """Owns the prompts, and when a set is taken and scored by the reference. `Schedule` says which engine's turn it is;
+    `Judge` gets each replay.
+
+    clock: monotonic seconds. wall: Unix time.
+    """
+
+    def __init__(
+        self,
+        sets: Sets,
+        known: KnownEngines,
+        judge: Judge,
+        monitor: ReferenceMonitor,
+        writes: StoreWrites,
+        *,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
+        self._sets = sets
+        self._known = known
+        self._judge = judge
+        self._monitor = monitor
+        self._writes = writes
+        self._clock, self._wall = clock, wall
+        self.prompts: Prompts | None = None
+        """The prompts of a set that is taken; None before they were read."""
+        self._take_at = clock() + FIRST_SECONDS
+        self._taking = asyncio.Lock()
+        self._reference_at = -np.inf
+        """When the reference was last asked to score a set, monotonic seconds."""
+        self._count = 0
+        """The number of replays so far."""
+
+    @property
+    def base(self) -> CanarySet | None:
+        """The set of the base model; None before one was taken."""
+        return self._sets.base
+
+    def begin_anew(self, why: str) -> None:
+        """Forgets the sets: new ones are taken at once."""
+        self._judge.record(f"a new set of canaries is taken: {why}", {})
+        self._sets.clear()
+        self._known.forget()
+        self._take_at, self._reference_at = self._clock(), -np.inf
+
+    def announced(self, now: Collection[tuple[str, str]]) -> str:
+        """Returns what says that another model is served on purpose, at all engines; "" if nothing does.
+
+        now: what the engines that are in use serve.
+        """
+        base, models = self._sets.base, set(now)
+        if base is None or self.prompts is None:
+            return ""
+        if base.origin.prompts != self.prompts.digest:
+            return "canaries.file has other prompts"
+        if len(models) != 1 or models == {served(base.origin)} or models == {served(Origin(""))}:
+            return ""
+        return "{} from {} is served".format(*models.pop())
+
+    async def take(self, canaries: EngineCanaries) -> None:
+        """Takes the set of the base model at this engine, if the time for it has come."""
+        assert self.prompts is not None
+        async with self._taking:
+            if self._sets.base is not None or self._clock() < self._take_at:
+                return
+            client = canaries.client(canaries.now.model)
+            taken = await client.take(self.prompts, engine=canaries.name)
+            self._sets.put(taken)
+        log.info("canaries: a set of %d sequences was taken at %s", len(taken.canaries), canaries.name)
+
+    async def score_reference(self, base: CanarySet) -> None:
+        """Asks the reference, once there is one, for its scores of the same tokens. Engines are replayed without them,
+        too."""
+        pair, now = self._monitor.served.calibrated, self._clock()
+        if len(base.reference) or pair is None or pair.scorer is None or pair.state is not ReferenceState.READY:
+            return
+        if now - self._reference_at < HOUR_SECONDS:
+            return
+        self._reference_at = now
+        scored = []
+        try:
+            for canary in base.canaries:
+                ids = np.array(canary.ids, np.int32)
+                request = ScoreRequest(ids[:1], ids[1:], np.full((canary.scored, 1), -1, np.int32))
+                scored.append((await pair.scorer.score(request)).emitted)
+        except ReferenceFailure as failure:
+            log.warning("canaries: the reference did not score them, and is asked again in an hour: %s", failure)
+            return
+        if self._sets.base is base:
+            self._sets.put(replace(base, reference=np.concatenate(scored)))
+
+    async def replay(self, canaries: EngineCanaries, model: str) -> bool:
+        """Replays the set of one model of an engine. Returns False if it has to wait: for the budget, or as the set was
+        replaced meanwhile."""
+        base, taken, reading = self._sets.base, self._sets.of(model), canaries.readings[model]
+        if base is None:
+            return False
+        if taken is None:
+            sequences = shortest(base.canaries)
+            needed = REPLAYS * sum(canary.tokens for canary in sequences)
+            if needed > BUDGET_TOKENS - base.tokens:
+                log.warning("canaries: %s is not asked: %d tokens of its baseline exceed the budget", model, needed)
+                reading.due = np.inf
+                return True
+            if canaries.pace.left() < needed:
+                return False
+            origin = replace(canaries.now, model=model, prompts=base.origin.prompts, at=self._wall())
+            async with self._spending(canaries, model, needed) as client:
+                of_adapter = await client.baseline(sequences, origin)
+            if self._sets.base is None or self._sets.base.canaries is not base.canaries:
+                return False
+            self._sets.put(of_adapter)
+            reading.due = self._clock() + HOUR_SECONDS
+            return True
+        if canaries.pace.left() < taken.tokens:
+            return False
+        async with self._spending(canaries, model, taken.tokens) as client:
+            values = await client.replay(taken.canaries)
+        current = self._sets.of(model)
+        if current is None or current.canaries is not taken.canaries:
+            return False
+        self._count += 1
+        reading.values, reading.number, reading.at = values, self._count, self._wall()
+        reading.reference = taken.from_reference(values)
+        self._judge.update(canaries, model, taken)
+        return True
+
+    async def explain(self, canaries: EngineCanaries, base: CanarySet) -> bool:
+        """Finds the cause of what the base model's replays have found, once. Returns False if it has to wait for the
+        budget, for which replays wait, too."""
+        reading = canaries.base
+        if reading is None or not reading.since or reading.cause is not None or base.cause is None:
+            return True
+        needed = cost(base.cause.text)
+        if canaries.pace.left() < needed:
+            return False
+        async with self._spending(canaries, canaries.now.model, needed) as client:
+            client.sent = needed
+            measured = await client.variants().measure(base.cause.text)
+        if self._sets.base is None or self._sets.base.canaries is not base.canaries:
+            return False
+        self._judge.explain(canaries, base, measured)
+        return True
+
+    @asynccontextmanager
+    async def _spending(self, canaries: EngineCanaries, model: str, tokens: int) -> AsyncIterator[CanaryClient]:
+        """Yields a client that spends the budget, which limits the replays that a statement may follow from. What is
+        spent is stored before anything is sent: this process may end meanwhile, and each further replay has a chance of
+        a false statement."""
+        client = canaries.client(model)
+        canaries.pace.spend(tokens)
+        self._known.save()
+        try:
+            await until_written(self._writes)
+            yield client
+        finally:
+            canaries.pace.give_back(tokens - client.sent)

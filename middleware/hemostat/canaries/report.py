@@ -1,0 +1,83 @@
+"""The output of canaries: statements, the report of the admin port, and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from hemostat.canaries.engine import (
+    BASELINE,
+    ENGINES,
+)
+from hemostat.canaries.judge import Judge, figures
+from hemostat.canaries.known import KnownEngines
+from hemostat.canaries.sets import Sets
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+
+
+class CanaryReport:
+    """Reads what the other parts own, and owns nothing."""
+
+    def __init__(self, known: KnownEngines, sets: Sets, judge: Judge) -> None:
+        self._known = known
+        self._sets = sets
+        self._judge = judge
+
+    def statements(self) -> Iterator[tuple[str, float]]:
+        """Yields what is wrong now, one line each, and since when (Unix time)."""
+        for canaries, model, reading in self._known.replayed():
+            taken = self._sets.of(model)
+            if taken is not None and reading.since:
+                yield self._judge.statement(canaries, model, reading, taken), min(reading.since.values())
+
+    def report(self, problem: str) -> dict[str, Any]:
+        """Returns the state of the canaries, JSON-ready.
+
+        problem: the reason why nothing is replayed; "" if something is. set: what is replayed; None before one was
+        taken. failures: why an engine is not compared. engines: the last replay of each model of each engine.
+        distance_nats: the median distance of its sequences. cause: the cause of what was found there, in words.
+        """
+        base = self._sets.base
+        return {
+            "detail": problem or ("" if base is not None else "no set was taken yet"),
+            "set": None
+            if base is None
+            else {
+                "model": base.origin.model,
+                "root": base.origin.root,
+                "vllm": base.origin.version,
+                "weights": base.origin.weights,
+                "engine": base.origin.engine,
+                "taken": base.origin.at,
+                "sequences": len(base.canaries),
+                "tokens": base.tokens,
+            },
+            "failures": {
+                name: text for name, engine in self._known.current.items() if (text := engine.failure or engine.differs)
+            },
+            "engines": [
+                {
+                    "engine": canaries.name,
+                    "model": model,
+                    "at": reading.at,
+                    "since": min(reading.since.values(), default=None),
+                    "changed": BASELINE in reading.since,
+                    "outlier": ENGINES in reading.since,
+                    "cause": None if (cause := self._judge.cause(canaries, model, reading)) is None else cause.text,
+                    **figures(reading),
+                }
+                for canaries, model, reading in self._known.replayed()
+            ],
+        }
+
+    def samples(self) -> Iterator[Sample]:
+        for outcome, count in self._judge.outcomes.items():
+            yield Sample(names.CANARY_REPLAYS, (outcome,), count)
+        for canaries, model, reading in self._known.replayed():
+            cause = self._judge.cause(canaries, model, reading)
+            for against, comparison in reading.found.items():
+                labels = (canaries.name, model, against)
+                yield Sample(names.CANARY_DISTANCE_NATS, labels, comparison.nats)
+                found = "" if cause is None or against not in reading.since else cause.cause.value
+                yield Sample(names.CANARY_CHANGED, (*labels, found), float(against in reading.since))
