@@ -174,9 +174,18 @@ def readme(template: str, values_yaml: str) -> str:
     return template.replace(TABLE, f"| value | default | |\n|---|---|---|\n{rows}")
 
 
+def semantic(version: str) -> str:
+    """Returns a version of Python as a semantic version, which helm needs.
+
+    >>> semantic("0.3.0"), semantic("0.3.0.dev0")
+    ('0.3.0', '0.3.0-dev.0')
+    """
+    return re.sub(r"\.dev(\d+)$", r"-dev.\1", version)
+
+
 def chart(text: str) -> str:
-    """The text of Chart.yaml with the version of Hemostat as that of the chart and of the images."""
-    text = re.sub(r"^version: .*$", f"version: {__version__}", text, flags=re.MULTILINE)
+    """Returns the text of Chart.yaml with Hemostat's version. The images have the same tag as appVersion."""
+    text = re.sub(r"^version: .*$", f"version: {semantic(__version__)}", text, flags=re.MULTILINE)
     return re.sub(r"^appVersion: .*$", f'appVersion: "{__version__}"', text, flags=re.MULTILINE)
 
 

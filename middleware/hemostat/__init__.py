@@ -1,3 +1,3 @@
 """The package of Hemostat's shell: the proxy, the shadow path, storage, metrics and the command line."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"

@@ -3,4 +3,4 @@
 It imports parts of `hemostat`, which never imports the laboratory.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
