@@ -62,3 +62,23 @@ def test_releases_are_listed_newest_first() -> None:
     versions = [Version(release) for release in RELEASES]
     assert versions == sorted(versions, reverse=True)
     assert not any(version.is_prerelease for version in versions)
+
+
+def opening(release: str) -> list[str]:
+    """Returns the lines with which a section of the CHANGELOG opens, up to its first subsection or link to the rest."""
+    section = re.split(rf"^## \[{re.escape(release)}\].*\n", CHANGELOG, maxsplit=1, flags=re.MULTILINE)[1]
+    lines = re.split(r"^(?:##|\[All changes)", section, maxsplit=1, flags=re.MULTILINE)[0].splitlines()
+    return [line for line in lines if line]
+
+
+@pytest.mark.parametrize("release", ["Unreleased", *RELEASES])
+def test_a_release_opens_with_at_most_ten_lines(release: str) -> None:
+    assert 1 <= len(opening(release)) <= 10
+
+
+def test_older_releases_have_a_page_of_their_own() -> None:
+    for release in RELEASES:
+        assert f"(docs/changelog/{release}.md)" in CHANGELOG
+        assert f"docs/changelog/{release}.md" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {path.stem for path in (ROOT / "docs" / "changelog").glob("*.md")}
+    assert pages == set(RELEASES)
