@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = [path for folder in ("middleware", "calibration", "deploy") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -53,3 +56,39 @@ def test_tests_import_shared_code_from_support_only() -> None:
         if shared:
             result[str(path.relative_to(ROOT))] = shared
     assert result == {}
+
+
+PACKAGES = [
+    file.parent
+    for root in (
+        *("middleware/hemostat", "middleware/lab/hemostat_lab"),
+        *("calibration/hemostat_calibration", "calibration/hemostat_engine"),
+    )
+    for file in sorted((ROOT / root).rglob("__init__.py"))
+]
+
+
+def modules(package: Path) -> set[str]:
+    """Returns the names of a package's modules and packages, without those with underscores at both ends."""
+    files = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
+    return {name for name in files if not name.startswith("__")}
+
+
+def listed(docstring: str) -> set[str]:
+    """Returns the names in the first column of a docstring's list of modules."""
+    columns = re.findall(r"^(?: {4})?(\w[\w./]*(?:, \w[\w./]*)*)  +\S", docstring, re.MULTILINE)
+    return {name.removesuffix(".py").removesuffix("/") for column in columns for name in column.split(", ")}
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: str(package.relative_to(ROOT)))
+def test_the_docstring_of_a_package_says_where_things_are(package: Path) -> None:
+    """Every module is named there, and what its list names exists."""
+    docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8"))) or ""
+    assert [name for name in sorted(modules(package)) if not re.search(rf"\b{name}\b", docstring)] == []
+    assert sorted(listed(docstring) - modules(package)) == []
+
+
+def test_a_list_of_modules_is_read() -> None:
+    assert listed("It is.\n\n    a, b.py  two modules,\n             in two lines\n    c/       a package") == {
+        *("a", "b", "c")
+    }

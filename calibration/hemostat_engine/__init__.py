@@ -15,6 +15,16 @@ when the class is requested by that flag.
     answer_tap.py    in the API server's process: whole answers of requests that ask for it; answer_sender.py sends them
     fetching.py      gets profiles from the folder or the admin ports
     peers.py, admin_client.py, retries.py, settings.py    addresses, HTTP, pauses after failures, environment
+
+Further modules:
+
+    byte_order    arrays as they are sent: little-endian
+    captures      keeps loads onto a GPU away from the times at which vLLM captures a CUDA graph
+    forcing       tokens that a request asks for, in place of those that would be sampled
+    kv_precision  measures how finely the KV cache holds its values
+    numbering     numbers of the generations and requests that have the same nonce
+    secrets       the control process's secrets, as this process knows them
+    weights       a fingerprint of the weights that the engine loads
 """
 
 from __future__ import annotations

@@ -1,3 +1,30 @@
-"""The package of Hemostat's shell: the proxy, the shadow path, storage, metrics and the command line."""
+"""The package of Hemostat's shell: the proxy, the shadow path, storage, metrics and the command line.
+
+adapters      adapters (LoRA) that compensate the weights' error of a compressed checkpoint
+admin         the admin port: the application, what it shows, and its protection
+canaries      canaries: the same token sequences on every engine again
+checkpoints   the parts of checkpoints that serving needs
+cli           the command line
+commands      one module for each command of the command line; `arguments` has what they share
+config        the configuration: its sections (`schema`), where values come from (`loading`)
+control       the control process: composition of all that is not in the request path
+engines       the reports of the engines' plugins, the routes that they call
+hooks         the interface by which the relay lets another layer inspect and change requests and responses
+interception  in a relay, what the hook of `hemostat.hooks` does
+ipc           messages and framing between Hemostat's own processes
+learner       the contextual learner, in a process of its own
+logs          the logs of every process: text lines, or one JSON object per line
+measurement   streaming figures of the scored requests, in groups; the alarms on them
+metrics       the names and help texts of all metrics, and the Prometheus collector
+openai        OpenAI's chat and completions API as vLLM implements it, without IO
+profiles      the life of calibration profiles: proposed, tested, promoted, rolled back
+reference     reference models behind one protocol
+relay         the data path: an HTTP/1.1 proxy at protocol level, between clients and one upstream server
+report        the parts of reports
+scoring       the path from a capture to a scored token record and its users, in the control process
+store         where profiles, events and state are kept: in memory or SQLite
+supervisor    the supervisor of `hemostat serve`, `relay` and `control`
+tracing       OpenTelemetry traces, used where `tracing.endpoint` is set
+"""
 
 __version__ = "0.3.0.dev0"

@@ -12,6 +12,13 @@ Use: `state = init(Settings(...))` once; for each scored request that is indepen
 first in its kind) `state = update(state, kind, Observation(now, kl_rc, spread(record)), noise_floor)`, with
 `noise_floor` the upper end, in nats, of the interval of what the noise adds (infinite while unknown: the budget test
 waits); `readings(state)` and `kind_readings(state)` for metrics and console; `save` and `load` around restarts.
+
+Further modules:
+
+    breaks          adapts the times that the alarm keeps after a clock was set
+    logit_spread    the figure of the change test
+    outlier_engine  the test that names an outlier among several engines
+    placement       where the next figure falls among those before it
 """
 
 from hemostat_calibration.alarm.alarm import (

@@ -1,7 +1,7 @@
-"""Adapters (LoRA) that compensate the weights' error of a compressed checkpoint, from making them to serving them.
+"""Adapters (LoRA) that compensate the weights' error of a compressed checkpoint, from the traffic's texts to serving
+them. The laboratory makes them (`hemostat_lab.adapters`).
 
-building    offline: an adapter from both checkpoints and texts
 live        in the control process: texts of the traffic, the child process that makes an adapter, the judge
 serving     adapters at the engines: loaded, acknowledged and probed
-distances   exact distances between two models' predictions, for `building` and the judge
+distances   exact distances between two models' predictions, for the judge of candidates
 """

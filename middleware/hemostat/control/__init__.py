@@ -1,1 +1,15 @@
-"""The control process: composition of all that is not in the request path."""
+"""The control process: composition of all that is not in the request path.
+
+changes           one notification for everything that the relays' policy may depend on
+composition       the parts of the control process, made and connected
+learned_state     keeps what temperature and bias have learned over restarts
+learning          tells the learner what to learn about
+model_identity    the identity of the models that stored evidence is about
+operator_actions  the actions of operators through the admin port
+ownership         the ownership of the store
+policy            builds the policy, by which relays act from then on
+process           the control process: owns the shadow queue, the reference, the statistics, the calibrator
+served_kinds      what the comparison of outcomes reads of the profiles, and does to them
+steady_clock      the time of the control process, on which all evidence relies (`hemostat_calibration.elapsed`)
+stored_state      hands what an earlier run has stored to its owners
+"""

@@ -10,10 +10,23 @@ The modules, in the order of a request:
     http/               the rules of HTTP/1.1 on bytes
     exchange            one request and its response; `exchange_state` has the states, `fail_open` calls the hook
     forwarding          the head that goes upstream
-    pool, upstream      connections to the upstream server
     response_framing    how the response's body is framed for the client; `tunnel` is a connection after a 101
     generation          what is reported of one generation: `outcomes`, the trace span, the log line
     counters            what the process counts
 
 CONTRIBUTING.md follows one request from here to the metrics.
+
+Further modules:
+
+    access_log        the access log: one line for each request on the data port, refused ones too
+    answer_format     the form in which a client asked for an answer (JSON, tool calls), and whether an answer has
+                      it
+    answers           the content of a response, whatever its form
+    client_limits     the limits of one client at this relay process
+    client_side       a client's connection, as its exchanges see it
+    outgoing_request  one request on its way upstream
+    request_watch     checks a request's client limits when it begins, and writes the access log when it ends
+    schema_check      checks if a JSON value fits a JSON schema that a client sent, in a bounded number of steps
+    turns             limits how long one client may hold a relay's event loop: its turns
+    upstreams         the engines behind one relay
 """

@@ -17,4 +17,12 @@
     records_file            `records.path`
 
 CONTRIBUTING.md follows one request from the relay to the metrics.
+
+Further modules:
+
+    engine_scores   log-probabilities of answers that named only the ids of their tokens
+    intake          the captures that wait for the engine's answers, in the queue, or for the engine's tap
+    reference_call  asks the reference about a capture: a stage of `hemostat.scoring.stages`
+    routing         decides which reference scores a capture
+    stages          the stages of a capture on its way to a `TokenRecord`
 """

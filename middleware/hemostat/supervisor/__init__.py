@@ -12,4 +12,9 @@ commands    what a signal or a successor asks for
 takeover    the messages between a supervisor and its successor
 service     the service manager: systemd's sockets and notifications
 serve       the whole
+
+Further modules:
+
+    run_folder  the folder of a running instance
+    spare       a relay process that has loaded its modules and waits for its settings
 """

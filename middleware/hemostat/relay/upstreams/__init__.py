@@ -4,10 +4,13 @@ connection   one connection, which carries one request at a time
 pool         the connections to one engine, and the requests that wait for one
 health       when an engine gets no requests, and when again (pure)
 comparison   which engine fails more requests than the others (pure)
-retries      how many requests are sent to another engine (pure)
 balancer     which engine gets a request (pure)
 engine       one engine: address, pool and health
 group        all engines: `Upstreams`
 checker      asks every engine for GET /health
 resolver     the engines behind one name, by DNS
+
+Further modules:
+
+    settings  a relay's settings of the engines
 """

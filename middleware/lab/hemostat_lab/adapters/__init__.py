@@ -8,4 +8,8 @@
     build_process  `build` in a process of its own, from a job folder
 
 torch is imported by these modules; only the command line and child processes load them.
+
+Further modules:
+
+    judge_process  the judge, in a process of its own
 """

@@ -1,1 +1,21 @@
-"""Compressed copies of checkpoints."""
+"""Compressed copies of checkpoints.
+
+calibrated          quantization that looks at what the layers read on texts
+checkpoint_writer   compressed copies of a checkpoint: folders that vLLM and transformers load
+equivalent          equivalent scales: numbers that are moved from what a layer reads into its weights
+error_compensation  rounding that compensates its own error
+fisher_information  the Fisher information of each weight, its diagonal: Σ (g_i x_j)² over tokens
+formats             how a compressed layer is stored
+frame               compression of a checkpoint, one decoder layer at a time
+input_moments       second moments of what linear layers read, and what is derived from them
+methods             methods without data: rounding to nearest, and magnitude pruning of each layer
+other_files         the files of a checkpoint other than its weights
+plan                `plan.json`: bits, group size and sparsity of each linear layer, for one source checkpoint
+planned             a plan (`plan.json`) as a method of compression
+pruning             pruning of linear layers
+repair              repair of a compressed checkpoint without overhead
+rounding            rounding to nearest and magnitude pruning of one weight, without any data
+tensor_files        safetensors files written tensor by tensor, for checkpoints that are larger than the memory
+token_weights       how much each token matters to a linear layer
+unpacking           packed checkpoints, and dense copies of them for engines without kernels for packed weights
+"""

@@ -6,4 +6,9 @@ prompts.py, generated_prompts.py    the prompts
 traffic.py     the clients
 view.py        the live view and the report
 runner.py      starts, waits, stops
+
+Further modules:
+
+    checkpoints  the demo's checkpoints
+    vllm_server  a vLLM server as a child process, for the demo and the tests
 """

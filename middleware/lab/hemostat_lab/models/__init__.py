@@ -7,7 +7,15 @@
     second_moments      statistics of those, layer by layer
     copies              a whole model with dense weights, and adapters on top of it
     training            training towards the reference's predictions
-    piecewise           a model that reads texts piece by piece
 
 The modules that import torch are loaded by the command line and child processes only.
+
+Further modules:
+
+    experts         mixtures of experts: each expert as linear layers of its own, and what a router chooses
+    generation      texts that a causal language model of transformers generates
+    parts           finished parts of a build: tensors under names, on disk or in memory
+    quiet           runs transformers without its progress bars and advice
+    stored_formats  how the weights of quantized checkpoints are stored, and what they are
+    work_folder     the folder of finished parts, from which an interrupted command continues
 """

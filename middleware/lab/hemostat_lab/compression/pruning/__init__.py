@@ -1,1 +1,10 @@
-"""Pruning of linear layers: scores from activations and gradients, masks, and weights that make up for dropped ones."""
+"""Pruning of linear layers: scores from activations and gradients, masks, and weights that make up for dropped ones.
+
+compensation  the weights that stay take over what the dropped ones did
+dense_inputs  what a layer's linear layers read in the dense model, and behind pruned layers
+gradients     what pruning needs of the dense model
+masks         which weights of one layer are kept
+method        pruning as a method of compression
+rows          whole neurons and heads
+weights       one linear layer's weight, pruned
+"""
