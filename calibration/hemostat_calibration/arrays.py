@@ -9,7 +9,7 @@ Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
 Ids = npt.NDArray[np.int32]
-"""Token ids; -1 where a row is padded."""
+"""An array of token ids; -1 where a row is padded."""
 Indices = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
 

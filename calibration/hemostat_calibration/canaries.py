@@ -74,8 +74,8 @@ MAX_SEQUENCES = 100
 MAX_TOKENS = 5_000
 """The largest number of tokens in all sequences of a set: a replay and its repetition are 10,000 tokens."""
 TOLERANCE_NATS = 0.01
-"""Mean distance of a sequence that is never a change: what another build or another GPU of the same kind may compute
-differently, far less than another quantization does."""
+"""The mean distance of a sequence that is never a change: what another build or another GPU of the same kind may
+compute differently, far less than another quantization does."""
 ADAPTER_SEQUENCES = 20
 """The number of sequences of an adapter. They are the shortest ones, so that the sequences of several adapters fit next
 to the base model's.
@@ -116,7 +116,7 @@ _SERVED = {
     "weights": "fingerprint of the weights",
     "tokenizer": "tokenizer",
 }
-"""Fields of an origin that say what is served, and their names in texts."""
+"""The fields of an origin that say what is served, and their names in texts."""
 
 
 @dataclass(frozen=True, slots=True)

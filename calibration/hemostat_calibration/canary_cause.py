@@ -43,7 +43,7 @@ from hemostat_calibration.errors import InvalidArgumentError
 
 MAX_TEXT = 1_000
 MIN_TEXT = 256
-"""Tokens; of a model with a shorter context nothing is said."""
+"""The least number of tokens of a text; of a model with a shorter context nothing is said."""
 WINDOW = 32
 """The number of tokens of a short piece, and of a part of the whole text."""
 PROMPT = 144

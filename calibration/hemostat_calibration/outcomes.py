@@ -47,7 +47,7 @@ MAX_CLIENTS = 256
 """The largest number of clients whose units are counted one by one; further ones are counted together, and not
 limited."""
 MIN_CLIENTS = 4
-"""Below it, a client's share is not limited, and all units together decide."""
+"""The least number of clients for which a client's share is limited: with fewer, all units together decide."""
 CAP_UNITS = 20
 """The number of first units whose mean length times CAP_FACTOR is the cap of all later lengths. They do not count
 themselves."""
@@ -165,7 +165,7 @@ class Trial:
         self._counts: dict[Outcome, list[TwoArms]] = {}
         """The counts by outcome, for each group."""
         self._first: list[float] = []
-        """Lengths while the cap is not known."""
+        """The lengths of the first units, while the cap is not known."""
         self._cap: float | None = None
         self._lengths: dict[bool, list[_Lengths]] = {arm: [_Lengths()] * GROUPS for arm in (False, True)}
         """The sums of lengths by arm, treated or not, for each group."""

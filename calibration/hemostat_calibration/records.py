@@ -143,12 +143,12 @@ class TokenRecord:
     output_ids: Ids
     """The tokens that the compressed model emitted, int32 [T]."""
     compressed: Candidates
-    """[T, K]: the compressed model's most likely ids, most likely first; the emitted token is among them when it was
-    given: in its place, or last when it is not one of the most likely."""
+    """The rows [T, K] of the compressed model's most likely ids, most likely first; the emitted token is among them
+    when it was given: in its place, or last when it is not one of the most likely."""
     reference_at: Floats
     """The reference's log-probabilities at `compressed.ids`, float64 [T, K]; NaN where it gave none."""
     reference: Candidates
-    """[T, J]: the reference's own most likely ids, most likely first."""
+    """The rows [T, J] of the reference's own most likely ids, most likely first."""
     compressed_emitted: Floats
     """The log-probability of the emitted token under the compressed model, float64 [T]."""
     reference_emitted: Floats
@@ -169,7 +169,7 @@ class TokenRecord:
     requested: str | None = None
     """The profile version that the proxy asked the engine for."""
     applied: str | None = None
-    """Profile version that the engine reports as applied; None is identity."""
+    """The profile version that the engine reports as applied; None is identity."""
     drawn_emitted: Floats | None = None
     """The log-probability of the emitted token under the distribution that it was drawn from at temperature 1, float64
     [T], if that was another model than `compressed`; None otherwise.

@@ -90,7 +90,7 @@ class Agent:
         self.fetcher = Fetcher(settings.profile_dir, self._peers, library, counters, self.report_soon)
         self._spawn = spawn
         self._running: set[str] = set()
-        """Calls that have not ended."""
+        """The labels of the calls that have not ended."""
         self._clock = clock
         self._weights = weights or LoadedWeights()
         self._stop = threading.Event()

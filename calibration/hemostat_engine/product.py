@@ -18,7 +18,7 @@ Matrix = Callable[[torch.Tensor], torch.Tensor]
 """A matrix as a function: it takes y, float32 [R, n], and returns y times the matrix, float32 [R, m]."""
 
 MIN_PACKED_ELEMENTS = 1 << 20
-"""Smaller matrices stay in the processor's cache and are not packed."""
+"""The least number of elements of a matrix that is packed: smaller ones stay in the processor's cache."""
 _MAX_COST_RATIO = 0.8
 """The matrix is split only below this share of the full cost: two products and their sum have an overhead."""
 

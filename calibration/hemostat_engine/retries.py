@@ -28,7 +28,7 @@ class Retries:
         self._level = level
         self._lock = threading.Lock()
         self._paused: dict[str, tuple[float, float]] = {}
-        """Operation: (end of the pause, its length)."""
+        """The pauses by operation, each as its end and its length."""
         self._logged: dict[str, str] = {}
 
     def may_try(self, operation: str, now: float) -> bool:

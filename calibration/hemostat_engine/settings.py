@@ -12,8 +12,9 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.messages import shown_address
 
 DNS_PREFIX = "dns+"
-"""Before an address of HEMOSTAT_ADMIN_URL: every IP address of the host name is an admin port (a headless
-Service)."""
+"""The prefix of an address in HEMOSTAT_ADMIN_URL which says that every IP address of the host name is an admin port (a
+headless Service).
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from hemostat_engine.product import Matrix, Product, upload
 
 CPU = torch.device("cpu")
 CHUNK_ELEMENTS = 1 << 24
-"""Logits processed at a time: every temporary is below 64 MiB, for any batch size."""
+"""The number of logits that are processed at a time: every temporary is below 64 MiB, for any batch size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +160,9 @@ def centred(logits: torch.Tensor, rows: torch.Tensor | None, anchors: torch.Tens
 
 Commit = Callable[[], None]
 Run = Callable[[Callable[[], Commit]], bool]
-"""Carries out one part of a change: calls what computes it, and what that returns, which changes the logits in place.
-False: the parts that follow are left out."""
+"""A function that carries out one part of a change: it calls what computes the part, and then what that returns, which
+changes the logits in place. If it returns False, the parts that follow are left out.
+"""
 
 
 def at_once(compute: Callable[[], Commit]) -> bool:

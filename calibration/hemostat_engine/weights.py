@@ -23,7 +23,9 @@ MAX_FILES = 1024
 """The largest number of files: there is no fingerprint of more."""
 BLOCK_BYTES = 64 * 1024
 BLOCKS = 256
-"""Read of all files together, evenly spaced in each: 16 MiB. Of each file at least two, its first and its last one."""
+"""The number of blocks that are read of all files together, evenly spaced in each: 16 MiB. At least two blocks of each
+file are read, its first and its last one.
+"""
 MAX_MODEL_CHARACTERS = 256
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -60,9 +60,11 @@ MAX_LEARNING = 4096
 EFFECTIVE_SHARE = 0.7
 """The share of `Settings.baseline_requests` that has to be effective requests before a baseline is complete."""
 CHECK_EVERY = 10
-"""Requests, from `Settings.baseline_requests` on, between two looks at whether it is."""
+"""The number of requests, from `Settings.baseline_requests` on, between two looks at whether the baseline is
+complete.
+"""
 RECENT_REQUESTS = 30
-"""About so many requests make up the recent level of a kind."""
+"""The number of requests, about, that make up the recent level of a kind."""
 GONE_CYCLES, MIN_GONE_SECONDS = 2.0, 2 * 86_400.0
 """A budget alarm ends if its kind has had no request for so many cycles of the traffic, and at least so long."""
 

@@ -52,32 +52,35 @@ MIN_SCALE = 0.02
 """The least scale of scores: a change of two percent counts as none."""
 
 UPWARD_RAMPS = ((0.0, 3.0), (1.5, 3.0))
-"""Scores between which they rise, in units of the scale: a flat one for changes of the size of the differences between
-requests, a steep one for larger ones."""
+"""The ramps upwards, each as the two scores between which it rises, in units of the scale: a flat one for changes of
+the size of the differences between requests, a steep one for larger ones.
+"""
 
 DOWNWARD_RAMPS = ((0.0, 3.0),)
 """The ramps downwards, in the same form, of scores with the other sign."""
 
 MIN_LIMIT = 0.05
-"""No limit is taken to be smaller, so that one request multiplies the wealth by at most 1/MIN_LIMIT."""
+"""The least limit of a ramp: no limit is taken to be smaller, so that one request multiplies the wealth by at most
+1/MIN_LIMIT.
+"""
 
 MIN_BASELINE_REQUESTS = 30
-"""With fewer, no ramp has a limit that a bet could gain with."""
+"""The least number of requests in a baseline: with fewer, no ramp has a limit that a bet could gain with."""
 
 STAKES = (0.85, 0.2)
 """The parts of the wealth that strategies stake on each ramp: the small one finds what only some of the requests show,
 such as a change of one engine of four."""
 
 LOG_WEIGHTS = np.log([0.45, 0.2, 0.1, 0.05, 0.1, 0.1])
-"""Natural logarithms of the parts of what is funded, by stake and ramp. Most of it is for a large stake on the flat
+"""The natural logarithms of the parts of what is funded, by stake and ramp. Most of it is for a large stake on the flat
 ramp upwards, since requests that depend on each other leave few effective ones to find a change with.
 """
 
 LEVELS = np.array([-2.0, -1.0, *np.arange(0.0, 4.5, 0.5), 5.0, 6.0, 8.0, 10.0, 14.0])
-"""Natural logarithms of the evidence of a baseline against a mean, float64 [J]."""
+"""The natural logarithms of the evidence of a baseline against a mean, float64 [J]."""
 LEVEL_WEIGHTS = np.concatenate([LEVELS[:1], LEVELS[:-1]])[:, None] + LOG_WEIGHTS
-"""Natural logarithms of the parts of what is funded, [J, S], multiplied by the baseline's evidence. The evidence of the
-level below counts, as the true mean may be anywhere above that.
+"""The natural logarithms of the parts of what is funded, [J, S], multiplied by the baseline's evidence. The evidence of
+the level below counts, as the true mean may be anywhere above that.
 """
 MEAN_FACTOR = 1.0 + math.exp(LEVELS[0])
 """The largest expected value of the least wealth, as a multiple of what was funded."""

@@ -70,17 +70,17 @@ FIRST_COHORT = 0.9
 FIRST_PART = 0.5
 """The part of the wealth for the run that uses all labels."""
 SHARE_UNITS = 4.0
-"""Equal shares count in an engine's share so far like so many units of each engine."""
+"""The number of units of each engine as which equal shares count in an engine's share so far."""
 FORECAST_UNITS = 40.0
 """An engine's share so far counts in its forecast like so many units of the window."""
 MIN_RECOVERY_UNITS = 5
-"""After an alarm, a window with so many units of its own and of others, in which freshly funded bets have lost wealth,
-ends it."""
+"""The number of units that a window needs to end an alarm, of its own and of others: it ends the alarm if freshly
+funded bets have lost wealth in it."""
 MAX_ENGINES = 64
 MAX_STRATA = 256
 
 _TIE_STEP = (math.sqrt(5.0) - 1.0) / 2.0
-"""Ties are broken by the fractional parts of its multiples, which know neither figures nor labels."""
+"""The step by whose multiples ties are broken: their fractional parts know neither figures nor labels."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ NOISES = (0.02, 0.15, 0.35)
 FARTHER = np.tile([False, True], len(NOISES))
 """The strategies that suppose that the engine's figures are higher."""
 LOG_WEIGHTS = np.log(np.repeat([0.4, 0.07, 0.03], 2))
-"""Natural logarithms of the parts of what is funded, by strategy."""
+"""The natural logarithms of the parts of what is funded, by strategy."""
 _BELOW = np.where(FARTHER, np.repeat(NOISES, 2), 1.0 - np.repeat(NOISES, 2))
 """The probabilities, [S], that a figure of the engine lies below the threshold, and another's above it."""
 _LOG_ODDS = np.log(_BELOW) - np.log1p(-_BELOW)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from hemostat_calibration.elapsed import TimeBreak, span_begins
 
 OTHER = ""
-"""Stands for all kinds that the baseline has not seen."""
+"""The name that stands for all kinds that the baseline has not seen."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,9 +13,9 @@ from hemostat_calibration.errors import InvalidArgumentError
 GROWTH = 7.5
 """A layer's loss is taken to grow as exp(GROWTH · sparsity)."""
 LEAST_LOST = 0.4
-"""A layer loses at least this part of what it would lose if all had the same sparsity, …"""
+"""The least part that a layer loses of what it would lose if all layers had the same sparsity."""
 LEAST_KEPT = 0.5
-"""… and keeps at least this part of what it would keep."""
+"""The least part that a layer keeps of what it would keep if all layers had the same sparsity."""
 _BISECTIONS = 60
 
 

@@ -80,7 +80,7 @@ class DecodedDivergence:
     """KL(q_r‖q_c), infinite where q_r keeps an id that q_c drops; NaN at a temperature without a cut."""
     kl_cr: Interval
     available: Bools
-    """False where the lists do not determine the cut, or a profile changed what was drawn from."""
+    """It is False if the lists do not determine the cut, or if a profile changed what was drawn from."""
 
 
 def decoded_divergence(record: TokenRecord, min_ratio: float = MIN_RATIO) -> DecodedDivergence:

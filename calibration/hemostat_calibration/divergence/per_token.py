@@ -105,8 +105,8 @@ class TokenDivergence:
     bounds: Bounds
     """The proven intervals of the four divergences. After a profile whose normalizer is unknown: NaN."""
     known: Bools
-    """False after a profile whose Δz is unknown there (it reads anchors, and the record has no features of them): all
-    that depends on Δz is NaN there, and `top1_known` False."""
+    """It is False after a profile whose Δz is unknown there (it reads anchors, and the record has no features of them):
+    all that depends on Δz is NaN there, and `top1_known` False."""
     top1_known: Bools
     """True if `top1_agreement` is proven. After a profile it is not where Δz is unknown, and where an id behind the
     candidates could have become likelier than all of them. It says nothing of the agreement itself: which positions are

@@ -29,8 +29,8 @@ from hemostat_calibration.statistics.running_mean import RunningMean
 MAX_UNITS = 4096
 """The largest number of units that a test remembers, counted and refused ones."""
 MIN_UNITS_OF_FEW_CLIENTS = 30
-"""Units before which nothing is decided while fewer than `MIN_CLIENTS` clients are seen: else the first few units, of
-whoever sends most, could decide before the others are met."""
+"""The number of units before which nothing is decided while fewer than `MIN_CLIENTS` clients are seen: else the first
+few units, of whoever sends most, could decide before the others are met."""
 MAX_MET = 4
 """A window is over when so many times its units were met, most of them refused: clients that are seen no more would
 else keep the window open."""
@@ -39,7 +39,7 @@ DIGEST_BYTES = 4
 probability of 1e-6 for each unit.
 """
 DEFAULT_TOKEN_CAP = 512.0
-"""Tokens, where no answer's length is known yet; see `KindTest.token_cap`."""
+"""The number of tokens that is the cap while no answer's length is known; see `KindTest.token_cap`."""
 
 GAIN_TOKENS, TOKENS, SQUARED_TOKENS = range(3)
 """The places of the sums of each client's units: gain times tokens, tokens, tokens squared."""

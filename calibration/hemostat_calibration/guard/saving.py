@@ -24,7 +24,9 @@ from hemostat_calibration.statistics.dependence import MAX_CLIENTS, KindDependen
 SCHEMA = 5
 """An older one than `OLDEST` is refused, and a newer one."""
 OLDEST = 4
-"""Its tests do not say when their gains were: the cycle that these have to span begins anew."""
+"""The oldest schema that is read. Its tests do not say when their gains were: the cycle that these have to span begins
+anew.
+"""
 
 
 @dataclass(slots=True)

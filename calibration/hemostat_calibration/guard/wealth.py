@@ -61,7 +61,9 @@ from hemostat_calibration.statistics.dependence import MAX_CLIENTS
 Floats = npt.NDArray[np.float64]
 
 MIN_CLIENTS = 4
-"""Clients seen from which on the evidence does without any one of them, and their share is limited."""
+"""The number of clients that have to be seen before the evidence does without any one of them, and before their share
+is limited.
+"""
 
 FRACTIONS = np.array([0.99, 0.5, 0.25, 0.1])
 """The fractions f that are bet: shares of the stake that would lose everything on the worst observation. They are below

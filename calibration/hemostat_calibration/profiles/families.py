@@ -26,7 +26,7 @@ ANCHORS = "anchors"
 """The parameter that holds the ids whose logits a family reads, int32 [N]."""
 
 DTYPES: Mapping[str, npt.DTypeLike] = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "I8": np.int8}
-"""Element types of parameters, by their safetensors names."""
+"""The element types of parameters, by their safetensors names."""
 
 
 @dataclass(frozen=True, slots=True)

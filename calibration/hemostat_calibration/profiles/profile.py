@@ -24,10 +24,10 @@ VERSION_PATTERN = re.compile(r"[0-9a-f]{32}")
 """A version is the first 32 hex digits of the SHA-256 of the profile's bytes: it can name a file or a URL safely."""
 
 IDENTITY = "identity"
-"""Family and version that mean: no profile."""
+"""The family and the version that mean that there is no profile."""
 
 MAX_BYTES = 512 * 1024 * 1024
-"""Longer input is refused before it is parsed."""
+"""The largest size of a profile's file: longer input is refused before it is parsed."""
 MAX_HEADER_BYTES = 64 * 1024
 MAX_ADAPTER_HEADER_BYTES = 1024 * 1024
 """The largest header in format 3. An adapter has about 450 bytes for each layer, and a model of 70B parameters has 560
@@ -37,9 +37,9 @@ MAX_VOCABULARY = 1 << 24
 MAX_CLAMP_NATS = 20.0
 
 _FORMATS = ("1", "2", "3")
-"""In format 1 every parameter is float32, in format 2 each has its family's type, in format 3 the type may be int8 and
-the header longer. A profile is written in the first format that can hold it, so that versions made before a format was
-added are still valid."""
+"""The formats of a profile's file. In format 1 every parameter is float32, in format 2 each has its family's type, in
+format 3 the type may be int8 and the header longer. A profile is written in the first format that can hold it, so that
+versions made before a format was added are still valid."""
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 8
 _METADATA_PREFIX = "metadata."

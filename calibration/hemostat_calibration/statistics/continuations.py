@@ -22,9 +22,9 @@ from hemostat_calibration.arrays import Ids
 
 WINDOW, ANSWER = 32, 16
 MAX_REQUESTS = 50_000
-"""Remembered; of more, the older half is forgotten."""
+"""The largest number of requests that are remembered; of more, the older half is forgotten."""
 SEVERAL = b""
-"""Stands in place of the name of a conversation if several conversations have the hash."""
+"""The value in place of the name of a conversation if several conversations have the hash."""
 _BITS = 20
 """The number of bits of a place in the filter in front of the table of hashes: 5 % of the places are taken at
 `MAX_REQUESTS`.

@@ -43,7 +43,7 @@ from hemostat_calibration.elapsed import TimeBreak, span_begins
 from hemostat_calibration.errors import InvalidArgumentError
 
 MIN_BATCHES = 24
-"""Fewer say little of a variance."""
+"""The least number of batches of one length: fewer say little of a variance."""
 MIN_UNITS = 48
 """The least number of units: with fewer, there is no batch length from which to estimate."""
 FEW_BATCHES = 3

@@ -24,7 +24,7 @@ from hemostat_calibration.errors import InvalidArgumentError
 MAX_COUNTED = 256
 """The largest number of names that are counted at a time."""
 MAX_NAME_LENGTH = 200
-"""Characters; longer names are never followed."""
+"""The largest number of characters of a name; longer names are never followed."""
 TAKES_OVER = 2
 MIN_SEEN = 20
 HALF_LIFE_SECONDS = 2 * 86_400.0

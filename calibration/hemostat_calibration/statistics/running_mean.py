@@ -30,7 +30,7 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.confidence import ConfidenceInterval
 
 _FRACTIONS = frozen(np.concatenate([[0.95, 0.8], 0.5 * 0.5 ** np.arange(16.0)]))
-"""λ·c of the mixture: small ones for many observations (the best one is about √(2 log(1/α) c²/V))."""
+"""The values of λ·c in the mixture: small ones for many observations (the best one is about √(2 log(1/α) c²/V))."""
 _WEIGHTS = frozen(np.full(len(_FRACTIONS), 1.0 / len(_FRACTIONS)))
 _PSI = frozen(-np.log1p(-_FRACTIONS) - _FRACTIONS)
 ENOUGH = 0.5

@@ -33,9 +33,9 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.confidence import ConfidenceInterval
 
 _POINTS = 65
-"""Differences of one round of the search for the ends of the interval."""
+"""The number of differences in one round of the search for the ends of the interval."""
 _ROUNDS = 3
-"""After them an end is known to 2 / (_POINTS − 1)^_ROUNDS = 8e-6."""
+"""The number of rounds of the search: after them an end is known to 2 / (_POINTS − 1)^_ROUNDS = 8e-6."""
 
 _lgamma = np.frompyfunc(math.lgamma, 1, 1)
 

@@ -22,7 +22,7 @@ ENABLED = "HEMOSTAT_ADAPTERS"
 """The environment variable whose value 1 enables the plugin."""
 
 log = logging.getLogger("vllm.hemostat")
-"""Below vLLM's logger, which alone has a handler in all of its processes."""
+"""The logger of adapters. It is below vLLM's logger, which alone has a handler in all of its processes."""
 
 
 def register() -> None:

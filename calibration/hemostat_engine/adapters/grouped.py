@@ -108,7 +108,7 @@ class Factors:
 @dataclass(slots=True)
 class _Entry:
     source: Any
-    """Keeps the tensors alive, so that their id stays theirs."""
+    """The tensors that the entry was made of. Keeping them alive lets their id stay theirs."""
     first: torch.Tensor
     version: int
     factors: Factors

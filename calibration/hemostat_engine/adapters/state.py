@@ -16,7 +16,7 @@ MAX_VERSIONS = 64
 PROBE = "0" * 32
 """The resolver refuses this name in words of its own, by which `hemostat check` recognizes the plugin."""
 LORA_OFF = "LoRA is not enabled: start vLLM with --enable-lora"
-"""Hemostat recognizes "not enabled" in a refusal, and vLLM says the same."""
+"""The text that says why adapters are off. Hemostat recognizes "not enabled" in a refusal, and vLLM says the same."""
 
 
 class AdapterState:

@@ -16,7 +16,7 @@ POINT_SECONDS = 10.0
 MAX_POINTS = 2160
 """The largest number of points: six hours."""
 RECENT_POINTS = 6
-"""Points over which a recent figure is taken: a minute."""
+"""The number of points over which a recent figure is taken: a minute."""
 MAX_EVENTS = 200
 
 
@@ -39,8 +39,10 @@ class History:
         "reference_tokens",
         "queue",
     )
-    """KL is the lower bound, since the start but for `kl_recent`, which is the mean over the tokens of the last
-    RECENT_POINTS; `overhead_p99` (seconds) is of the requests of the same points. Of counters: their values."""
+    """The names of the columns. KL is the lower bound, since the start but for `kl_recent`, which is the mean over the
+    tokens of the last RECENT_POINTS; `overhead_p99` (seconds) is of the requests of the same points. Counters are given
+    by their values.
+    """
 
     def __init__(self) -> None:
         self._points: deque[tuple[float, ...]] = deque(maxlen=MAX_POINTS)

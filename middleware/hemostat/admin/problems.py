@@ -46,7 +46,9 @@ MAX_REPEATED_RATIO, MAX_REPEATED = 0.005, 20
 MAX_OVERHEAD_SECONDS, MIN_OVERHEAD_REQUESTS = 0.01, 100
 """The limit of the 99 % quantile of the relays' overhead, and how many requests it takes to know one."""
 MIN_EXPECTED_SCORES = 10.0
-"""Where so many scores are expected, the probability that none occurs by chance is e^-10."""
+"""The least number of expected scores without any of which there is a problem: the probability that none occurs by
+chance is e^-10.
+"""
 
 LOGGED = {
     "HemostatUpstreamDown": "vLLM answers again",
@@ -116,7 +118,9 @@ class Found(NamedTuple):
     alert: str
     text: str
     since: float | None = None
-    """Unix time, where it is known. Otherwise it is when the problem was found first."""
+    """The Unix time since when the problem is there; None if that is not known: then it is when the problem was found
+    first.
+    """
     page: tuple[str, ...] = ()
     """A page of the console that fits better than the alert's."""
 

@@ -23,7 +23,7 @@ LOST_SECONDS = 900.0
 LONG_SECONDS = 1800.0
 """The time for which rare things count, such as a rollback: as long as in the alerts."""
 MAX_CHANGES = 120
-"""About how many values of a counter are remembered, however often it grows."""
+"""The number of values of a counter, about, that are remembered, however often it grows."""
 
 
 class Growth:

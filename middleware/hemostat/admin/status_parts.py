@@ -26,7 +26,7 @@ from hemostat.scoring.records_file import RecordsFile
 from hemostat_calibration.profiles.profile import IDENTITY
 
 Report = dict[str, Any]
-"""JSON-ready figures of a subsystem, whose keys are that subsystem's: names of figures, versions, scopes."""
+"""The figures of a subsystem, JSON-ready. Their keys are that subsystem's: names of figures, versions, scopes."""
 
 
 class RequestsStatus(msgspec.Struct, frozen=True):
@@ -75,7 +75,7 @@ class QueueStatus(msgspec.Struct, frozen=True):
 class CompressedStatus(msgspec.Struct, frozen=True):
     models: list[str]
     adapters: list[str]
-    """LoRA adapters that the reference serves, too."""
+    """The LoRA adapters that the reference serves, too."""
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
@@ -85,9 +85,9 @@ class ModelStatus(msgspec.Struct, frozen=True):
     root: str
     """The path that its server loaded it from, as the server says; "" if it does not."""
     adapters: list[str]
-    """LoRA adapters that its reference serves, too."""
+    """The LoRA adapters that its reference serves, too."""
     reference: str
-    """"" without a match: the model's requests are neither scored nor treated."""
+    """The name of its reference; "" without a match: then the model's requests are neither scored nor treated."""
     state: str
     detail: str
     """The reason why the model is not scored, or the reference with which it is."""

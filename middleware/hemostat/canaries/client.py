@@ -39,10 +39,12 @@ several shapes."""
 TOKENIZER_TEXT = "Hemostat 1,024 ≤ x; größer 温度 température\n\tif (a != b) { return [0x1f]; } // 😀"
 """A text for which tokenizers differ in the token ids."""
 PRIORITY = 1_000
-"""Later than clients' requests, whose default is 0, where the engine schedules by priority."""
+"""The priority of canaries, later than clients' requests, whose default is 0. It has an effect if the engine schedules
+by priority.
+"""
 
 Gate = Callable[[], Awaitable[None]]
-"""Awaited before each request: returns when it may be sent."""
+"""A function that is awaited before each request, and returns when the request may be sent."""
 
 
 class _Choice(msgspec.Struct, frozen=True):
@@ -54,7 +56,9 @@ class _Completion(msgspec.Struct, frozen=True):
 
 
 Progress = Callable[[str, int, int], None]
-"""Called after each part of the work: what the parts are, how many are done, and how many there are."""
+"""A function that is called after each part of the work with what the parts are, how many are done, and how many there
+are.
+"""
 
 
 async def _at_once() -> None:

@@ -34,7 +34,7 @@ from hemostat_calibration.canary_cause import (
 from hemostat_calibration.engine_keys import FORCE_KEY, PRECISION_KEY
 
 Sign = Callable[[dict[str, Any]], dict[str, Any]]
-"""Returns `vllm_xargs` with the MAC that the engine's plugin wants."""
+"""A function that returns `vllm_xargs` with the MAC that the engine's plugin wants."""
 COMPANIONS = 3
 """The number of requests that are decoded together with the measured one."""
 COMPANION_PROMPT, COMPANION_TOKENS = 8, 96

@@ -22,7 +22,7 @@ class ConfigError(HemostatError):
 REMOVED: Mapping[str, str] = {
     "calibration.apply": "this setting has gone: the plugin in vLLM applies profiles; leave it out",
 }
-"""Settings of earlier versions, and what takes their place."""
+"""The settings of earlier versions, with what takes their place."""
 
 
 def explain(error: ValidationError, path: Path | None, places: Mapping[Key, str]) -> str:

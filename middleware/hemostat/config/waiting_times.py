@@ -12,8 +12,9 @@ from hemostat.config.schema import Settings
 
 Step = Literal["figure", "interval", "cycle", "canaries", "alarm", "promotion"]
 INTERVAL_REQUESTS = 50
-"""About how many scored requests the first interval takes, if they depend on each other as little as is usual, and no
-few of them have most of the tokens."""
+"""The number of scored requests, about, that the first interval takes if they depend on each other as little as is
+usual, and no few of them have most of the tokens.
+"""
 BUDGET_REQUESTS = 96
 PROMOTION_CONVERSATIONS = 96
 """The number of scored conversations of a kind before which nothing is promoted there."""

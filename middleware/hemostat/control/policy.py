@@ -20,7 +20,9 @@ from hemostat.scoring.answer_losses import AnswerLosses
 from hemostat.scoring.limits import Breakers, CaptureSampling
 
 SETTLE_SECONDS = 30.0
-"""Engines report once a second, a reference on a server answers soon; one in process is loaded first."""
+"""The longest time for which the first policy waits for engines and references. Engines report once a second, and a
+reference on a server answers soon; one in process is loaded first.
+"""
 
 
 class LoadedAdapters(Protocol):

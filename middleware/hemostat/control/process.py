@@ -67,7 +67,7 @@ def security(settings: Settings) -> Security | None:
 log = logging.getLogger("hemostat.control")
 
 EXIT_CODE_SUPERSEDED = 3
-"""Another process has written to the store that this one owned."""
+"""The exit code of a process that ends because another process has written to the store that it owned."""
 LOCK_SECONDS = 15.0
 """The longest time that a former control process may take to end."""
 ANSWER_SECONDS = 1.0

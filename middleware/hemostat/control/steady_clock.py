@@ -60,7 +60,7 @@ class SteadyClock:
         self._wall, self._steady, self._boot = wall, steady, boot
         self._time = SteadyTime(wall(), steady())
         self._saved_at: float | None = None
-        """When the time was stored last, by the clock that nobody sets."""
+        """The time at which the time was stored last, by the clock that nobody sets."""
 
     def now(self) -> float:
         """Returns the Unix time, seconds. It never goes back between two calls of `look`."""

@@ -21,7 +21,7 @@ MAX_ANSWERS_PER_REQUEST = 64
 """The largest number of answers of one nonce; further ones are dropped: a client may have set one of its own for all of
 its requests."""
 ANSWER_SECONDS = 120.0
-"""After the last new answer of a request, its answers are dropped when they were not used."""
+"""The time after the last new answer of a request after which its answers are dropped if they were not used."""
 MAX_SENDERS = 256
 """The largest number of API servers whose counts of dropped answers are kept."""
 

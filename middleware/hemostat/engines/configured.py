@@ -36,7 +36,7 @@ class ConfiguredEngines:
     def __init__(self, upstream: Upstream, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._lookup = Lookup(parse_origin(upstream.servers[0]), log) if upstream.resolves else None
-        """Resolves the name; None if the addresses themselves are configured."""
+        """The part that resolves the name; None if the addresses themselves are configured."""
         self._names = frozenset(() if upstream.resolves else (parse_origin(url).name for url in upstream.servers))
         self._resolved: dict[str, float] = {}
         """The time when a look-up last had an address, by address."""

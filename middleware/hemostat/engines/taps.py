@@ -24,7 +24,7 @@ from hemostat_calibration.records import Features
 MAX_TAPPED_REQUESTS = 4096
 """The largest number of tapped requests whose numbers wait to be taken; the oldest are dropped."""
 TAP_SECONDS = 120.0
-"""After the last run of a request, its numbers are dropped when they were not used."""
+"""The time after the last run of a request after which its numbers are dropped if they were not used."""
 MAX_WAITING_NUMBER_BYTES = 256 << 20
 """The largest size of the numbers that wait to be taken, of all requests; above it the requests that have waited
 longest are dropped."""

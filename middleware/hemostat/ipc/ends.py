@@ -20,5 +20,5 @@ middle of a response that cannot go on without it."""
 CLIENT_GONE: Final = "client_gone"
 """The client closed the connection before its response was complete."""
 FAILED: Final = (SERVER_ERROR, UPSTREAM_FAILED)
-"""Clients got an error that is the upstream's."""
+"""The endings at which clients got an error that is the upstream's."""
 OUTCOMES: Final = (OK, CLIENT_ERROR, SERVER_ERROR, REFUSED, OVERLOADED, UPSTREAM_FAILED, CLIENT_GONE)

@@ -40,7 +40,7 @@ class AnswerBody:
         self._skip = skip
         self._kept = bytearray()
         self.length = 0
-        """Bytes so far, with those that are skipped."""
+        """The number of bytes so far, with those that are skipped."""
         encoding = headers.get("content-encoding", "identity").strip().lower()
         if encoding not in {"", "identity"}:
             raise AnswerRefused(f"an answer in the encoding {encoding[:40]!r}, which was not asked for")

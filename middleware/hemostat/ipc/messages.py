@@ -301,13 +301,14 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     default_model: str = ""
     """The served name that answers a request without one; "" while it is not known."""
     scored_again: frozenset[str] = frozenset()
-    """Forms (`openai.form.Form`) whose responses are asked for ids only where logprobs cannot be: the engine computes
-    them again."""
+    """The forms (`openai.form.Form`) whose responses are asked for ids only if they cannot be asked for logprobs: the
+    engine computes these again.
+    """
     grammars: bool = False
     """It is True if requests whose tokens a grammar restricts can be scored: every engine's plugin says which ids it
     allows."""
     drained: frozenset[str] = frozenset()
-    """Engines (`EngineHealth.engine`) that get no new requests."""
+    """The engines (`EngineHealth.engine`) that get no new requests."""
     openai_sampling_defaults: bool = False
     """It is True if OpenAI's default holds for what a request leaves out of temperature, top_p, top_k, min_p and
     repetition_penalty.

@@ -39,7 +39,7 @@ log = logging.getLogger("hemostat.learner")
 BACKOFF = (0.5, 2.0, 10.0, 60.0)
 """The seconds before a learner that ended is started again, by how often in a row it failed before it was ready."""
 RETRY_TOKEN_GROWTH = 1.25
-"""After a rejected or empty proposal, the next one is requested from this many times more tokens."""
+"""The factor by which more tokens are needed for the next proposal after a rejected or empty one."""
 EXPORT_SECONDS = 300.0
 """The time between two exports of what was learned, while records come."""
 

@@ -32,7 +32,7 @@ from hemostat_calibration.learning.contextual.learner import ContextualLearner, 
 NICENESS = 15
 """The niceness of the learner: a lower priority than all other processes have, the reference included."""
 MAX_QUEUED_MESSAGES = 16
-"""Messages read ahead of the one that is being worked on."""
+"""The largest number of messages that are read ahead of the one that is being worked on."""
 MAX_SCOPES = 8
 """The largest number of scopes with statistics of their own: each costs as much memory as the statistics of all
 traffic.

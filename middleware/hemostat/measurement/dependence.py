@@ -40,7 +40,7 @@ class Cycle:
     seconds: float = 0.0
     clock: Callable[[], float] = time.monotonic
     _users: WeakSet[Dependence] = field(default_factory=WeakSet, init=False, repr=False, compare=False)
-    """Everything that counts how much of the cycle was seen."""
+    """The objects that count how much of the cycle was seen, and that are told of breaks."""
 
     def add(self, user: Dependence) -> None:
         """Adds one that is told of breaks, too."""

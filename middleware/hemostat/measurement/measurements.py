@@ -73,7 +73,7 @@ class Top1:
     """The dependence of the requests in these three figures."""
     tokens: int = 0
     unknown: int = 0
-    """Tokens where the profile's effect is not known."""
+    """The number of tokens for which the profile's effect is not known."""
     unproven: int = 0
     """See `TokenDivergence.top1_known`."""
 

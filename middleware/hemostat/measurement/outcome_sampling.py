@@ -20,10 +20,13 @@ MAX_REPORTS_PER_SECOND = 50.0
 WAIT_SECONDS = 1000.0
 """The least time for which a conversation is remembered while there are that many reports."""
 MAX_SEEN = int(MAX_REPORTS_PER_SECOND * WAIT_SECONDS)
-"""Conversations, by kind, that are remembered as seen; the one that has paused for longest is forgotten."""
+"""The largest number of conversations of each kind that are remembered as seen; the one that has paused for longest is
+forgotten.
+"""
 _ROOM = 4.0
-"""`reported` is doubled where so many times its reports are within the limit. A margin of 2 is left, so that small
-changes of the traffic have no effect."""
+"""The factor that has to be left: `reported` is doubled if so many times its reports are within the limit. A margin of
+2 remains, so that small changes of the traffic have no effect.
+"""
 
 
 class OutcomeSampling:
@@ -35,7 +38,7 @@ class OutcomeSampling:
         self.counted = counted
         """The share of conversations that are units: at most `reported`."""
         self._changed_at: float | None = None
-        """When `reported` was changed, or else first updated."""
+        """The time at which `reported` was changed, or else first updated."""
 
     def update(self, requests_per_second: float, now: float) -> bool:
         """Updates both shares, and returns True if anything has changed.

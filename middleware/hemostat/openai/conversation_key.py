@@ -46,10 +46,10 @@ _TOKEN: Final = re.compile(_STRING + rb"?+|[\[\]{}]", re.DOTALL)
 """A string that does not end before the search does is one, too: it would be read again from each quotation mark."""
 
 _SPREAD: Final = 0x1E3779B1
-"""Odd, 2**32 by the golden ratio without its highest bit: checksums of texts that differ in one character are related,
-and their multiples are far apart on the ring (Knuth's multiplicative hash)."""
+"""The factor of checksums. It is odd, 2**32 by the golden ratio without its highest bit: checksums of texts that differ
+in one character are related, and their multiples are far apart on the ring (Knuth's multiplicative hash)."""
 _FACTOR_MASK: Final = (1 << 30) - 1
-"""Compiled code multiplies numbers below 2**30 without making objects of them."""
+"""The mask of factors: compiled code multiplies numbers below 2**30 without making objects of them."""
 
 
 def conversation_key(body: bytes) -> int | None:

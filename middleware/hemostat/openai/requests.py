@@ -57,8 +57,8 @@ LOGIT_EDITING_KEYS = (
     *("logit_bias", "bad_words", "allowed_token_ids", "min_tokens"),
     *("presence_penalty", "frequency_penalty"),
 )
-"""With `repetition_penalty`, the parameters for which the engine plugin declines a profile (`xargs.edits_logits`):
-neither arm may contain such a request."""
+"""The parameters, in addition to `repetition_penalty`, for which the engine plugin declines a profile
+(`xargs.edits_logits`): neither arm may contain such a request."""
 _LOGIT_KEYS = frozenset({*LOGIT_EDITING_KEYS, "repetition_penalty"})
 _SAMPLING_KEYS = frozenset({"repetition_penalty", "temperature", "top_p", "top_k", "min_p", "thinking"})
 """The keys that `sampling_parameters` decodes."""

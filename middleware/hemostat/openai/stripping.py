@@ -29,7 +29,7 @@ MAX_BODY: Final = 128 * 1024 * 1024
 """The largest number of bytes of one response (not a stream) that are buffered until it is complete."""
 
 _REASONING: Final = re.compile(rb'"reasoning(?:_content)?":"')
-"""Matches no text: quotes are escaped there."""
+"""The pattern of a reasoning text's beginning. It matches no text itself: quotes are escaped there."""
 
 _ids: Final[msgspec.json.Decoder[list[int]]] = msgspec.json.Decoder(list[int])
 _elements: Final[msgspec.json.Decoder[list[msgspec.Raw]]] = msgspec.json.Decoder(list[msgspec.Raw])

@@ -69,7 +69,7 @@ class Reason(StrEnum):
     LOST = "lost"
     """The store, at a restart, does not hold it, or it cannot be read."""
     SETTINGS = "settings"
-    """At a restart, the settings are others, and do not allow it."""
+    """At a restart the settings are other ones, and do not allow it."""
 
 
 REASONS: Mapping[Decision, tuple[Reason, ...]] = {

@@ -38,8 +38,9 @@ MIN_TOKEN_GROWTH_UNDER_TEST = 4
 MAX_TOKENS_BETWEEN_PROPOSALS = 500_000
 """The largest number of tokens between two proposals: more are never waited for."""
 CONTEXTUAL_FIRST_FACTOR = 4
-"""Where a contextual learner is at work, temperature and bias wait for its first proposal until they were learned from
-this many times `min_tokens`: earlier tests have more of alpha, and temperature and bias rarely win much."""
+"""The factor of `min_tokens` up to which temperature and bias wait for the first proposal of a contextual learner, if
+there is one at work: earlier tests have more of alpha, and temperature and bias rarely win much.
+"""
 BATCH_RECORDS = 8
 """The number of records that are gathered before one update of temperature and bias."""
 

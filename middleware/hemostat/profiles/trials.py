@@ -37,7 +37,7 @@ MAX_TESTED = 2
 plugin's MAX_TAPPED_CANDIDATES).
 """
 MAX_QUEUED_CANDIDATES = 8
-"""Candidates tested and waiting; see `lifecycle.Lifecycle.test`."""
+"""The largest number of candidates that are tested or wait; see `lifecycle.Lifecycle.test`."""
 
 TOTAL_VARIATION_WIDTH = 1.0
 """The width of gains in total variation: the total variation of two distributions is between 0 and 1."""

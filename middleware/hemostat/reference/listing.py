@@ -12,7 +12,7 @@ from hemostat.reference.references import References
 from hemostat.reference.server import ModelCard, VllmServer
 
 MAX_MODELS = 64
-"""Base models that are followed: the first in the server's list."""
+"""The largest number of base models that are followed: the first in the server's list."""
 
 
 def without_own(cards: Iterable[ModelCard]) -> list[ModelCard]:

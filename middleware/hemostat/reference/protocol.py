@@ -53,7 +53,7 @@ class ReferenceInfo:
     exact_with: str = ""
     """The advice for the operator on how to get exact figures, in the imperative; "" if they are exact."""
     probe: tuple[float, ...] = ()
-    """Log-probabilities of the tokens of fixed texts, nats (`probed_scores`), where `digest` does not say what the
+    """The log-probabilities of the tokens of fixed texts, nats (`probed_scores`), if `digest` does not say what the
     weights are: a generating server names its model, and may load others under the same name."""
 
     @property

@@ -20,7 +20,7 @@ CONTEXTS = (
     *(("", ""), ("\n", ""), ("\n", "\n"), ("", "\n"), (" ", " "), ("a", "a"), ("a ", " a")),
     *((f"a{sign}", "\n") for sign in ".!?:)\"'`*>"),
 )
-"""Texts before and after a marker of several tokens: the characters next to it may share a token with it."""
+"""The texts before and after a marker of several tokens: the characters next to it may share a token with it."""
 
 
 class Tokenizer(Protocol):

@@ -26,7 +26,8 @@ from hemostat_calibration.records import Candidates
 MAX_ENTRY_BYTES = 512
 """The largest size of one id of a list, with its text."""
 MAX_LOGPROB = 1e-3
-"""0 and a margin for rounding; a larger value is no log-probability: the server runs with another --logprobs-mode."""
+"""The largest log-probability, 0 and a margin for rounding; a larger value is no log-probability: the server runs with
+another --logprobs-mode."""
 
 
 class _Entry(msgspec.Struct, frozen=True):

@@ -57,7 +57,7 @@ class Line(msgspec.Struct, omit_defaults=True):
     arm: str
     request_id: str
     client: str = ""
-    """Address, where `log.access_clients` is set."""
+    """The client's address if `log.access_clients` is set."""
 
 
 class AccessLog:

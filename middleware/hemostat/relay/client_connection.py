@@ -146,7 +146,9 @@ class ClientConnection(asyncio.Protocol):
         """It is True while `_advance` is running: it must not be entered again from an exchange that ends at once."""
         self._watcher: DisconnectWatcher | None = None
         self._stalled = (0, 0.0)
-        """While writing is paused: the bytes that the client has not taken, and since when they are as many."""
+        """The number of bytes that the client has not taken, and since when they are as many, while writing is
+        paused.
+        """
 
     # Called by the event loop.
 

@@ -27,7 +27,8 @@ LIMITS = (RATE, CONCURRENT)
 @dataclass(slots=True)
 class _Client:
     due: float = 0.0
-    """When a request would come that keeps exactly to the rate (GCRA's theoretical arrival time), monotonic seconds."""
+    """The time at which a request would come that keeps exactly to the rate (GCRA's theoretical arrival time),
+    monotonic seconds."""
     in_progress: int = 0
 
 

@@ -38,7 +38,9 @@ class RelayContext:
     hook: Hook | None
     """The hook, which may be replaced at any time; a request keeps the one that it began with."""
     report_outcome: Callable[[OutcomeReport], bool] | None = None
-    """Takes what the client of a treated or a control request got; False where it is dropped."""
+    """The function that takes what the client of a treated or a control request got; it returns False if that is
+    dropped.
+    """
     allow_adapter_routes: bool = False
     """It is True if clients may load and unload adapters at the upstream."""
     draining: bool = False

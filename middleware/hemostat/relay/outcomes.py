@@ -54,7 +54,7 @@ _TOKENS: Final = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})(?!\d)
 # Inside a JSON string a quote is preceded by a backslash, so text written by a user does not match these.
 # Both patterns begin with letters: the search for a quotation mark would stop at each one in the body.
 _JSON_REQUESTED: Final = re.compile(rb'json((?<="json)(?:_object"|_schema"|":)|(?<="guided_json)")?')
-"""Finds the word json. Group 1: the word is the name, or the value, that asks for JSON."""
+"""The pattern of the word json. Group 1 is there if the word is the name, or the value, that asks for JSON."""
 _TOOLS_REQUESTED: Final = re.compile(rb'tools"(?<="tools"):\s*\[')
 _CALLS: Final = re.compile(rb'"(?:tool_calls|function_call)":\s*[\[{]\s*[{"]|"type":\s*"(?:tool_use|function_call)"')
 _MODEL: Final = re.compile(rb'"model":\s*"((?:[^"\\]|\\.){1,200})"')

@@ -86,7 +86,9 @@ class OutgoingRequest:
         self._upload: Holding | None = None
         """It was begun upstream before it was complete, and still is not."""
         self._unsent: bytes | bytearray = b""
-        """While the body is collected: its beginning. While the exchange waits for a connection: what is sent first."""
+        """The bytes that are not sent yet: the body's beginning while the body is collected, and what is sent first
+        while the exchange waits for a connection.
+        """
         self._whole: bytes | None = None
         """The request as it went upstream, if it was whole and is kept."""
         self._original: tuple[list[bytes], int, bytes] | None = None

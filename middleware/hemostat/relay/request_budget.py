@@ -12,9 +12,11 @@ from hemostat.relay.shares import Holding, Shares
 UPLOAD_SHARE: Final = 4
 """One of so many upstream connections may wait for the rest of a request's body."""
 MAX_EXAMINED_UPLOADS: Final = 128
-"""At a time, where a slow one is looked for: as many as there are with `upstream.max_connections` at its default."""
+"""The number of uploads that are examined at a time when a slow one is looked for: as many as there are with
+`upstream.max_connections` at its default.
+"""
 FREED_SHARE: Final = 8
-"""Memory is returned where one of so many parts of the limit has been given back."""
+"""The divisor of the limit which gives the size that has to be given back before memory is returned."""
 
 
 class RequestBudget:

@@ -15,14 +15,17 @@ from hemostat.metrics.samples import Sample
 
 MAX_LOST = 10
 RECENT_ANSWERS = 50
-"""Where MAX_LOST of an engine's RECENT_ANSWERS are lost (a fifth, or all of the first ten), logprobs in the response
-are asked for instead."""
+"""The number of an engine's last answers that are looked at. If MAX_LOST of them are lost (a fifth, or all of the first
+ten), logprobs in the response are asked for instead.
+"""
 FIRST_PAUSE_SECONDS = 600.0
 MAX_PAUSE_SECONDS = 4 * 3600.0
-"""After a pause the plugin is asked again; each further pause is twice as long, until an engine's RECENT_ANSWERS came
-without it."""
+"""The longest pause after which the plugin is asked again. Each further pause is twice as long, until an engine's
+RECENT_ANSWERS came without it.
+"""
 MAX_ENGINES = 256
-"""The one that has answered nothing for longest is forgotten first."""
+"""The largest number of engines that are remembered; the one that has answered nothing for longest is forgotten
+first."""
 
 
 class AnswerLosses:

@@ -94,7 +94,7 @@ class ScoringPipeline:
         self._parts = parts
         self._clock = clock
         self.rate = settings.shadow.rate if scores else None
-        """Fraction that is sampled at most; None without a reference."""
+        """The fraction that is sampled at most; None without a reference."""
         self._workers = WORKERS.get(settings.reference.backend, 1)
         self.coverage = Coverage(settings.evidence.kinds, clock)
         self.endings = EndingCounts(self.coverage.ended)
@@ -113,7 +113,7 @@ class ScoringPipeline:
         self.consumers = record_consumers(
             parts, self.calibration, self.other_models, self.distances, self.noise_floor, clock, on_change
         )
-        """Everything that uses records, in its order."""
+        """The parts that use records, in their order."""
 
     def _make_scorer(
         self,

@@ -16,7 +16,9 @@ from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.statistics.continuations import Continuations
 
 MAX_UNITS = 50_000
-"""Remembered; the oldest is forgotten first, after which its conversation counts once more."""
+"""The largest number of units that are remembered; the oldest is forgotten first, after which its conversation counts
+once more.
+"""
 
 
 class SeenUnits:

@@ -57,7 +57,7 @@ CONNECT_SECONDS = 3
 EXCHANGE_SECONDS = 5.0
 """The longest exchange of one statement and its answer."""
 STATEMENT_SECONDS = 4
-"""After this time the server gives a statement up, and the session goes on."""
+"""The time after which the server gives a statement up, and the session goes on."""
 IDLE_SECONDS = 10
 """The server ends a session that has sent nothing for so long."""
 LEASE_SECONDS = protocol.VERIFY_SECONDS + EXCHANGE_SECONDS

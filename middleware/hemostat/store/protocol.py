@@ -95,7 +95,7 @@ class StoredProfile:
     data: bytes
     """The profile as safetensors."""
     created: float
-    """When it was first stored, Unix seconds."""
+    """The time at which it was first stored, Unix seconds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ class SpentAlpha:
         self._counts: dict[str, int] = {}
         """The counts by name; the name that began last is at the end."""
         self._stored: dict[str, int] = {}
-        """Returns what a restart would find."""
+        """The counts by name that a restart would find."""
         self._waiting: dict[str, tuple[int, int]] = {}
         """The numbers by name that are not stored yet, each with the write that it waits for."""
 

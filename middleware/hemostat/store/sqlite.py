@@ -56,9 +56,9 @@ class SqliteStore:
         self._path = path
         self._calls = threading.Lock()
         self._file: tuple[int, int] | None = None
-        """Device and inode of the database that the last call has read or written; None if there was none."""
+        """The device and inode of the database that the last call has read or written; None if there was none."""
         self._lock: int | None = None
-        """Descriptor of the lock's file, while this process owns the store."""
+        """The descriptor of the lock's file, while this process owns the store."""
 
     @property
     def owned_until(self) -> float:

@@ -11,7 +11,7 @@ class Role(Enum):
     SERVE = "serve"
     """It runs relays and the control process on one machine."""
     RELAY = "relay"
-    """Relays, whose control process is on another machine."""
+    """It runs relays, whose control process is on another machine."""
     CONTROL = "control"
     """A control process, whose relays are on other machines."""
 

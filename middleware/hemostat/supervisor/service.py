@@ -10,7 +10,7 @@ from collections.abc import MutableMapping
 from hemostat.config.errors import ConfigError
 
 FIRST_FD = 3
-"""Passed sockets have consecutive numbers from here on (SD_LISTEN_FDS_START)."""
+"""The number of the first passed socket, from which on they are consecutive (SD_LISTEN_FDS_START)."""
 DATA, ADMIN, CONTROL = NAMES = "data", "admin", "control"
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 

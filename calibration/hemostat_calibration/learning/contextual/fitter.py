@@ -14,7 +14,7 @@ from hemostat_calibration.learning.contextual.maps import LinearMap
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 Progress = Callable[[str, float], None]
-"""Called now and then with the name of the stage and the part of it that is done, 0 to 1."""
+"""A function that is called now and then with the name of the stage and the part of it that is done, 0 to 1."""
 
 
 class Variant(StrEnum):

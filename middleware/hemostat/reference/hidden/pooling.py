@@ -20,7 +20,7 @@ POOLING_ARGUMENTS = (
     *("--runner", "pooling", "--convert", "embed", "--pooler-config"),
     '{"tok_pooling_type":"ALL","task":"token_embed","use_activation":false}',
 )
-"""With these, vLLM returns the final hidden states."""
+"""The arguments with which vLLM returns the final hidden states."""
 POOLING_FLAGS = shlex.join(POOLING_ARGUMENTS)
 MAX_WIDTH = 65_536
 """The largest d that is looked for."""

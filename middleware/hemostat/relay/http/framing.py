@@ -25,7 +25,7 @@ microsecond.
 MAX_SMALL_CHUNKS: Final = 1024
 """The number of chunks in one read that may be shorter than that."""
 _PART_BYTES: Final = 8192
-"""After so many bytes of a request's chunks their number is checked."""
+"""The number of bytes of a request's chunks after which the number of chunks is checked."""
 
 _chunk_line: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n").fullmatch
 _trailer_line: Final = re.compile(TOKEN + rb"+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n").fullmatch

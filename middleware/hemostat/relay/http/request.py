@@ -11,7 +11,7 @@ from hemostat.relay.http.framing import CHUNKED, CHUNKED_LINE, parse_length
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 SAFE_METHODS: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE"))
-"""Methods without side effects, so that a request may be sent twice (RFC 9110, 9.2.1)."""
+"""The methods without side effects, so that a request may be sent twice (RFC 9110, 9.2.1)."""
 
 _request_line: Final = re.compile(rb"(" + TOKEN + rb"{1,64}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])").fullmatch
 _other_version: Final = re.compile(TOKEN + rb"+ [^ ]+ HTTP/(?!1\.[01])[0-9](?:\.[0-9])?").fullmatch

@@ -23,8 +23,9 @@ POINTS: Final = 64
 UNAVAILABLE: Final = -1
 """The load of an engine that gets no requests."""
 _SLOT_BITS: Final = 20
-"""Keys that are equal but for so many of their lowest bits are in one slot. There are 4,096 slots: as many as 64
-engines (`group.MAX_ENGINES`) have points."""
+"""The number of lowest bits that do not count for a key's slot: keys that are equal but for these are in one slot.
+There are 4,096 slots: as many as 64 engines (`group.MAX_ENGINES`) have points.
+"""
 
 
 class Balancer:

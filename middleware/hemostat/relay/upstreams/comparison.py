@@ -29,9 +29,11 @@ from typing import Final
 
 TOLERANCE: Final = 2.0
 MAX_CHANCE: Final = 1e-6
-"""Four engines with equal shares: ten failures at one of them alone; two engines: twenty."""
+"""The largest probability that failures stand out at an engine by chance. With four engines of equal shares it takes
+ten failures at one of them alone, and with two engines twenty.
+"""
 MIN_FAILURES: Final = 5
-"""Where there are many engines, MAX_CHANCE would be satisfied by fewer."""
+"""The least number of failures that stand out: with many engines, MAX_CHANCE would be satisfied by fewer."""
 MAX_POOLED: Final = 5
 """The largest number of failures of one client that count in the pool of all clients, in a window. Failures that are
 not proven count for the client's network, up to the same number: it can invent credentials for any number of clients.
@@ -42,7 +44,9 @@ requests.
 """
 WINDOW_SECONDS: Final = 20.0
 MIN_WINDOW_REQUESTS: Final = 500
-"""Counts begin anew after WINDOW_SECONDS with so many requests, so that an engine that turns bad is soon seen."""
+"""The number of requests after which, and after WINDOW_SECONDS, counts begin anew, so that an engine that turns bad is
+soon seen.
+"""
 MAX_CLIENTS: Final = 1024
 """The largest number of clients with failures. Beyond it, the client without a failure for the longest time is
 forgotten.

@@ -14,8 +14,9 @@ from hemostat.relay.upstreams.connection import Receiver, UpstreamConnection
 
 CONNECT_SECONDS: Final = 10.0
 IDLE_SECONDS: Final = 4.0
-"""Idle connections are closed before uvicorn closes them (after 5 s in vLLM), so that a request is seldom sent on one
-that is being closed."""
+"""The time after which idle connections are closed. It is before uvicorn closes them (after 5 s in vLLM), so that a
+request is seldom sent on one that is being closed.
+"""
 
 DISTRUST_SECONDS: Final = 60.0
 

@@ -14,7 +14,7 @@ class UpstreamSettings:
     urls: tuple[str, ...]
     """The URLs of the engines; or one with the prefix DNS."""
     api_key: str | None = None
-    """Sent as a bearer token where the client sends no Authorization of its own."""
+    """The key that is sent as a bearer token if the client sends no Authorization of its own."""
     ca: Path | None = None
     """The PEM file of the authority that signed the engines' certificates, for https."""
     max_connections: int = 512
