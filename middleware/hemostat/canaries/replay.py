@@ -31,7 +31,7 @@ from hemostat_calibration.canaries import REPLAYS, CanarySet, Origin, shortest
 log = logging.getLogger("hemostat.canaries")
 
 FIRST_SECONDS = 600.0
-"""After the start, before a set is taken where the store has none: engines have served for a while then."""
+"""The time from the start until a set is taken if the store has none: engines have served for a while then."""
 
 
 class Replays:
@@ -63,7 +63,7 @@ class Replays:
         self._take_at = clock() + FIRST_SECONDS
         self._taking = asyncio.Lock()
         self._reference_at = -np.inf
-        """When the reference was last asked to score a set, monotonic seconds."""
+        """The time at which the reference was last asked to score a set, monotonic seconds."""
         self._count = 0
         """The number of replays so far."""
 

@@ -132,7 +132,7 @@ class Schedule:
         self._active = active
         self._clock, self._wall = clock, wall
         self.turns: dict[str, ScheduledEngine] = {}
-        """By name, the engines that are reported now."""
+        """The turns of the engines that are reported now, by name."""
 
     async def close(self) -> None:
         """Ends what is under way."""

@@ -175,7 +175,7 @@ class VariantClient:
 
     @asynccontextmanager
     async def _companions(self, ids: list[int]) -> AsyncIterator[Callable[[], bool]]:
-        """Requests that are decoded meanwhile. Yields whether all of them still are."""
+        """Keeps requests decoding meanwhile. Yields a function that returns whether all of them still are."""
         tasks = [
             asyncio.create_task(self._complete(ids[n : n + COMPANION_PROMPT], COMPANION_TOKENS, None, _salt()))
             for n in range(COMPANIONS)
