@@ -235,32 +235,6 @@ async def test_a_mode_that_was_not_kept_is_an_error_that_says_that_it_applies(
         assert detail(response).startswith("this applies now, but the store could not keep it")
 
 
-async def test_an_import_may_be_for_a_scope(tmp_path: Path) -> None:
-    made = settings(calibration={"scope": "label"}, labels=["batch"])
-    async with control(tmp_path, made) as plane, admin_client(plane) as client:
-        plane.profile_manager.set_model_pair("m", 30)
-        path = "/api/v1/profiles?scope=batch"
-        refused = await client.post(path, headers=AUTHORIZED, content=profile().to_bytes())
-        assert (refused.status_code, "no scored request was of the label" in detail(refused)) == (400, True)
-        plane.pipeline.use_record(*scored(label="batch"))
-        version = (await client.post(path, headers=AUTHORIZED, content=profile().to_bytes())).json()["version"]
-        [candidate] = (await client.get("/api/v1/status")).json()["calibration"]["candidates"]
-        assert (candidate["version"], candidate["scope"]) == (version, "batch")
-        told: list[Policy] = []
-        plane.link.set_policy = told.append  # type: ignore[method-assign]
-        plane.profile_manager.operator.set_mode("auto")
-        plane.pipeline.use_record(*scored(label="batch", kind="chat label batch"))
-        plane.profile_manager.operator.promote(version, "chat label batch")
-        plane.policy.publish()
-        assert told[-1].serving_by_kind == {"chat label batch": version}
-        metrics = (await client.get("/metrics")).text
-        labels = f'kind="chat label batch",version="{version}"'
-        assert f"hemostat_profile_kind_info{{{labels}}} 1.0" in metrics
-        assert 'hemostat_profile_kind_info{kind="rest",version="identity"} 1.0' in metrics
-        [kind] = [k for k in (await client.get("/api/v1/status")).json()["calibration"]["kinds"] if k["version"]]
-        assert (kind["kind"], kind["chosen"], kind["requests"]) == ("chat label batch", True, 1)
-
-
 async def test_profiles_that_are_none(plane: Control, client: httpx.AsyncClient) -> None:
     plane.profile_manager.set_model_pair("m", 30)
     for body, said in ((b"", "profile"), (b"junk" * 100, "profile"), (profile(vocabulary=31).to_bytes(), "31 ids")):

@@ -36,7 +36,7 @@ FILES = (
 )
 SETTINGS: dict[str, Any] = {
     "shadow": {"rate": 0.5, "top_k": driver.K, "floor_fraction": 0.25},
-    "calibration": {"mode": "auto", "scope": "label", "min_tokens": 250, "alpha": 0.3, "control_fraction": 0.4},
+    "calibration": {"mode": "auto", "min_tokens": 250, "alpha": 0.3, "control_fraction": 0.4},
     "alarm": {"budget_nats": 0.5, "baseline_requests": 30, "alpha": 0.05},
     "labels": ["gold"],
 }
@@ -123,7 +123,7 @@ async def promoted_by_evidence(pipeline: Pipeline, relay: Relay) -> None:
     made = usual(pipeline, 90, arm="treated", requested=pipeline.selected)
     await pipeline.captures(relay, await pipeline.tap(90, made, None))
     await pipeline.captures(relay, usual(pipeline, 98, label="gold", kind="chat label gold"))
-    own = await pipeline.import_profile(driver.reading(), "gold")
+    own = await pipeline.import_profile(driver.reading())
     await pipeline.post("/api/v1/profiles/promote", {"version": own, "kind": "chat label gold"})
     for n, features in ((91, "given"), (92, "other"), (93, "masked"), (94, ""), (95, "given"), (96, "given")):
         await pipeline.captures(

@@ -172,6 +172,7 @@ def operator(log: Log) -> None:
     again.restore()
     log.step("restart with those damaged that serve and are tested", again)
     life.promote(life.import_profile(contextual()))
+    life.import_profile(contextual(0.5))
     with mock.patch("hemostat.profiles.lifecycle.MAX_ONE_PROFILE_BYTES", 1):
         smaller = Life(life.store, known=False, at=life.now)
         smaller.restore()
@@ -186,8 +187,8 @@ def operator(log: Log) -> None:
 
 
 def kinds(log: Log) -> None:
-    """Two kinds of traffic, which are labels' too: learned apart, imported, and by the operator."""
-    life = Life(scope="label", alpha=0.3)
+    """Two kinds of traffic whose models err in opposite directions: learned together, imported, and by the operator."""
+    life = Life(alpha=0.3)
     a = {"label": "a", "kind": "chat label a"}
     b = {"label": "b", "kind": "chat label b"}
     for n in range(60):
@@ -201,18 +202,13 @@ def kinds(log: Log) -> None:
         life.feed(BIASED if n % 2 else OPPOSITE, [key], **(a if n % 2 else b))
         fed += 1
     log.step("judge both until a profile serves the one", life, fed)
-    answers = [life.import_profile(helpful(1), "x"), life.import_profile(helpful(1), "a")]
-    log.step("import for a label that nothing is known of, and for one", life, answers)
+    answers = [life.import_profile(helpful(1))]
+    log.step("import one", life, answers)
     life.end()
-    again = Life(life.store, known=False, scope="label", at=life.now)
+    again = Life(life.store, known=False, at=life.now)
     again.restore()
     again.know()
     log.step("restart", again)
-    for_all = Life(life.store, known=False, at=life.now)
-    for_all.restore()
-    for_all.know()
-    log.step("restart with scope pooled", for_all)
-    for_all.roll_back()
     strong = life.import_profile(contextual())
     life.promote(strong)
     log.step("promote one for all kinds", life)
@@ -241,10 +237,6 @@ def kinds(log: Log) -> None:
     answers = [life.roll_back()]
     life.saves = [save for save in life.saves if save["write"] != "set_state"]
     log.step("roll back everything; without the states", life, answers)
-    for kind in ("route", "model"):
-        other = Life(scope=kind)
-        other.feed(BIASED, LEARNED[:2], route="/v1/completions", model="m", label="chat")
-        log.step(f"scope {kind}", other)
 
 
 def bounds(log: Log) -> None:

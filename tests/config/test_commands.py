@@ -129,7 +129,6 @@ def test_profile_commands(
     assert cli.main(["profile", "export", version, str(file)]) == 0
     assert file.read_bytes() == admin.stored
     assert cli.main(["profile", "import", str(file)]) == 0
-    assert cli.main(["profile", "import", str(file), "--scope", "batch"]) == 0
     assert cli.main(["profile", "promote", version, "--yes"]) == 0
     assert cli.main(["profile", "promote", version, "--yes", "--kind", "chat text"]) == 0
     assert cli.main(["profile", "pin", version, "--yes"]) == 0
@@ -143,7 +142,6 @@ def test_profile_commands(
         (f"GET /api/v1/profiles/{version}", b""),
         (f"GET /api/v1/engine/profiles/{version}", b""),
         ("POST /api/v1/profiles", admin.stored),
-        ("POST /api/v1/profiles?scope=batch", admin.stored),
         ("POST /api/v1/profiles/promote", f'{{"version":"{version}","kind":null}}'.encode()),
         ("POST /api/v1/profiles/promote", f'{{"version":"{version}","kind":"chat text"}}'.encode()),
         ("POST /api/v1/profiles/pin", f'{{"version":"{version}","kind":null}}'.encode()),

@@ -126,8 +126,10 @@ WRONG = [
     ),
     (UPSTREAM + "calibration: {force: /no/such/file}\n", "calibration.force: there is no file '/no/such/file'"),
     (UPSTREAM + "reference: {backend: vlm, model: m}\n", "did you mean vllm?"),
-    (UPSTREAM + "calibration: {scope: user}\n", "'user' is not one of pooled, label, route, model"),
-    (UPSTREAM + "calibration: {scope: label}\n", "labels: required with calibration.scope: label"),
+    (
+        UPSTREAM + "calibration: {scope: pooled}\n",
+        "calibration.scope: this setting has gone: profiles are learned from",
+    ),
     (UPSTREAM + "calibration: {clamp_nats: 0}\n", "calibration.clamp_nats: 0 does not fit"),
     (UPSTREAM + "reference: {backend: vllm}\n", "reference.url: required with reference.backend: vllm"),
     (UPSTREAM + "reference: {backend: transformers}\n", "reference.model: required"),

@@ -120,7 +120,7 @@ async def two_serve(folder: Path, lora: FakeLora) -> None:
         for name in KINDS:
             plane.profile_manager.kinds.see(name)
         for profile in (ADAPTER, OTHER):
-            await plane.actions.import_profile(profile.to_bytes(), "")
+            await plane.actions.import_profile(profile.to_bytes())
         await until(lambda: plane.adapters.hosts.capacity == 2)
         await plane.actions.promote(ADAPTER.version, KINDS[0])
         await plane.actions.pin(OTHER.version, KINDS[1])
@@ -201,7 +201,7 @@ async def test_an_operators_action_is_in_the_store_when_it_is_answered(tmp_path:
         def stored() -> StoredServing:
             return StoredServing.decode(plane.store.read().states.get(SERVING_KEY))
 
-        await plane.actions.import_profile(ADAPTER.to_bytes(), "")
+        await plane.actions.import_profile(ADAPTER.to_bytes())
         assert stored().versions() == {ADAPTER.version}
         await until(lambda: plane.adapters.hosts.capacity == 2)
         await plane.actions.promote(ADAPTER.version, None)

@@ -159,14 +159,12 @@ async def test_relays_are_informed_of_adapters_as_they_come_and_go(
         assert plane.monitor.state == "ready"
 
 
-async def test_an_adapter_that_the_reference_serves_too_is_scored_with_it_and_may_have_a_profile_of_its_own(
+async def test_an_adapter_that_the_reference_serves_too_is_scored_with_it(
     upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
 ) -> None:
     (fake, url), (other, other_url) = upstream, reference
     fake.adapters, other.adapters = ("sql", "chat"), ("sql", "more")
-    made = pair(
-        url, other_url, calibration={"mode": "auto", "scope": "model"}, shadow={"top_k": 4, "floor_fraction": 1}
-    )
+    made = pair(url, other_url, calibration={"mode": "auto"}, shadow={"top_k": 4, "floor_fraction": 1})
     async with watched(tmp_path, made) as (plane, told):
         await until(lambda: plane.monitor.state == "ready")
         assert told[-1].unscorable_models == {"chat"}
@@ -177,11 +175,10 @@ async def test_an_adapter_that_the_reference_serves_too_is_scored_with_it_and_ma
         assert status_json(plane)["requests"]["scored"] == 2
         assert status_json(plane)["requests"]["skipped"] == {"unknown_model": 1}
         assert {r["model"] for r in other.requests if "prompt_logprobs" in r} == {"sql", "fake"}
-        assert set(plane.profile_manager.report.status()["scopes"]) == {"sql", "fake"}
         assert plane.pipeline.noise_floor is not None
         assert plane.pipeline.noise_floor._queue.qsize() == 1, "the noise floor is of the model itself"
         own = temperature_bias("fake", VOCAB, 1.0, np.linspace(-0.5, 0.5, VOCAB), 1.0)
-        version = plane.profile_manager.operator.import_profile(own, "sql")
+        version = plane.profile_manager.operator.import_profile(own)
         plane.profile_manager.operator.promote(version, "rest")
         plane.policy.publish()
         assert told[-1].serving_by_kind == {"rest": version}

@@ -35,13 +35,13 @@ async def test_what_was_learned_and_proposed_is_kept(tmp_path: Path, caplog: pyt
         learn(plane, range(100))
         before = plane.profile_manager.proposals.learned()
         assert before[0] >= 40
-        plane.profile_manager.proposals._scope("").proposed_at[TEMPERATURE_BIAS] = 77
+        plane.profile_manager.proposals._proposed_at[TEMPERATURE_BIAS] = 77
     assert BLOB_KEY in stored(url).blobs
     async with support.control(tmp_path, made) as plane:
         assert plane.profile_manager.proposals.learned() == (0, 0)
         know_models(plane)
         assert plane.profile_manager.proposals.learned() == before
-        assert plane.profile_manager.proposals._scope("").proposed_at == {TEMPERATURE_BIAS: 77}
+        assert plane.profile_manager.proposals._proposed_at == {TEMPERATURE_BIAS: 77}
         know_models(plane)
         learn(plane, range(100, 120))
         assert plane.profile_manager.proposals.learned() > before

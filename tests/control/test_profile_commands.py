@@ -156,7 +156,6 @@ def test_failures_are_one_line_with_the_reason(
         file.write_bytes(data)
         assert words in command("import", file, fails=True)
     file.write_bytes(whole)
-    assert "calibration.scope is pooled" in command("import", file, "--scope", "batch", fails=True)
     nobody = "0" * 32
     assert "no such profile" in command("show", nobody, fails=True)
     assert "answered 404" in command("export", nobody, file, fails=True)

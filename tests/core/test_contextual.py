@@ -147,48 +147,6 @@ def test_up_is_centred_where_the_reference_is():
     assert np.abs(mean @ up).max() < 0.1 * np.abs(up).max()
 
 
-# --- parts of a whole
-
-
-def test_a_label_with_little_evidence_uses_the_whole():
-    """Its own prompts behave like the rest: pulled towards the map of the whole it is far better than alone."""
-    pooled = world().learn(range(60))
-    part = world().learn(range(60, 70), tokens=3)
-    learner = world().learner()
-    with_base = learner.fit(part, pooled)
-    alone = learner.fit(part)
-    assert with_base.report.penalty >= 1.0
-    assert world().recovered(with_base.profile) > 0.85
-    assert alone is None or world().recovered(alone.profile) < world().recovered(with_base.profile) - 0.05
-
-
-def test_a_label_that_is_different_goes_its_own_way_with_evidence():
-    drifted = HiddenStateWorld(turns=500)
-    learner = drifted.learner()
-    pooled, part = drifted.learn(range(60), learner), drifted.learn(range(500, 580), learner)
-    profile = learner.fit(part, pooled).profile
-    own = learner.fit(part).profile
-    assert drifted.divergence(profile, range(600, 620)) < 1.1 * drifted.divergence(own, range(600, 620))
-
-
-@pytest.mark.parametrize(("bend", "least"), [(0.8, 0.005), (0.0, -0.002)])
-def test_labels_whose_contexts_are_far_apart_gain_a_little_by_maps_of_their_own(bend, least):
-    """The compressed model's error is a function of the context alone. Where it is linear, nothing is gained; where it
-    is bent, each label's map follows its own part."""
-    more = []
-    for seed in range(3):
-        labels = HiddenStateWorld(strength=0.25, noise=0.15, bend=bend, apart=4.0, seed=seed)
-        learner = labels.learner()
-        pooled = labels.learn(range(100), learner)
-        of_all = learner.fit(pooled).profile
-        for label in (0, 1):
-            own = learner.fit(labels.learn(range(label, 100, 2), learner), pooled).profile
-            judged = range(10_000 + label, 10_040, 2)
-            before = labels.divergence(None, judged)
-            more.append((labels.divergence(of_all, judged) - labels.divergence(own, judged)) / before)
-    assert least < np.mean(more) < 0.03
-
-
 def test_a_drifting_workload_is_followed():
     """Half-way the topics change and with them the map. What forgets is right soon after, what does not is not."""
     drifting = HiddenStateWorld(turns=150)

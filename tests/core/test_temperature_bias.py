@@ -76,30 +76,6 @@ def test_a_reference_that_gave_only_a_list():
     assert world.divergence(learner.propose(state)) < 0.3 * world.divergence()
 
 
-def test_a_label_with_little_evidence_uses_the_pooled_one_and_there_is_no_cliff():
-    """The label's bias is the opposite of the others': the more it has seen, the further it goes its own way."""
-    world, own = World(bias=0.6), World(bias=0.6)
-    own.bias = -world.bias
-    learner, pooled = world.learn(400)
-
-    def bias(state):
-        return learner.propose(state).parameters["bias"]
-
-    alone = bias(own.learn(256)[1])
-    way = np.abs(bias(pooled) - alone).mean()
-    gone = []
-    for requests in (1, 4, 16, 64, 256):
-        state = learner.shrunk(own.learn(requests)[1], pooled, 1000)
-        assert state.tokens == requests * T + 1000, "as though it had seen so many of the others' tokens"
-        gone.append(1.0 - np.abs(bias(state) - alone).mean() / way)
-    assert gone[0] < 0.2
-    assert gone[-1] > 0.8
-    assert np.diff(gone).min() > 0.0
-    assert np.diff(gone).max() < 0.3
-    with pytest.raises(InvalidArgumentError, match="one model"):
-        learner.shrunk(learner.init("n", V), pooled, 1000)
-
-
 def test_a_drifting_workload_is_followed():
     """Half-way the bias turns round. What forgets is right soon after; the other takes back what is there no more."""
     before, after = World(bias=0.6), World(bias=0.6)
@@ -130,9 +106,7 @@ def test_sums_are_discounted_by_age_whatever_the_batches():
     pooled = learner.update(learner.init("m", V), records)
     in_two = learner.update(learner.update(learner.init("m", V), records[:4]), records[4:])
     np.testing.assert_allclose(in_two.reference_mass, pooled.reference_mass)
-    # A label is pulled by as many tokens of the pooled one as there are in its sums, not as it ever saw.
     assert pooled.weight < 4 * T < pooled.tokens
-    assert learner.shrunk(learner.init("m", V), pooled, 1000).weight == pytest.approx(pooled.weight)
 
 
 def test_nothing_is_proposed_too_early():

@@ -126,16 +126,15 @@ class Bench:
             is_held_out=lambda _: True,
             distance_versions=lambda _: (),
             observe=lambda record, gains, **_: self.noted["judged"].append(record),
-            learning_scope=lambda record: None if record.constraint else "",
+            learns_from=lambda record: not record.constraint,
             serving=SimpleNamespace(uses=lambda _: True, reported=None),
-            scope_of=lambda _: "",
         )
         consumers: Any = SimpleNamespace(
             measurements=self.measured,
             alarms=SimpleNamespace(observe=lambda record, figures: self.noted["alarms"].append(record)),
             engines=None,
             profiles=profiles,
-            learner=SimpleNamespace(offer=lambda record, scope: self.noted["learned"].append(record)),
+            learner=SimpleNamespace(offer=self.noted["learned"].append),
             records=None,
             texts=None,
             evidence=None,

@@ -21,8 +21,9 @@ from tests.support.waiting import until
 from hemostat.config.schema import Calibration
 from hemostat.learner import client, learner_messages, record_queue
 from hemostat.learner.client import Learner, LearningTarget
-from hemostat.learner.learner_process import RequestLoop
+from hemostat.learner.learner_process import ProcessLearner, RequestLoop
 from hemostat_calibration.errors import InvalidProfileError
+from hemostat_calibration.learning.contextual import storage
 from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Features
@@ -35,20 +36,20 @@ class Receiver:
 
     def __init__(self, again: float = 4.0) -> None:
         self.again = again
-        self.at: dict[str, int] = {}
+        self.at = 0
         self.probes: list[CalibrationProfile] = []
-        self.proposed: list[tuple[str, CalibrationProfile, Mapping[str, Any]]] = []
+        self.proposed: list[tuple[CalibrationProfile, Mapping[str, Any]]] = []
         self.refuses = False
 
-    def accepts(self, tokens: int, scope: str = "") -> bool:
-        return tokens >= self.again * self.at.get(scope, 0)
+    def accepts(self, tokens: int) -> bool:
+        return tokens >= self.again * self.at
 
-    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = "") -> bool:
+    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
         if self.refuses:
             raise InvalidProfileError("another vocabulary")
         assert "learned from" in why
-        self.at[scope] = report["tokens"]
-        self.proposed.append((scope, profile, report))
+        self.at = report["tokens"]
+        self.proposed.append((profile, report))
         return True
 
     def set_probe(self, profile: CalibrationProfile, *, restored: bool) -> None:
@@ -80,9 +81,9 @@ class Bench:
         self.learner.learn_about(self.target)
         await until(lambda: self.learner.state == "learning")
 
-    def teach(self, seeds: range, scope: str = "") -> None:
+    def teach(self, seeds: range) -> None:
         for seed in seeds:
-            self.learner.offer(self.world.record(seed, self.receiver.anchors, self.digest), scope)
+            self.learner.offer(self.world.record(seed, self.receiver.anchors, self.digest))
 
     async def taught(self, tokens: int) -> None:
         await until(lambda: self.learner.status()["tokens"] == tokens)
@@ -116,8 +117,7 @@ async def test_a_proposal_improves_texts_that_it_was_not_learned_from(bench: Ben
     assert not bench.receiver.proposed, "too few yet"
     bench.teach(range(30, 60))
     await until(lambda: bool(bench.receiver.proposed))
-    ((scope, profile, report),) = bench.receiver.proposed
-    assert scope == ""
+    ((profile, report),) = bench.receiver.proposed
     assert 600 <= report["tokens"] <= 960
     assert report["gain"] > 0
     np.testing.assert_array_equal(transform.anchors(profile), bench.receiver.anchors)
@@ -133,7 +133,7 @@ async def test_a_proposal_improves_texts_that_it_was_not_learned_from(bench: Ben
     assert bench.changes == 2
     bench.teach(range(100, 300))
     await until(lambda: len(bench.receiver.proposed) == 2)
-    assert bench.receiver.proposed[1][2]["tokens"] >= 4 * report["tokens"]
+    assert bench.receiver.proposed[1][1]["tokens"] >= 4 * report["tokens"]
 
 
 async def test_records_with_missing_parts_are_learned_from_for_the_others(bench: Bench) -> None:
@@ -163,21 +163,6 @@ async def test_a_record_that_does_not_fit_is_counted_as_failed(bench: Bench) -> 
     bench.teach(range(5))
     await bench.taught(80)
     assert sum(bench.learner.status()["failed"].values()) == 2
-
-
-async def test_scopes_are_learned_apart_and_together(bench: Bench) -> None:
-    await bench.ready()
-    bench.teach(range(60), "gold")
-    bench.teach(range(60, 70), "silver")
-    await until(lambda: len(bench.receiver.proposed) == 2)
-    assert {scope for scope, _, _ in bench.receiver.proposed} == {"", "gold"}
-    await bench.taught(70 * 16)
-    assert bench.learner.status()["scopes"] == {"gold": 960, "silver": 160}
-    bench.teach(range(100, 120), "x0")
-    for n in range(1, 12):
-        bench.teach(range(100, 101), f"x{n}")
-    await bench.taught(70 * 16 + 20 * 16 + 11 * 16)
-    assert len(bench.learner.status()["scopes"]) == 8, "bounded"
 
 
 async def test_without_a_store_a_killed_learner_begins_anew(bench: Bench) -> None:
@@ -266,34 +251,56 @@ def test_records_that_come_while_a_proposal_is_made_are_learned_from() -> None:
     class Slow:
         """Its first proposal sees two batches come."""
 
-        def learn(self, request: learner_messages.Learn) -> learner_messages.Learned:
-            return learner_messages.Learned({"": len(request.rows)}, {}, {})
+        def __init__(self) -> None:
+            self.proposals = 0
 
-        def propose(self, scope: str, progress: Callable[[str, float], None]) -> learner_messages.Proposed:
-            if scope == "first":
+        def learn(self, request: learner_messages.Learn) -> learner_messages.Learned:
+            return learner_messages.Learned(len(request.rows), {}, {})
+
+        def propose(self, progress: Callable[[str, float], None]) -> learner_messages.Proposed:
+            self.proposals += 1
+            if self.proposals == 1:
                 inbox.put(learner_messages.Learn([]))
-                inbox.put(learner_messages.Propose("second"))
+                inbox.put(learner_messages.Propose())
                 inbox.put(learner_messages.Learn([]))
             progress("linear", 0.5)
-            if scope == "second":
+            if self.proposals == 2:
                 inbox.put(None)
-            return learner_messages.Proposed(scope, 0, b"", {})
+            return learner_messages.Proposed(self.proposals, b"", {})
 
-    inbox.put(learner_messages.Propose("first"))
+    inbox.put(learner_messages.Propose())
     RequestLoop(Slow(), inbox, said.append).run()  # type: ignore[arg-type]
-    told = [(type(s).__name__, getattr(s, "scope", "")) for s in said]
-    first = [("Training", ""), ("Learned", ""), ("Learned", ""), ("Proposed", "first")]
-    assert told == [*first, ("Training", ""), ("Proposed", "second")]
+    told = [(type(s).__name__, s.tokens if isinstance(s, learner_messages.Proposed) else 0) for s in said]
+    first = [("Training", 0), ("Learned", 0), ("Learned", 0), ("Proposed", 1)]
+    assert told == [*first, ("Training", 0), ("Proposed", 2)]
+
+
+def test_what_an_earlier_version_learned_from_parts_of_the_traffic_is_left_out(tmp_path: Path) -> None:
+    world = make()
+    start = learner_messages.Start(
+        *("m", V, str(save(world, tmp_path / "checkpoint")), D, 32, 8, 5.0, 20.0, None, 10_000, 600),
+        stored_bytes=1 << 24,
+    )
+    before = ProcessLearner(start)
+    anchors = np.frombuffer(before.ready.anchors, "<i4")
+    digest = transform.anchors_digest(anchors)
+    rows = [learner_messages.to_row(world.record(seed, anchors, digest)) for seed in range(5)]
+    assert before.learn(learner_messages.Learn(rows)).tokens == 80
+    part = before._family.update(before._state, [world.record(5, anchors, digest)])
+    stored = storage.save({"": before._state, "gold": part}, before._family, before._about, 1 << 24)
+    assert ProcessLearner(start, stored).ready.learned.tokens == 80
+    only_a_part = storage.save({"gold": part}, before._family, before._about, 1 << 24)
+    assert ProcessLearner(start, only_a_part).ready.learned.tokens == 0
 
 
 def test_a_proposal_is_abandoned_when_the_input_ends() -> None:
     class Endless:
-        def propose(self, scope: str, progress: Callable[[str, float], None]) -> learner_messages.Proposed:
+        def propose(self, progress: Callable[[str, float], None]) -> learner_messages.Proposed:
             while True:
                 progress("linear", 0.5)
 
     inbox: queue.Queue[learner_messages.Request | None] = queue.Queue()
-    inbox.put(learner_messages.Propose(""))
+    inbox.put(learner_messages.Propose())
     inbox.put(None)
     with pytest.raises(SystemExit):
         RequestLoop(Endless(), inbox, lambda _: None).run()  # type: ignore[arg-type]
@@ -302,7 +309,7 @@ def test_a_proposal_is_abandoned_when_the_input_ends() -> None:
 def test_a_row_holds_what_is_learned_from_a_record() -> None:
     world = make(1)
     record = world.record(3, np.arange(20, dtype=np.int32), "a" * 32)
-    again = learner_messages.from_row(learner_messages.to_row(record, ""), V)
+    again = learner_messages.from_row(learner_messages.to_row(record), V)
     np.testing.assert_array_equal(again.compressed.ids, record.compressed.ids)
     np.testing.assert_allclose(again.reference_at, record.reference_at, rtol=1e-6)
     assert record.features is not None
@@ -310,8 +317,6 @@ def test_a_row_holds_what_is_learned_from_a_record() -> None:
     np.testing.assert_allclose(again.features.values, record.features.values, rtol=2e-3, atol=1e-3)
     assert record.reference_hidden is not None
     np.testing.assert_allclose(again.reference_hidden, record.reference_hidden, rtol=2e-3, atol=1e-3)  # type: ignore[arg-type]
-    bare = learner_messages.from_row(
-        learner_messages.to_row(replace(record, features=None, reference_hidden=None), ""), V
-    )
+    bare = learner_messages.from_row(learner_messages.to_row(replace(record, features=None, reference_hidden=None)), V)
     assert bare.features is None
     assert bare.reference_hidden is None

@@ -44,10 +44,10 @@ class Receiver:
         self.probe: CalibrationProfile | None = None
         self.proposed: list[CalibrationProfile] = []
 
-    def accepts(self, tokens: int, scope: str = "") -> bool:
+    def accepts(self, tokens: int) -> bool:
         return self.open and not self.proposed
 
-    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = "") -> bool:
+    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
         self.proposed.append(profile)
         return True
 
@@ -67,12 +67,12 @@ class Life:
         self.learner = Learner(given, self.receiver, storage=stored, clock=lambda: self.now)
         self.target = LearningTarget("m", V, folder, D, "digest")
 
-    def teach(self, seeds: range, scope: str = "") -> None:
+    def teach(self, seeds: range) -> None:
         assert self.receiver.probe is not None
         anchors = transform.anchors(self.receiver.probe)
         assert anchors is not None
         for seed in seeds:
-            self.learner.offer(self.world.record(seed, anchors, transform.anchors_digest(anchors)), scope)
+            self.learner.offer(self.world.record(seed, anchors, transform.anchors_digest(anchors)))
 
     @property
     def tokens(self) -> int:
@@ -175,18 +175,16 @@ async def test_what_is_about_another_reference_or_damaged_is_not_used(
         assert ("learning begins anew" in caplog.text) is bool(damaged)
 
 
-async def test_scopes_are_kept_and_the_limit_holds(tmp_path: Path) -> None:
+async def test_the_limit_of_what_is_stored_holds(tmp_path: Path) -> None:
     store = DirectWrites()
     async with life(store, tmp_path, stored_learner_mib=1) as current:
-        current.teach(range(30), "a")
-        current.teach(range(30, 500))
+        current.teach(range(500))
         await current.taught(500 * 16)
     data = store.get_blob(BLOB_KEY)
     assert data is not None
     assert len(data) <= 1 << 20
     async with life(store, tmp_path, stored_learner_mib=1) as current:
         assert current.tokens == 500 * 16
-        assert current.learner.status()["scopes"] == {"a": 480}
 
 
 async def test_what_is_of_other_weights_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

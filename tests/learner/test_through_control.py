@@ -124,7 +124,7 @@ class WorldEngine:
 def idle(learner: Learner) -> bool:
     """Its process has learned from all that came, and has proposed what it was asked for."""
     waits = bool(learner._records) or learner._batch_pending or bool(learner._proposals)
-    return not learner._learning or not (waits or learner._requested_scope is not None)
+    return not learner._learning or not (waits or learner._requested)
 
 
 class Bench:
@@ -138,9 +138,9 @@ class Bench:
         plane.link.set_policy = self.told.append  # type: ignore[method-assign]
         offer = plane.learner.offer
 
-        def note(record: TokenRecord, scope: str = "") -> None:
+        def note(record: TokenRecord) -> None:
             self.learned_from.append(record.unit)
-            offer(record, scope)
+            offer(record)
 
         plane.learner.offer = note  # type: ignore[method-assign]
 

@@ -182,7 +182,7 @@ def test_nothing_is_learned_from_the_answers_of_an_adapter() -> None:
             other = LEARNED[100 + 9 * number + turn]
             record = adapted_record(BIASED.truth(number), version, 0.95, prompt_key=other)
             mixed.observe(record)
-            assert mixed.profiles.learning_scope(record) is None
+            assert not mixed.profiles.learns_from(record)
     assert mixed.profiles.proposals.learned() == alone.profiles.proposals.learned()
     assert [c.version for c in mixed.profiles.trials.queue] == [c.version for c in alone.profiles.trials.queue]
     assert alone.profiles.trials.queue
@@ -220,8 +220,8 @@ def test_an_adapter_is_tested_before_all_others() -> None:
 def test_nothing_that_changes_logits_is_learned_from_records_of_an_adapter() -> None:
     judging, version = serving()
     record = adapted_record(WORLD.truth(0), version, prompt_key=LEARNED[0], features=FEATURES)
-    assert judging.profiles.learning_scope(record) is None
-    assert judging.profiles.learning_scope(judging.bench.record(WORLD.truth(0), LEARNED[0])) == ""
+    assert not judging.profiles.learns_from(record)
+    assert judging.profiles.learns_from(judging.bench.record(WORLD.truth(0), LEARNED[0]))
 
 
 # --- what engines, the reference and relays are told -----------------------------------------------------------------

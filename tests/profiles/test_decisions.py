@@ -25,14 +25,13 @@ def test_an_event_is_counted_logged_held_and_stored(caplog: pytest.LogCaptureFix
     store = DirectWrites()
     log = EventLog(store, lambda: 12.5)
     with caplog.at_level(logging.INFO, "hemostat.calibration"):
-        log.record(Decision.PROMOTE, Reason.EVIDENCE, "v1", "chat", "better", {"requests": 3}, "chat text")
+        log.record(Decision.PROMOTE, Reason.EVIDENCE, "v1", "better", {"requests": 3}, "chat text")
     event = {
         **{
             "at": 12.5,
             "decision": "promote",
             "reason": "evidence",
             "version": "v1",
-            "scope": "chat",
             "kind": "chat text",
         },
         **{"why": "better", "evidence": {"requests": 3}},
@@ -51,7 +50,7 @@ def test_the_log_line_of_a_decision_has_its_evidence_in_json(caplog: pytest.LogC
     guard.begin_candidate("a", {"rest": (1.0, 1.0)})
     evidence = evidence_json(guard.evidence("a", "rest"))
     with caplog.at_level(logging.INFO, "hemostat.calibration"):
-        EventLog(DirectWrites(), lambda: 0.0).record(Decision.DROP, Reason.NEWER, "v1", "", "replaced", evidence)
+        EventLog(DirectWrites(), lambda: 0.0).record(Decision.DROP, Reason.NEWER, "v1", "replaced", evidence)
     assert json.loads(caplog.messages[0].removeprefix("drop v1: replaced ")) == json.loads(json.dumps(evidence))
     assert "<" not in caplog.text
 
@@ -79,7 +78,7 @@ def test_where_the_stored_serving_state_is_missing_nothing_serves(text: str | No
     assert StoredServing.decode(text) == StoredServing()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"scope": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"kinds": 1}'])
 def test_a_damaged_serving_state_is_refused(text: str) -> None:
     with pytest.raises(InvalidArgumentError, match="the stored serving profiles cannot be read"):
         StoredServing.decode(text)

@@ -29,7 +29,7 @@ EVIDENCE = Evidence(kinds=2)
 @settings(max_examples=examples(60), deadline=None)
 @given(st.data())
 def test_after_any_sequence_of_actions_the_invariants_hold(data: st.DataObject) -> None:
-    bench = Bench(scope="label", min_tokens=100, evidence=EVIDENCE)
+    bench = Bench(min_tokens=100, evidence=EVIDENCE)
     made = [contextual(0.1 * n - 0.3) for n in range(12)]
     labels, kinds = st.sampled_from(["", "a", "b"]), st.sampled_from(["", "x", "y", "z"])
     spent = 0
@@ -40,9 +40,9 @@ def test_after_any_sequence_of_actions_the_invariants_hold(data: st.DataObject) 
         try:
             match data.draw(st.sampled_from(ACTIONS)):
                 case "import":
-                    profiles.operator.import_profile(profile, label)
+                    profiles.operator.import_profile(profile)
                 case "propose":
-                    profiles.proposals.propose(profile, "", {"tokens": 10**n}, label)
+                    profiles.proposals.propose(profile, "", {"tokens": 10**n})
                 case "promote":
                     profiles.operator.promote(profile.version, kind)
                 case "pin":
@@ -66,7 +66,7 @@ def test_after_any_sequence_of_actions_the_invariants_hold(data: st.DataObject) 
                     profiles.set_model_pair(data.draw(st.sampled_from([MODEL, "other"])), V)
                 case "restart":
                     before = profiles.serving.selected_by_kind
-                    bench = bench.restart(crash=data.draw(st.booleans()), scope="label", evidence=EVIDENCE)
+                    bench = bench.restart(crash=data.draw(st.booleans()), evidence=EVIDENCE)
                     assert bench.profiles.serving.selected_by_kind.items() <= before.items()
                     bench.profiles.set_model_pair(MODEL, V)
                 case "probe":
@@ -92,9 +92,6 @@ def check(bench: Bench) -> None:
         assert not (state.held and state.version is not None), "a kind that is held is served by identity"
         assert all(c.version != state.version for c in trials.queue if kind in trials.running_kinds(c))
         assert not (state.held and any(kind in trials.running_kinds(c) for c in trials.queue))
-        for candidate in trials.queue:
-            if kind in trials.running_kinds(candidate):
-                assert candidate.scope in ("", state.scope)
     assert len(trials.tested) <= MAX_TESTED
     begun = [candidate.test for candidate in trials.queue if trials.has_begun(candidate)]
     assert len(begun) == len(set(begun))

@@ -98,14 +98,26 @@ def test_more_profiles_than_may_serve_are_withdrawn_with_the_reason(monkeypatch:
     assert all(event["why"] == "1 other profiles serve, as many as may at a time" for event in events)
 
 
-def test_where_something_else_is_learned_apart_the_candidates_are_dropped_with_the_reason() -> None:
+def test_candidates_that_an_earlier_version_learned_from_a_part_of_the_traffic_are_dropped_with_the_reason() -> None:
+    """What that version has proven in a kind serves on there, and its other candidates are tested on."""
     bench = Bench()
     bench.feed(BIASED, JUDGED[:2])
-    version = bench.profiles.operator.import_profile(harmful())
-    again = bench.restart(scope="label")
-    event = again.last("drop")
-    assert (event["version"], event["reason"]) == (version, "settings")
-    assert event["why"].startswith("calibration.scope was pooled")
+    own, served = bench.profiles.operator.import_profile(harmful()), bench.profiles.operator.import_profile(helpful())
+    apart = contextual().version
+    bench.profiles.operator.promote(served)
+    bench.profiles.writer.save()
+    now = msgspec.json.decode(bench.store.get_state(SERVING_KEY) or "")
+    now["scope"] = "label"
+    now["queue"].append([apart, "gold", "contextual"])
+    now["kinds"][REST_KIND] |= {"learned_of": "gold", "scope": "gold"}
+    bench.store.set_state(SERVING_KEY, msgspec.json.encode(now).decode())
+    again = bench.restart(crash=True)
+    assert own in [candidate.version for candidate in again.profiles.trials.queue]
+    assert again.profiles.serving.selected_by_kind == {REST_KIND: served}
+    (event,) = [event for event in again.profiles.events.newest_first() if event["decision"] == "drop"]
+    assert (event["version"], event["reason"]) == (apart, "settings")
+    assert event["why"].startswith("it was learned from the requests of gold alone")
+    assert again.restart(crash=True).decisions() == again.decisions(), "it is said once"
 
 
 def test_kinds_that_are_not_followed_any_more_lose_what_served_them_with_the_reason() -> None:
@@ -180,8 +192,8 @@ def test_a_restart_deletes_the_oldest_profiles_of_a_store_that_grew_too_large() 
         profile = harmful(seed=seed)
         bench.store.put_profile(StoredProfile(profile.version, profile.to_bytes(), float(seed)))
     oldest = bench.store.profiles()[-1].version
-    kind = StoredKind(oldest, "", 300, False, False, "", 5, "", [], 0)
-    served = StoredServing("pooled", "", {REST_KIND: kind}, [])
+    kind = StoredKind(oldest, 300, False, False, "", 5, [], 0)
+    served = StoredServing("", {REST_KIND: kind}, [])
     bench.store.set_state(SERVING_KEY, msgspec.json.encode(served).decode())
     again = bench.restart()
     again.profiles.set_model_pair(MODEL, V)

@@ -1,4 +1,4 @@
-"""Which version serves, by mode, models, pin, force and scope."""
+"""Which version serves, by mode, models, pin and force."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from tests.support.profile_bench import harmful
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.world import V
 
-from hemostat.config.schema import Calibration
 from hemostat.ipc.messages import REST_KIND
-from hemostat.profiles.scopes import SCOPE_KEYS, Scopes
 from hemostat.profiles.serving import MAX_SERVING_VERSIONS, KindState, ServedModel, ServingState
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.records import TokenRecord
@@ -23,7 +21,7 @@ RECORD = make_record(Truth(*(log_softmax(np.zeros((3, V))),) * 2, np.zeros(3, in
 
 def serving(**state: object) -> ServingState:
     """In mode auto with both models known; two kinds have different profiles, one has none."""
-    made = ServingState(Scopes("pooled"), "auto")
+    made = ServingState("auto")
     made.model = MODEL
     made.kinds[REST_KIND] = KindState(version="one", units=3)
     made.kinds["chat"] = KindState(version="two", units=5)
@@ -85,14 +83,11 @@ def test_the_number_of_different_profiles_that_serve_is_bounded() -> None:
     made = serving()
     for n in range(MAX_SERVING_VERSIONS - 2):
         assert made.has_room("new", {"code"})
-        assert made.has_room_for_new("")
-        made.kinds[f"k{n}"] = KindState(version=f"v{n}", learned_of="label")
+        made.kinds[f"k{n}"] = KindState(version=f"v{n}")
     assert not made.has_room("new", {"code"})
     assert made.has_room("one", {"code"})
     assert made.has_room("new", {"chat"}), "it replaces the only use of another"
     assert made.has_room("new", set(made.kinds))
-    assert made.has_room_for_new("label")
-    assert not made.has_room_for_new("other")
 
 
 @pytest.mark.parametrize("state", [{"mode": "off"}, {"model": None}, {"forced": "forced"}])
@@ -112,9 +107,3 @@ def test_a_profile_must_be_for_the_model() -> None:
     serving(model=None).require_model(harmful(V + 1))
     with pytest.raises(InvalidProfileError, match="the model m, not for other"):
         serving(model=ServedModel("other", V)).require_model(harmful())
-
-
-def test_every_kind_of_scope_of_the_settings_has_a_key() -> None:
-    kinds = Calibration.model_fields["scope"].annotation
-    assert kinds is not None
-    assert set(SCOPE_KEYS) == set(kinds.__args__)

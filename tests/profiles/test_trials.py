@@ -6,7 +6,6 @@ import pytest
 from tests.support.profile_bench import BIASED, JUDGED, LEARNED, Bench, contextual, harmful
 
 from hemostat.ipc.messages import REST_KIND
-from hemostat.profiles.scopes import Scopes
 from hemostat.profiles.serving import MAX_TRIED_VERSIONS, KindState, ServingState
 from hemostat.profiles.trials import IMPORT, MAX_TESTED, SERVING, Candidate, Trials, UnitGain
 from hemostat.profiles.units import HeldOutUnit
@@ -42,9 +41,9 @@ class Made:
 
     def __init__(self, kinds: tuple[str, ...] = (REST_KIND,)) -> None:
         self.begun = 0
-        self.serving = ServingState(Scopes("label"), "auto")
+        self.serving = ServingState("auto")
         for kind in kinds:
-            self.serving.kinds[kind] = KindState(units=10, scope="")
+            self.serving.kinds[kind] = KindState(units=10)
         self.trials = Trials(0.05, 0.25, lambda _: 1.0, self.serving, self._count)
 
     def _count(self) -> None:
@@ -64,19 +63,19 @@ class Made:
 def test_the_queue_is_ordered_by_priority_and_then_by_age() -> None:
     trials = Made().trials
     for version, source in (("a", TEMPERATURE_BIAS), ("b", IMPORT), ("c", CONTEXTUAL), ("d", SERVING)):
-        trials.add(Candidate(version, "", source))
+        trials.add(Candidate(version, source))
     assert [candidate.version for candidate in trials.queue] == ["b", "c", "d", "a"]
     assert trials.tested_versions == ["b", "c"]
     assert [candidate.version for candidate in trials.successors(trials.tested[0])] == ["d", "a"]
 
 
-def test_a_newer_proposal_waits_for_the_earlier_one_of_its_family_and_scope_alone() -> None:
+def test_a_newer_proposal_waits_for_the_earlier_one_of_its_family_alone() -> None:
     trials = Made().trials
-    earlier = [Candidate(version, "", CONTEXTUAL, 1) for version in ("a", "variant")]
+    earlier = [Candidate(version, CONTEXTUAL, 1) for version in ("a", "variant")]
     for candidate in earlier:
         trials.add(candidate)
     assert trials.tested == earlier, "variants of one proposal are tested together"
-    newer, imported = Candidate("b", "", CONTEXTUAL, 2), Candidate("c", "", IMPORT, 3)
+    newer, imported = Candidate("b", CONTEXTUAL, 2), Candidate("c", IMPORT, 3)
     trials.add(newer)
     trials.add(imported)
     trials.remove(lambda candidate: candidate == earlier[0])
@@ -91,11 +90,11 @@ def test_a_newer_proposal_waits_for_the_earlier_one_of_its_family_and_scope_alon
 
 def test_a_test_that_another_family_displaces_goes_on_with_its_evidence() -> None:
     made = Made()
-    first, second = (Candidate(version, "", TEMPERATURE_BIAS, 1) for version in "vw")
+    first, second = (Candidate(version, TEMPERATURE_BIAS, 1) for version in "vw")
     for candidate in (first, second):
         made.trials.add(candidate)
     made.feed(second, REST_KIND, range(7))
-    contextual_one = Candidate("c", "", CONTEXTUAL, 2)
+    contextual_one = Candidate("c", CONTEXTUAL, 2)
     made.trials.add(contextual_one)
     assert made.trials.tested == [contextual_one, first]
     begun = made.trials.tests_begun
@@ -108,11 +107,11 @@ def test_a_test_that_another_family_displaces_goes_on_with_its_evidence() -> Non
 
 def test_a_test_that_is_displaced_begins_anew_where_what_serves_changes() -> None:
     made = Made()
-    imports = [Candidate(version, "", IMPORT) for version in "vw"]
+    imports = [Candidate(version, IMPORT) for version in "vw"]
     for candidate in imports:
         made.trials.add(candidate)
         made.feed(candidate, REST_KIND, range(7))
-    adapter = Candidate("a", "", ADAPTER, 1)
+    adapter = Candidate("a", ADAPTER, 1)
     made.trials.add(adapter)
     assert made.trials.waiting == imports[1:]
     made.serving.kinds[REST_KIND].version = "a"
@@ -124,7 +123,7 @@ def test_a_test_that_is_displaced_begins_anew_where_what_serves_changes() -> Non
 def test_only_candidates_that_are_tested_spend_alpha() -> None:
     made = Made()
     for version in "abc":
-        made.trials.add(Candidate(version, "", IMPORT))
+        made.trials.add(Candidate(version, IMPORT))
     assert made.begun == made.trials.tests_begun == MAX_TESTED
     made.trials.remove(lambda candidate: candidate.version == "a")
     assert made.trials.tests_begun == 3, "the one that waited is tested now"
@@ -132,7 +131,7 @@ def test_only_candidates_that_are_tested_spend_alpha() -> None:
 
 def test_a_unit_counts_once_in_each_test_and_kind() -> None:
     made = Made((REST_KIND, "chat"))
-    candidate = Candidate("a", "", IMPORT)
+    candidate = Candidate("a", IMPORT)
     made.trials.add(candidate)
     assert made.feed(candidate, "chat", range(3)) == 3
     assert made.feed(candidate, "chat", range(4)) == 1
@@ -141,29 +140,27 @@ def test_a_unit_counts_once_in_each_test_and_kind() -> None:
     assert made.feed(candidate, "chat", range(4)) == 4, "another test"
 
 
-def test_a_candidate_is_tested_in_the_kinds_of_its_scope_that_were_seen() -> None:
+def test_a_candidate_is_tested_in_the_kinds_that_were_seen() -> None:
     made = Made((REST_KIND, "a", "b"))
-    made.serving.kinds["a"].scope = "label"
     made.serving.kinds["b"].held = "why"
     made.serving.kinds["new"] = KindState()
-    pooled, own = Candidate("v", "", IMPORT), Candidate("w", "label", IMPORT)
-    made.trials.add(pooled)
-    made.trials.add(own)
-    assert made.trials.running_kinds(pooled) == [REST_KIND, "a"]
-    assert made.trials.running_kinds(own) == ["a"]
+    candidate = Candidate("v", IMPORT)
+    made.trials.add(candidate)
+    assert made.trials.running_kinds(candidate) == [REST_KIND, "a"]
     made.serving.kinds["new"].units = 1
     made.trials.begin_in("new")
-    assert made.trials.running_kinds(pooled) == [REST_KIND, "a", "new"]
-    numbers = {kind: e.test for kind, e in made.trials.evidence_by_kind(pooled).items()}
-    assert numbers == {REST_KIND: 1, "a": 1, "new": 3}, "all at once; the one that came later has a test of its own"
+    assert made.trials.running_kinds(candidate) == [REST_KIND, "a", "new"]
+    numbers = {kind: e.test for kind, e in made.trials.evidence_by_kind(candidate).items()}
+    assert numbers == {REST_KIND: 1, "a": 1, "new": 2}, "all at once; the one that came later has a test of its own"
 
 
-def test_a_candidate_waits_for_the_first_kind_of_its_scope() -> None:
-    made = Made()
-    candidate = Candidate("v", "label", IMPORT)
+def test_a_candidate_waits_for_the_first_kind_that_is_seen() -> None:
+    made = Made(())
+    made.serving.kinds[REST_KIND] = KindState()
+    candidate = Candidate("v", IMPORT)
     made.trials.add(candidate)
     assert (made.trials.tests_begun, made.trials.tested_versions) == (0, ["v"])
-    made.serving.kinds["a"] = KindState(scope="label", units=1)
+    made.serving.kinds["a"] = KindState(units=1)
     made.trials.begin_in("a")
     assert made.trials.running_kinds(candidate) == ["a"]
 
@@ -171,13 +168,13 @@ def test_a_candidate_waits_for_the_first_kind_of_its_scope() -> None:
 def test_a_candidate_leaves_the_queue_when_its_last_test_ends() -> None:
     made = Made((REST_KIND, "a"))
     for version in "vw":
-        made.trials.add(Candidate(version, "", CONTEXTUAL))
+        made.trials.add(Candidate(version, CONTEXTUAL))
     made.trials.begin_in("a", lambda c: c.version == "v")
     assert made.trials.tested_versions == ["v", "w"]
     made.trials.begin_in(REST_KIND, lambda c: c.version == "v")
     assert made.trials.tested_versions == ["w"]
     assert made.serving.kinds["a"].tried == ["v"]
-    made.trials.add(Candidate("v", "", SERVING))
+    made.trials.add(Candidate("v", SERVING))
     assert made.trials.tested_versions == ["w"], "it is not tested again where it was"
 
 
@@ -192,7 +189,7 @@ def test_the_versions_that_a_kind_remembers_are_bounded() -> None:
 
 def test_a_larger_count_of_tests_begun_stays() -> None:
     trials = Made().trials
-    trials.add(Candidate("a", "", IMPORT))
+    trials.add(Candidate("a", IMPORT))
     trials.resume(None, 7, [])
     assert trials.tests_begun == 7
     trials.resume(None, 2, [])
@@ -201,7 +198,7 @@ def test_a_larger_count_of_tests_begun_stays() -> None:
 
 def test_stored_tests_go_on_and_those_of_unknown_candidates_do_not() -> None:
     made = Made()
-    kept, gone = Candidate("a", "", IMPORT), Candidate("b", "", IMPORT)
+    kept, gone = Candidate("a", IMPORT), Candidate("b", IMPORT)
     for candidate in (kept, gone):
         made.trials.add(candidate)
         made.feed(candidate, REST_KIND, range(5))

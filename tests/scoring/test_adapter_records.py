@@ -120,14 +120,14 @@ class Pipeline:
             is_held_out=lambda _: True,
             distance_versions=lambda _: self.versions,
             observe=lambda record, gains, **_: self.observed.append(record),
-            learning_scope=lambda record: "" if record.adapter is None else None,
+            learns_from=lambda record: record.adapter is None,
         )
         consumers: Any = SimpleNamespace(
             measurements=self.measured,
             alarms=SimpleNamespace(observe=lambda record, figures: None),
             engines=SimpleNamespace(count=lambda record, figures: None, observe=lambda record, figures: None),
             profiles=profiles,
-            learner=SimpleNamespace(offer=lambda record, scope: self.learned.append(record)),
+            learner=SimpleNamespace(offer=self.learned.append),
             records=self.records,
             texts=None,
             tracing=SimpleNamespace(record_score=lambda *_, **given: self.traced.append(given["attributes"])),

@@ -30,7 +30,7 @@ def test_alike_turns_count_once(named: bool) -> None:
         is_held_out=lambda _: False,
         distance_versions=lambda _: (),
         observe=lambda record, gains, *, fresh, divergences: fresh_seen.append(fresh and len(divergences) > 0),
-        learning_scope=lambda _: "",
+        learns_from=lambda _: True,
     )
     measured = Measurements()
     consumers: Any = SimpleNamespace(
@@ -38,7 +38,7 @@ def test_alike_turns_count_once(named: bool) -> None:
         alarms=SimpleNamespace(observe=lambda record, figures: alarmed.append(record)),
         engines=SimpleNamespace(count=lambda record, figures: None, observe=lambda record, figures: None),
         profiles=profiles,
-        learner=SimpleNamespace(offer=lambda record, scope: learned.append(record)),
+        learner=SimpleNamespace(offer=learned.append),
         records=None,
         tracing=None,
         texts=None,

@@ -227,7 +227,7 @@ def unmeasured(state: State, seconds: float) -> None:
 
 def decided(at: float, decision: str, why: str, kind: str = KINDS[0]) -> Json:
     reason = "evidence" if decision == "promote" else "outcomes"
-    return {"at": at, "decision": decision, "reason": reason, "version": SERVING, "scope": "", "kind": kind, "why": why,
+    return {"at": at, "decision": decision, "reason": reason, "version": SERVING, "kind": kind, "why": why,
             "evidence": {}}  # fmt: skip
 
 

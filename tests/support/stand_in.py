@@ -29,7 +29,7 @@ FIGURES = {
 }
 EVENTS = [
     {
-        **{"at": 1e9, "decision": "propose", "reason": "learned", "version": "ab" * 16, "scope": ""},
+        **{"at": 1e9, "decision": "propose", "reason": "learned", "version": "ab" * 16},
         **{"why": "learned from 3001 tokens", "evidence": {}},
     }
 ]

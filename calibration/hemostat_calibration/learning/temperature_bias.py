@@ -135,28 +135,6 @@ class TemperatureBiasLearner:
             requests=requests,
         )
 
-    def shrunk(self, state: TemperatureBiasState, pooled: TemperatureBiasState, tokens: int) -> TemperatureBiasState:
-        """Returns `state` as though it had also seen `tokens` tokens of what `pooled` saw: with little data it proposes
-        nearly the pooled profile, with much data its own. Raises InvalidArgumentError if they learned from different
-        models.
-        """
-        if (state.model, state.vocab_size) != (pooled.model, pooled.vocab_size):
-            raise InvalidArgumentError(f"states are of {state.model} and {pooled.model}: they must be of one model")
-        part = min(1.0, tokens / max(pooled.weight, 1.0))
-        return TemperatureBiasState(
-            model=state.model,
-            vocab_size=state.vocab_size,
-            reference_mass=frozen(state.reference_mass + part * pooled.reference_mass),
-            compressed_mass=frozen(state.compressed_mass + part * pooled.compressed_mass),
-            information=state.information + part * pooled.information,
-            moment=state.moment + part * pooled.moment,
-            depth=state.depth + part * pooled.depth,
-            deep_tokens=state.deep_tokens + part * pooled.deep_tokens,
-            weight=state.weight + part * pooled.weight,
-            tokens=state.tokens + round(part * pooled.weight),
-            requests=state.requests + round(part * pooled.requests),
-        )
-
     def propose(self, state: TemperatureBiasState) -> CalibrationProfile | None:
         """Returns the profile to try now; None below `min_requests` or `min_tokens`."""
         if state.requests < self.min_requests or state.tokens < self.min_tokens:

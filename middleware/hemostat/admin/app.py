@@ -82,7 +82,7 @@ class Actions(Protocol):
     HemostatError. If it is a NotKeptError, the action applies although it is not stored.
     """
 
-    async def import_profile(self, data: bytes, scope: str) -> str: ...
+    async def import_profile(self, data: bytes) -> str: ...
 
     async def promote(self, version: str, kind: str | None) -> None: ...
 
@@ -297,10 +297,8 @@ def create_app(
 
     @app.post("/api/v1/profiles")
     async def import_profile(request: Request) -> dict[str, str]:
-        """Import a profile (the file's bytes; query `scope`, if it is learned for one). It has to be proven like any
-        other."""
-        scope = request.query_params.get("scope", "")
-        return {"version": await backend.actions.import_profile(await read_body(request, MAX_PROFILE_BYTES), scope)}
+        """Import a profile (the file's bytes). It has to be proven like any other."""
+        return {"version": await backend.actions.import_profile(await read_body(request, MAX_PROFILE_BYTES))}
 
     @app.post("/api/v1/profiles/promote")
     async def promote(request: Request) -> dict[str, Any]:

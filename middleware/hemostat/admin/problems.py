@@ -309,7 +309,7 @@ class Problems:
             if event["decision"] == Decision.ROLL_BACK and event["at"] > wall - LONG_SECONDS
         ]
         if back:
-            place = back[0]["kind"] or back[0]["scope"]
+            place = back[0]["kind"]
             more = f" (and {len(back) - 1} more in the last 30 minutes)" if len(back) > 1 else ""
             text = f"A profile was rolled back{f' in {place}' if place else ''}: {back[0]['why']}{more}"
             yield Found("HemostatCalibrationRolledBack", text, back[-1]["at"])

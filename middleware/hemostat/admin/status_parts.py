@@ -26,7 +26,7 @@ from hemostat.scoring.records_file import RecordsFile
 from hemostat_calibration.profiles.profile import IDENTITY
 
 Report = dict[str, Any]
-"""The figures of a subsystem, JSON-ready. Their keys are that subsystem's: names of figures, versions, scopes."""
+"""The figures of a subsystem, JSON-ready. Their keys are that subsystem's: names of figures, versions, reasons."""
 
 
 class RequestsStatus(msgspec.Struct, frozen=True):

@@ -41,12 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     imported.add_argument(
         "file", type=Path, metavar="FILE", help="The profile.safetensors that export or hemostat adapt has written."
     )
-    imported.add_argument(
-        "--scope",
-        metavar="NAME",
-        default="",
-        help="Test it only in the kinds of this label, route or model (calibration.scope).",
-    )
     promote = action(
         "promote", "Serve a profile without statistical proof. It is monitored like any other.", _profile_promote
     )
@@ -106,8 +100,7 @@ def _profile_import(options: argparse.Namespace) -> int:
 
     data = _read_profile(options.file)
     CalibrationProfile.from_bytes(data)  # an invalid file is refused before it is sent
-    scope = {"params": {"scope": options.scope}} if options.scope else {}
-    answer = admin_request(options, "POST", "/api/v1/profiles", content=data, **scope)
+    answer = admin_request(options, "POST", "/api/v1/profiles", content=data)
     print(answer.json()["version"])  # noqa: T201
     return 0
 

@@ -21,6 +21,8 @@ class ConfigError(HemostatError):
 
 REMOVED: Mapping[str, str] = {
     "calibration.apply": "this setting has gone: the plugin in vLLM applies profiles; leave it out",
+    "calibration.scope": "this setting has gone: profiles are learned from all traffic, and each kind of it decides "
+    "which one serves; leave it out",
 }
 """The settings of earlier versions, with what takes their place."""
 

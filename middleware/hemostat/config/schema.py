@@ -271,9 +271,6 @@ class Calibration(Section):
     """The fraction of the conversations that never gets a profile: the control arm."""
     held_out_fraction: Fraction = 0.3
     """The fraction of the prompts that judges profiles. No profile is learned from them."""
-    scope: Literal["pooled", "label", "route", "model"] = "pooled"
-    """Learn profiles also for each label, route or model separately, in addition to the profiles of all traffic. A
-    LoRA adapter counts as a model. In any case each kind of traffic decides for itself which profile serves."""
     clamp_nats: float = Field(default=1.0, gt=0, le=20)
     """The largest change of a logit. A smaller one allows less gain, and needs fewer held-out requests to prove it."""
     clamp_kl_nats: ClassVar[float] = 2.0
@@ -505,8 +502,6 @@ class Settings(Section):
         if self.listen.port == self.admin.port != 0:
             raise ValueError(f"admin.port: {self.admin.port} is listen.port too; choose another")
         self._check_reference()
-        if self.calibration.scope == "label" and not self.labels:
-            raise ValueError("labels: required with calibration.scope: label; list what X-Hemostat-Label may be")
         return self
 
     def _check_reference(self) -> None:

@@ -49,10 +49,10 @@ class OperatorActions:
         self._ownership = ownership
         self._on_change = on_change
 
-    async def import_profile(self, data: bytes, scope: str) -> str:
+    async def import_profile(self, data: bytes) -> str:
         """Imports a profile to be tested, and returns its version. Raises InvalidProfileError."""
         profile = await asyncio.to_thread(CalibrationProfile.from_bytes, data)
-        return await self._execute(lambda: self._profiles.operator.import_profile(profile, scope))
+        return await self._execute(lambda: self._profiles.operator.import_profile(profile))
 
     async def promote(self, version: str, kind: str | None) -> None:
         """Promotes a version. kind: of traffic; None for all, here and below."""

@@ -25,7 +25,6 @@ from hemostat.learner import learner_messages
 from hemostat.learner.record_queue import DropReason, RecordQueue
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat.profiles.scopes import ALL
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import with_detail
@@ -72,9 +71,9 @@ class LearningStorage(Protocol):
 class ProposalReceiver(Protocol):
     """The receiver of proposals, which `profiles.proposals.Proposals` implements."""
 
-    def accepts(self, tokens: int, scope: str = ALL) -> bool: ...
+    def accepts(self, tokens: int) -> bool: ...
 
-    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = ALL) -> bool: ...
+    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool: ...
 
     def set_probe(self, profile: CalibrationProfile, *, restored: bool) -> None: ...
 
@@ -115,7 +114,7 @@ class Learner:
             "hemostat.learner.learner_process", self, BACKOFF
         )
         self._records = RecordQueue()
-        self._learned = self._restored = learner_messages.Learned({}, {}, {})
+        self._learned = self._restored = learner_messages.Learned(0, {}, {})
         """The totals of what was learned from: `_learned` in all, and `_restored` before this process."""
         self._storage = storage
         self._clock = clock
@@ -134,11 +133,11 @@ class Learner:
         """It is True if what the running process has learned is about other weights, and is not to be stored."""
         self._batch_pending = False
         """It is True if a batch was sent, and is not learned yet."""
-        self._requested_scope: str | None = None
-        """A proposal was requested for this scope, and has not come yet."""
+        self._requested = False
+        """It is True if a proposal was requested, and has not come yet."""
         self._proposals: deque[learner_messages.Proposed] = deque()
-        self._last_attempt: dict[str, int] = {}
-        """The number of tokens by scope that the last proposal was learned from, whether anything came of it or not."""
+        self._last_attempt = 0
+        """The number of tokens that the last proposal was learned from, whether anything came of it or not."""
         self._tokens_of_ended: Counter[str] = Counter()
         """The number of tokens by source that processes which have ended had learned from."""
         self._last_proposal: dict[str, Any] | None = None
@@ -178,14 +177,14 @@ class Learner:
         """It is True if hidden states of the reference would be used."""
         return self._learning and self._hidden_size > 0 and self._records.less_than_half_full
 
-    def offer(self, record: TokenRecord, scope: str = ALL) -> None:
+    def offer(self, record: TokenRecord) -> None:
         """Queues a record of the learning side; where it cannot be used or there is no room, it is counted as dropped.
 
         The record's hidden states must not be changed afterwards.
         """
         if self._process.target is None:
             return
-        reason = self._records.add(record, scope) if self._learning else DropReason.NOT_READY
+        reason = self._records.add(record) if self._learning else DropReason.NOT_READY
         if reason is not None:
             self.dropped[reason] += 1
         else:
@@ -208,8 +207,7 @@ class Learner:
         return {
             "state": str(self.state),
             "detail": self.detail,
-            "tokens": self._learned.tokens.get(ALL, 0),
-            "scopes": {scope: tokens for scope, tokens in self._learned.tokens.items() if scope != ALL},
+            "tokens": self._learned.tokens,
             "sources": self.tokens_by_source(),
             "dropped": {str(reason): count for reason, count in self.dropped.items()},
             "failed": dict(self._learned.failed),
@@ -288,7 +286,7 @@ class Learner:
         self._hidden_size = target.hidden_size
         self.anchor_sets = {anchors_digest(anchors): anchors}
         self._learned = self._restored = ready.learned
-        self._exported_tokens, self._exported_at = ready.learned.tokens.get(ALL, 0), self._clock()
+        self._exported_tokens, self._exported_at = ready.learned.tokens, self._clock()
         if ready.detail:
             log.warning("learning begins anew: %s", ready.detail)
         elif self._exported_tokens:
@@ -310,14 +308,14 @@ class Learner:
         if self._export_due:
             self._export_pending = True
             child.send(learner_messages.REQUESTS.encode(learner_messages.Export()))
-        if self._requested_scope is None and (scope := self._due_scope()) is not None:
-            self._requested_scope = scope
-            child.send(learner_messages.REQUESTS.encode(learner_messages.Propose(scope)))
+        if not self._requested and self._proposal_due:
+            self._requested = True
+            child.send(learner_messages.REQUESTS.encode(learner_messages.Propose()))
         return False
 
     @property
     def _has_unsaved(self) -> bool:
-        return self._learned.tokens.get(ALL, 0) > self._exported_tokens
+        return self._learned.tokens > self._exported_tokens
 
     @property
     def _export_due(self) -> bool:
@@ -339,13 +337,12 @@ class Learner:
             else:
                 await self._storage.save(self._weights, parts)
 
-    def _due_scope(self) -> str | None:
-        """Returns the first scope that has learned enough, and whose proposal would be accepted."""
-        for scope, tokens in self._learned.tokens.items():
-            enough = tokens >= max(self._settings.min_tokens, RETRY_TOKEN_GROWTH * self._last_attempt.get(scope, 0))
-            if enough and self._receiver.accepts(tokens, scope):
-                return scope
-        return None
+    @property
+    def _proposal_due(self) -> bool:
+        """It is True if enough was learned, and a proposal would be accepted."""
+        tokens = self._learned.tokens
+        enough = tokens >= max(self._settings.min_tokens, RETRY_TOKEN_GROWTH * self._last_attempt)
+        return enough and self._receiver.accepts(tokens)
 
     def receive(self, body: bytes) -> None:
         answer = learner_messages.ANSWERS.decode(body)
@@ -366,21 +363,20 @@ class Learner:
                 if answer.last:
                     self._exports.append(self._parts)
                     self._parts, self._export_pending = [], False
-                    self._exported_at, self._exported_tokens = self._clock(), self._learned.tokens.get(ALL, 0)
+                    self._exported_at, self._exported_tokens = self._clock(), self._learned.tokens
         self._process.wake()
 
     async def _pass_on(self, proposed: learner_messages.Proposed) -> None:
-        scope, tokens = proposed.scope, proposed.tokens
-        self._requested_scope = None
-        self._last_attempt[scope] = tokens
+        tokens = proposed.tokens
+        self._requested = False
+        self._last_attempt = tokens
         self._set_state(LearnerState.LEARNING, "")
-        shown = {"scope": scope, "tokens": tokens, "report": proposed.report, "version": None, "accepted": False}
+        shown = {"tokens": tokens, "report": proposed.report, "version": None, "accepted": False}
         self._last_proposal = shown
         if not proposed.profile:
             log.log(
                 logging.WARNING if proposed.report else logging.INFO,
-                "no profile proposed%s from %d tokens%s",
-                f" for {scope}" if scope else "",
+                "no profile proposed from %d tokens%s",
                 tokens,
                 f": {proposed.report['problem']}" if "problem" in proposed.report else "",
             )
@@ -390,7 +386,7 @@ class Learner:
         try:
             profile = await asyncio.to_thread(CalibrationProfile.from_bytes, proposed.profile)
             shown["version"] = profile.version
-            shown["accepted"] = self._receiver.propose(profile, why, report, scope)
+            shown["accepted"] = self._receiver.propose(profile, why, report)
         except HemostatError as error:
             log.error("a proposal was refused: %s", error)
         self._on_change()
@@ -411,13 +407,13 @@ class Learner:
     def reset(self) -> None:
         """Is told that the process has ended."""
         self._tokens_of_ended += self._tokens_of_process()
-        self._learned = self._restored = learner_messages.Learned({}, {}, {})
+        self._learned = self._restored = learner_messages.Learned(0, {}, {})
         self._exported_tokens, self._export_pending = 0, False
         self._parts.clear()
         self._exports.clear()
-        self._batch_pending, self._requested_scope = False, None
+        self._batch_pending = self._requested = False
         self._proposals.clear()
-        self._last_attempt.clear()
+        self._last_attempt = 0
         self._records.clear()
         self._forgets = False
         self._hidden_size = 0

@@ -57,7 +57,6 @@ class Export(msgspec.Struct, tag="export", frozen=True):
 class Row(msgspec.Struct, frozen=True, array_like=True):
     """The parts of a record to learn from: T tokens, K candidates, J of the reference's, N anchors, d hidden."""
 
-    scope: str
     unit: bytes
     """The value of `TokenRecord.unit`."""
     output: bytes
@@ -87,9 +86,7 @@ class Learn(msgspec.Struct, tag="learn", frozen=True):
 
 
 class Propose(msgspec.Struct, tag="propose", frozen=True):
-    """Asks for a proposal. scope: "" is all."""
-
-    scope: str
+    """Asks for a proposal."""
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):
@@ -101,8 +98,8 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 class Learned(msgspec.Struct, tag="learned", frozen=True):
     """The totals since the process started. failed: records that could not be learned from, by what was raised."""
 
-    tokens: dict[str, int]
-    """The number of tokens by scope, where "" is all; a scope that is not learned apart is missing."""
+    tokens: int
+    """The number of tokens that were learned from."""
     sources: dict[str, int]
     """The number of tokens by `learning.contextual.rows.TokenSource`."""
     failed: dict[str, int]
@@ -112,7 +109,7 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     anchors: bytes
     """The ids of the anchors, int32 [N]."""
     hidden_size: int
-    learned: Learned = Learned({}, {}, {})
+    learned: Learned = Learned(0, {}, {})
     """The totals of what was restored."""
     detail: str = ""
     """The reason why nothing was restored."""
@@ -134,7 +131,6 @@ class Training(msgspec.Struct, tag="training", frozen=True):
 
 
 class Proposed(msgspec.Struct, tag="proposed", frozen=True):
-    scope: str
     tokens: int
     """The number of tokens that it was learned from."""
     profile: bytes
@@ -162,12 +158,11 @@ def parts(data: bytes) -> Iterator[tuple[bytes, bool]]:
         yield data[first : first + PART_BYTES], first + PART_BYTES >= len(data)
 
 
-def to_row(record: TokenRecord, scope: str) -> Row:
+def to_row(record: TokenRecord) -> Row:
     """Returns the record as a row. Features and hidden states are rounded to float16, which loses less than the models'
     own bfloat16."""
     features, hidden = record.features, record.reference_hidden
     return Row(
-        scope=scope,
         unit=record.unit,
         output=_bytes(record.output_ids, "<i4"),
         candidates=_bytes(record.compressed.ids, "<i4"),

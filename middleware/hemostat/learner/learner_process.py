@@ -1,8 +1,7 @@
 """The learner: `python -m hemostat.learner.learner_process PARENT_PID`. Numpy, no torch.
 
-It receives records, keeps statistics (`hemostat_calibration.learning.contextual.learner`) of all traffic and of each
-scope, and makes a proposal on request. That can take minutes: between its steps the records that have come meanwhile
-are learned from.
+It receives records, keeps statistics (`hemostat_calibration.learning.contextual.learner`), and makes a proposal on
+request. That can take minutes: between its steps the records that have come meanwhile are learned from.
 """
 
 from __future__ import annotations
@@ -23,20 +22,17 @@ import numpy.typing as npt
 from hemostat.checkpoints.output_embedding import load
 from hemostat.ipc import child_process as child
 from hemostat.learner import learner_messages
-from hemostat.profiles.scopes import ALL
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 from hemostat_calibration.learning.contextual import storage
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
-from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
+from hemostat_calibration.learning.contextual.learner import ContextualLearner
 
 NICENESS = 15
 """The niceness of the learner: a lower priority than all other processes have, the reference included."""
 MAX_QUEUED_MESSAGES = 16
 """The largest number of messages that are read ahead of the one that is being worked on."""
-MAX_SCOPES = 8
-"""The largest number of scopes with statistics of their own: each costs as much memory as the statistics of all
-traffic.
-"""
+ALL = ""
+"""The name of the state in what is stored. Earlier versions also learned of parts of the traffic, under other names."""
 MAX_ANCHOR_ELEMENTS = 1 << 26
 """The largest number of elements of the output embedding that anchors are chosen from: enough rows, and seconds instead
 of minutes."""
@@ -45,8 +41,8 @@ MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 Send = Callable[[learner_messages.Answer], None]
 
 
-class ScopedLearner:
-    """Owns what was learned, of all traffic and by scope."""
+class ProcessLearner:
+    """Owns what was learned."""
 
     def __init__(self, start: learner_messages.Start, stored: bytes = b"") -> None:
         """Raises HemostatError if the output embedding cannot be used. stored: an earlier learner's export; b"":
@@ -69,7 +65,7 @@ class ScopedLearner:
             min_tokens=start.min_tokens,
         )
         self._model, self._vocab_size, self._anchors = start.model, start.vocab_size, len(anchors)
-        self._states: dict[str, ContextualState] = {ALL: self._new()}
+        self._state = self._family.init(start.model, start.vocab_size)
         self._failed: Counter[str] = Counter()
         self._about = json.dumps([start.model, start.vocab_size, start.hidden_size, start.reference])
         self._stored_bytes = start.stored_bytes
@@ -86,18 +82,15 @@ class ScopedLearner:
             return str(error)
         if any((s.model, s.vocab_size) != (self._model, self._vocab_size) for s in states.values()):
             return "what was learned is of another model"
-        self._states |= states
+        self._state = states.get(ALL, self._state)
         return ""
 
     def export(self) -> Iterator[learner_messages.Exported]:
         """Yields what was learned, in parts."""
         self.has_unsaved = False
-        data = storage.save(self._states, self._family, self._about, self._stored_bytes)
+        data = storage.save({ALL: self._state}, self._family, self._about, self._stored_bytes)
         for part, last in learner_messages.parts(data):
             yield learner_messages.Exported(part, last)
-
-    def _new(self) -> ContextualState:
-        return self._family.init(self._model, self._vocab_size)
 
     def learn(self, request: learner_messages.Learn) -> learner_messages.Learned:
         for row in request.rows:
@@ -110,10 +103,9 @@ class ScopedLearner:
         return self._learned()
 
     def _learned(self) -> learner_messages.Learned:
-        whole = self._states[ALL]
         return learner_messages.Learned(
-            tokens={scope: state.tokens for scope, state in self._states.items()},
-            sources={str(source): tokens for source, tokens in whole.tokens_by_source.items()},
+            tokens=self._state.tokens,
+            sources={str(source): tokens for source, tokens in self._state.tokens_by_source.items()},
             failed=dict(self._failed),
         )
 
@@ -121,31 +113,18 @@ class ScopedLearner:
         record = learner_messages.from_row(row, self._vocab_size)
         if record.features is not None and record.features.values.shape[1] != self._anchors:
             raise InvalidArgumentError(f"features of {record.features.values.shape[1]} anchors, not {self._anchors}")
-        for scope in dict.fromkeys((ALL, row.scope)):
-            if self._follows(scope):
-                self._states[scope] = self._family.update(self._states[scope], [record])
+        self._state = self._family.update(self._state, [record])
 
-    def _follows(self, scope: str) -> bool:
-        """Returns True if the scope has statistics of its own. A new scope gets them if there is room."""
-        if scope not in self._states:
-            if len(self._states) > MAX_SCOPES:
-                return False
-            self._states[scope] = self._new()
-        return True
-
-    def propose(self, scope: str, progress: Callable[[str, float], None]) -> learner_messages.Proposed:
-        state = self._states.get(scope)
-        if state is None:
-            return learner_messages.Proposed(scope, 0, b"", {"problem": "nothing has been learned of this scope"})
-        base = self._states[ALL] if scope != ALL else None
+    def propose(self, progress: Callable[[str, float], None]) -> learner_messages.Proposed:
+        tokens = self._state.tokens
         try:
-            proposal = self._family.fit(state, base, progress)
+            proposal = self._family.fit(self._state, progress)
         except (HemostatError, ValueError, np.linalg.LinAlgError, MemoryError) as error:
-            return learner_messages.Proposed(scope, state.tokens, b"", {"problem": f"{type(error).__name__}: {error}"})
+            return learner_messages.Proposed(tokens, b"", {"problem": f"{type(error).__name__}: {error}"})
         if proposal is None:
-            return learner_messages.Proposed(scope, state.tokens, b"", {})
+            return learner_messages.Proposed(tokens, b"", {})
         report = {name: _plain(value) for name, value in asdict(proposal.report).items()}
-        return learner_messages.Proposed(scope, state.tokens, proposal.profile.to_bytes(), report)
+        return learner_messages.Proposed(tokens, proposal.profile.to_bytes(), report)
 
 
 def _plain(value: object) -> str | int | float:
@@ -189,21 +168,22 @@ class RequestLoop:
     """Handles one request after the other; while a proposal is made, records that come are learned from."""
 
     def __init__(
-        self, learner: ScopedLearner, requests: queue.Queue[learner_messages.Request | None], send: Send
+        self, learner: ProcessLearner, requests: queue.Queue[learner_messages.Request | None], send: Send
     ) -> None:
         """requests: None is their end."""
         self._learner = learner
         self._requests = requests
         self._send = send
-        self._scopes_due: list[str] = []
-        """The scopes of proposals that were requested."""
+        self._proposals_due = 0
+        """The number of proposals that were requested."""
         self._ended = False
 
     def run(self) -> None:
         """Handles requests until they end."""
         while not self._ended:
-            if self._scopes_due:
-                self._propose(self._scopes_due.pop(0))
+            if self._proposals_due:
+                self._proposals_due -= 1
+                self._propose()
             else:
                 self._handle(self._requests.get())
 
@@ -214,7 +194,7 @@ class RequestLoop:
             case learner_messages.Learn():
                 self._send(self._learner.learn(request))
             case learner_messages.Propose():
-                self._scopes_due.append(request.scope)
+                self._proposals_due += 1
             case learner_messages.Export():
                 self.export()
             case learner_messages.Start() | learner_messages.Restore():
@@ -224,7 +204,7 @@ class RequestLoop:
         for part in self._learner.export():
             self._send(part)
 
-    def _propose(self, scope: str) -> None:
+    def _propose(self) -> None:
         def progress(stage: str, done: float) -> None:
             self._send(learner_messages.Training(stage, done))
             with contextlib.suppress(queue.Empty):
@@ -233,7 +213,7 @@ class RequestLoop:
             if self._ended:
                 raise SystemExit(0)
 
-        self._send(self._learner.propose(scope, progress))
+        self._send(self._learner.propose(progress))
 
 
 def read_ahead(bodies: Iterator[bytes]) -> queue.Queue[learner_messages.Request | None]:
@@ -262,7 +242,7 @@ def main(parent: int) -> int:
     try:
         if not isinstance(start, learner_messages.Start):
             raise HemostatError("the first message must be start")
-        learner = ScopedLearner(start, _stored(bodies) if start.restores else b"")
+        learner = ProcessLearner(start, _stored(bodies) if start.restores else b"")
     except (HemostatError, MemoryError) as error:
         answer(learner_messages.Refused(str(error) or type(error).__name__))
         return 1

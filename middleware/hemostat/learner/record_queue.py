@@ -36,13 +36,13 @@ class RecordQueue:
     def less_than_half_full(self) -> bool:
         return self._bytes < MAX_QUEUED_BYTES // 2
 
-    def add(self, record: TokenRecord, scope: str) -> DropReason | None:
+    def add(self, record: TokenRecord) -> DropReason | None:
         """Queues a record; returns the reason if it was dropped instead."""
         if record.features is None and record.reference_hidden is None:
             return DropReason.NOTHING_TO_LEARN
         if self._bytes > MAX_QUEUED_BYTES:
             return DropReason.BUSY
-        row = learner_messages.to_row(record, scope)
+        row = learner_messages.to_row(record)
         self._rows.append(row)
         self._bytes += learner_messages.row_bytes([row])
         return None

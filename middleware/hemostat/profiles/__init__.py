@@ -11,7 +11,6 @@ What each module owns:
     lifecycle           the steps: test, promote, roll back, drop
     serving             which version serves which kind of traffic
     followed_kinds      which kinds are followed by themselves
-    scopes              what is learned separately
     operators           what an operator decides
     catalogue           the profiles held
     decisions           the log of events
@@ -26,6 +25,5 @@ Where something new goes, of this package (a family has parts in other packages,
     a family            an entry in `families.FAMILY_RULES`; a learner in this process is added to `proposals`, one in
                         another process calls `Proposals.accepts` and `propose`
     an evidence unit    `TokenRecord.unit`, from which both the split and the counting follow
-    a kind of scope     an entry in `scopes.SCOPE_KEYS`, and its name in the setting `calibration.scope`
     a decision, reason  `decisions.REASONS`, explained in deploy/metrics.py
 """

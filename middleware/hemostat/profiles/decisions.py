@@ -117,7 +117,6 @@ class EventLog:
         decision: Decision,
         reason: Reason,
         version: str,
-        scope: str,
         why: str,
         evidence: dict[str, Any],
         kind: str = "",
@@ -130,14 +129,12 @@ class EventLog:
             "decision": decision.value,
             "reason": reason.value,
             "version": version,
-            "scope": scope,
             "kind": kind,
             "why": why,
             "evidence": evidence,
         }
-        place = kind or scope
         shown = f" {json.dumps(evidence)}" if evidence else ""
-        log.info("%s %s%s: %s%s", decision, version, f" for {place}" if place else "", why, shown)
+        log.info("%s %s%s: %s%s", decision, version, f" for {kind}" if kind else "", why, shown)
         self._events.append(event)
         self._writes.append_event(event)
 

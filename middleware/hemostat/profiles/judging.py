@@ -86,7 +86,7 @@ class Judge:
         if unit.fresh:
             self._lifecycle.count_unit(unit.kind)
         self._judge(unit)
-        self._trials.count_seen(unit.kind)
+        self._trials.count_seen()
         for candidate in self._trials.tested:
             self._give_way(candidate)
 

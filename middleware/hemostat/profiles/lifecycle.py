@@ -109,7 +109,7 @@ class Lifecycle:
 
     # --- candidates ------------------------------------------------------------------------------------------------
 
-    def test(self, profiles: Sequence[CalibrationProfile], scope: str, source: str) -> None:
+    def test(self, profiles: Sequence[CalibrationProfile], source: str) -> None:
         """Makes them candidates; several are variants of one proposal. If the queue is full, the first
         of those that wait is dropped, if possible one whose test has not begun.
 
@@ -121,20 +121,19 @@ class Lifecycle:
         proposal = 1 + max((candidate.proposal for candidate in self._trials.queue), default=0)
         for profile in profiles:
             self.hold(profile)
-            self._trials.add(Candidate(profile.version, scope, source, proposal))
+            self._trials.add(Candidate(profile.version, source, proposal))
             self._writer.put_profile(self._catalogue.stored(profile.version))
         self._writer.write_serving()
 
     def replace_proposals(
         self,
-        scope: str,
         profiles: Iterable[CalibrationProfile],
         why: str,
         evidence: dict[str, Any],
         source: str | None = None,
     ) -> bool:
-        """Tests learned profiles of one source in this scope. They wait until the tests of its earlier candidates have
-        ended, and take the place of those whose tests have not begun.
+        """Tests learned profiles of one source. They wait until the tests of its earlier candidates have ended, and
+        take the place of those whose tests have not begun.
 
         source: None is the profiles' family. Returns False if all of them are in use already: then nothing changes.
         """
@@ -142,7 +141,7 @@ class Lifecycle:
         if not fresh:
             return False
         source = source or fresh[0].family
-        earlier = [c for c in self._trials.queue if c.scope == scope and c.source == source]
+        earlier = [c for c in self._trials.queue if c.source == source]
         for old in earlier:
             if self._trials.has_begun(old):
                 continue
@@ -151,8 +150,8 @@ class Lifecycle:
                 self.forget(old.version)
                 self._writer.delete_profile(old.version)
         for profile in fresh:
-            self._events.record(Decision.PROPOSE, Reason.LEARNED, profile.version, scope, why, evidence)
-        self.test(fresh, scope, source)
+            self._events.record(Decision.PROPOSE, Reason.LEARNED, profile.version, why, evidence)
+        self.test(fresh, source)
         return True
 
     def drop(self, candidate: Candidate, reason: Reason, why: str) -> None:
@@ -160,7 +159,7 @@ class Lifecycle:
         if candidate.version in self._serving.versions:
             why += "; it serves on where it was proven"
         self._trials.remove(lambda c: c == candidate)
-        self._events.record(Decision.DROP, reason, candidate.version, candidate.scope, why, evidence)
+        self._events.record(Decision.DROP, reason, candidate.version, why, evidence)
         self._writer.write_serving()
 
     def reject(self, version: str, why: str) -> None:
@@ -189,32 +188,31 @@ class Lifecycle:
     def promote(self, candidate: Candidate, kind: str) -> None:
         """Promotes a candidate in this kind on the evidence of its test."""
         proof = self._trials.evidence(candidate, kind)
-        self.serve(candidate.version, candidate.scope, kind, window_after_promotion(proof), chosen=False)
+        self.serve(candidate.version, kind, window_after_promotion(proof), chosen=False)
         self._events.record(
             Decision.PROMOTE,
             Reason.EVIDENCE,
             candidate.version,
-            candidate.scope,
             "better on held-out requests of this kind",
             evidence_json(proof),
             kind,
         )
 
-    def serve(self, version: str, scope: str, kind: str, window: int = DEFAULT_WINDOW, *, chosen: bool) -> None:
+    def serve(self, version: str, kind: str, window: int = DEFAULT_WINDOW, *, chosen: bool) -> None:
         """Lets a profile serve a kind from now on, watched in windows of `window` held-out units.
 
         Whoever calls this records the event afterwards: a process that is killed between the two writes has lost the
         event, and not what serves. `roll_back` records its event first.
 
-        scope: the scope that it was learned from. chosen: an operator chose it. The tests of other proposals in this
+        chosen: an operator chose it. The tests of other proposals in this
         kind end. The tests of imports, which were compared with what served before, begin anew. A newer build of the
         profile waits on: it will be compared with what serves from now on.
         """
         state = self._serving.kinds[kind]
         if state.version is not None and state.version != version:
             state.add_tried(state.version)
-        state.version, state.learned_of, state.window, state.chosen, state.held = version, scope, window, chosen, ""
-        self._serving.scopes.rolled_back.discard(scope)
+        state.version, state.window, state.chosen, state.held = version, window, chosen, ""
+        self._serving.rolled_back = False
         self._trials.watch(kind, like=version)
         self._trials.freeze(version, kind)
         # Looked up first: what has begun is behind nothing.
@@ -231,13 +229,13 @@ class Lifecycle:
         state = self._serving.kinds.get(kind)
         if state is None or state.version is None:
             return
-        version, scope = state.version, state.learned_of
+        version = state.version
         self._end_serving(kind, state)
         state.add_tried(version)
-        self._serving.scopes.rolled_back.add(scope)
+        self._serving.rolled_back = True
         if reason is Reason.OUTCOMES:
             state.held = why
-        self._events.record(Decision.ROLL_BACK, reason, version, scope, why, evidence, kind)
+        self._events.record(Decision.ROLL_BACK, reason, version, why, evidence, kind)
         self._trials.begin_in(kind, ends=lambda _: reason is Reason.OUTCOMES)
         self._serving_changed()
 
@@ -282,7 +280,7 @@ class Lifecycle:
         rest = self._serving.kinds.get(rest_of(kind))
         state = self._serving.kinds[kind] = self._serving.former.pop(kind, KindState())
         if not state.held and rest is not None and rest.chosen and rest.version is not None:
-            state.version, state.learned_of, state.window = rest.version, rest.learned_of, rest.window
+            state.version, state.window = rest.version, rest.window
             state.chosen, state.pinned = True, rest.pinned
             self._trials.watch(kind)
         self._writer.write_serving()
@@ -300,10 +298,10 @@ class Lifecycle:
         state = self._serving.kinds[kind]
         self._trials.forget_kind(kind)
         if state.version is not None:
-            version, scope = state.version, state.learned_of
+            version = state.version
             self._end_serving(kind, state)
             why = "another kind of traffic is more frequent, and took its place"
-            self._events.record(Decision.ROLL_BACK, Reason.EVICTED, version, scope, why, {}, kind)
+            self._events.record(Decision.ROLL_BACK, Reason.EVICTED, version, why, {}, kind)
         self._serving.remember(kind)
         self._serving_changed()
 
@@ -313,7 +311,7 @@ class Lifecycle:
         for other in list(self._serving.kinds.values()):
             if other.version is None or any(c.version == other.version for c in self._trials.queue):
                 continue
-            candidate = Candidate(other.version, other.learned_of, SERVING)
+            candidate = Candidate(other.version, SERVING)
             if self._trials.is_wanted(candidate, kind) and len(self._trials.queue) < MAX_QUEUED_CANDIDATES:
                 self._trials.add(candidate)
 

@@ -6,8 +6,8 @@ Invariants (the ones of what serves are in `serving`, the ones of tests in `tria
 - A constrained record is conditional on what a grammar allows: nothing is learned from it, and it is judged by in its
   own kind alone, whose profiles were proven on such records. Adapters are not judged there: their exact distances are
   not conditional.
-- Learning may pool all traffic, or what belongs to one scope (`calibration.scope`). Serving may not: a profile serves a
-  kind of traffic (`followed_kinds`) only on evidence of this kind, and leaves it by itself.
+- Learning pools all traffic. Serving does not: a profile serves a kind of traffic (`followed_kinds`) only on evidence
+  of this kind, and leaves it by itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from hemostat.profiles.persistence import StateWriter
 from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.report import Report
 from hemostat.profiles.restoring import Restoring
-from hemostat.profiles.scopes import Scopes
 from hemostat.profiles.serving import ServedModel, ServingState
 from hemostat.profiles.trials import IMPORT, Trials
 from hemostat.profiles.units import HeldOutUnit, Interval
@@ -60,7 +59,6 @@ class ProfileManager:
         self._wall = wall
         self.catalogue = Catalogue(wall)
         self.serving = ServingState(
-            Scopes(settings.scope),
             settings.mode,
             is_adapter=self.catalogue.is_adapter,
         )
@@ -181,18 +179,14 @@ class ProfileManager:
 
     # --- a scored record -------------------------------------------------------------------------------------------
 
-    def scope_of(self, record: TokenRecord) -> str:
-        """Returns the scope of a record; "" if all requests are pooled, or there are too many scopes."""
-        return self.serving.scopes.of(record)
-
     def is_held_out(self, record: TokenRecord) -> bool:
         """Returns True if the record's unit is for judging: nothing is ever learned from it."""
         return is_held_out(record, self._held_out_fraction)
 
-    def learning_scope(self, record: TokenRecord) -> str | None:
-        """Returns the scope in which profiles that change logits are learned from the record now; None: in none."""
+    def learns_from(self, record: TokenRecord) -> bool:
+        """Returns True if profiles that change logits are learned from the record now."""
         learned = record.adapter is None and not record.constraint and self.serving.uses(record)
-        return self.scope_of(record) if learned and not self.is_held_out(record) else None
+        return learned and not self.is_held_out(record)
 
     def distance_versions(self, record: TokenRecord) -> tuple[str, ...]:
         """Returns the versions whose exact distances judging this record takes, `IDENTITY` first; none where it takes
@@ -236,7 +230,7 @@ class ProfileManager:
         if self.is_held_out(record):
             self.judge.observe(self._held_out_unit(record, kind, gains, fresh=fresh))
         elif fresh and record.adapter is None and not record.constraint:
-            self.proposals.learn(record, self.scope_of(record))
+            self.proposals.learn(record)
 
     def _held_out_unit(self, record: TokenRecord, kind: str, gains: RecordGains, *, fresh: bool) -> HeldOutUnit:
         """Returns what tests need of a held-out record. Its gains are computed when they are asked for."""
@@ -257,10 +251,6 @@ class ProfileManager:
             if record.constraint:
                 return None  # nothing serves the rest of what a grammar restricts
             kind = REST_KIND
-        followed = self.scope_of(record)
-        state = self.serving.kinds[kind]
-        if state.scope is None:
-            state.scope = followed
         return kind
 
     # --- metrics ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from hemostat.profiles.families import anchor_set
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import StateWriter
 from hemostat.profiles.proposals import Proposals
-from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import IMPORT, Trials
 from hemostat_calibration.errors import HemostatError
@@ -49,31 +48,28 @@ class Operator:
         if mode == self._serving.mode:
             return
         self._serving.mode = mode
-        self._proposals.discard_batches()
+        self._proposals.discard_batch()
         self._writer.write_mode()
         self._record(Decision.MODE, self._serving.selected or IDENTITY, f"set to {mode} by the operator")
 
-    def import_profile(
-        self, profile: CalibrationProfile, scope: str = ALL, why: str = "imported by the operator"
-    ) -> str:
+    def import_profile(self, profile: CalibrationProfile, why: str = "imported by the operator") -> str:
         """Makes it a candidate, which has to prove itself like any other. Returns its version.
 
         Nothing happens if it is known there already.
         """
         self._lifecycle.require_fit(profile)
-        self._serving.scopes.require(scope)
         version = profile.version
         serves_all = all(state.version == version for state in self._serving.kinds.values())
-        if version in (self._catalogue.probe, self._serving.forced) or serves_all or self._trials.holds(version, scope):
+        if version in (self._catalogue.probe, self._serving.forced) or serves_all or self._trials.holds(version):
             return version
         probe = self._catalogue.get(self._catalogue.probe)
         if probe is not None and anchor_set(profile) not in {"", anchor_set(probe)}:
             # Engines report one set of anchors.
             why += "; it reads other anchors than the learner: the learner gets no engine features while it is tested"
-        self._events.record(Decision.IMPORT, Reason.OPERATOR, version, scope, why, {})
+        self._events.record(Decision.IMPORT, Reason.OPERATOR, version, why, {})
         for state in (*self._serving.kinds.values(), *self._serving.former.values()):
             state.tried = [other for other in state.tried if other != version]
-        self._lifecycle.test([profile], scope, IMPORT)
+        self._lifecycle.test([profile], IMPORT)
         return version
 
     def promote(self, version: str, kind: str | None = None) -> None:
@@ -140,13 +136,12 @@ class Operator:
     def _serve(self, decision: Decision, version: str, kind: str, why: str) -> None:
         candidate = next((c for c in self._trials.tested if c.version == version), None)
         evidence = self._lifecycle.evidence(candidate) if candidate is not None else {}
-        scope = self._serving.learned_of(version) if candidate is None else candidate.scope
         shown = evidence.get("kinds", {}).get(kind, {})
-        self._lifecycle.serve(version, scope, kind, chosen=True)
-        self._events.record(decision, Reason.OPERATOR, version, scope, why, shown, kind)
+        self._lifecycle.serve(version, kind, chosen=True)
+        self._events.record(decision, Reason.OPERATOR, version, why, shown, kind)
 
     def _record(self, decision: Decision, version: str, why: str, kind: str = "") -> None:
-        self._events.record(decision, Reason.OPERATOR, version, ALL, why, {}, kind)
+        self._events.record(decision, Reason.OPERATOR, version, why, {}, kind)
 
     def _require_servable(self, version: str, kinds: Iterable[str]) -> None:
         profile = self._catalogue.get(version)

@@ -42,26 +42,27 @@ class StoredKind(msgspec.Struct, frozen=True):
     """A `KindState` as it is stored, with the number of the window in which its version was watched."""
 
     version: str | None
-    learned_of: str
     window: int
     chosen: bool
     pinned: bool
     held: str
     units: int
-    scope: str | None
     tried: list[str]
     watch: int
+    learned_of: str = ""
+    scope: str | None = ""
+    """Earlier versions learned from parts of the traffic, too. They cannot read what lacks these two."""
 
 
 class StoredServing(msgspec.Struct, frozen=True):
     """The state of serving as it is stored.
 
-    scope: `calibration.scope`. table: `KindTable.save`. kinds: by name. queue: version, scope and source of each
-    candidate. former: `ServingState.former`, the versions that were tried and why the kind was held. proposals: the
-    number of the proposal of each candidate in the queue; it is empty in what earlier versions have stored.
+    table: `KindTable.save`. kinds: by name. queue: version, scope and source of each candidate; the scope is the part
+    of the traffic that an earlier version learned it from, "" if that was all. former: `ServingState.former`, the
+    versions that were tried and why the kind was held. proposals: the number of the proposal of each candidate in the
+    queue; it is empty in what earlier versions have stored.
     """
 
-    scope: str = "pooled"
     table: str = ""
     kinds: dict[str, StoredKind] = {}
     queue: list[tuple[str, str, str]] = []
@@ -150,24 +151,22 @@ class StateWriter:
         if self._held:
             return
         kinds = {name: self._stored_kind(name, state) for name, state in self._serving.kinds.items()}
-        queue = [(c.version, c.scope, c.source) for c in self._trials.queue]
+        queue = [(c.version, "", c.source) for c in self._trials.queue]
         former = {name: (state.tried, state.held) for name, state in self._serving.former.items()}
         proposals = [candidate.proposal for candidate in self._trials.queue]
         table = self._kinds.table.save().decode()
-        stored = StoredServing(self._serving.scopes.kind, table, kinds, queue, former, proposals)
+        stored = StoredServing(table, kinds, queue, former, proposals)
         self._writes.set_state(SERVING_KEY, msgspec.json.encode(stored).decode())
 
     def _stored_kind(self, name: str, state: KindState) -> StoredKind:
         watch = self._trials.serving_evidence(name)
         return StoredKind(
             version=state.version,
-            learned_of=state.learned_of,
             window=state.window,
             chosen=state.chosen,
             pinned=state.pinned,
             held=state.held,
             units=state.units,
-            scope=state.scope,
             tried=state.tried,
             watch=watch.test if watch is not None else 0,
         )
@@ -230,6 +229,7 @@ class StateWriter:
 
 
 def candidates(stored: StoredServing) -> list[Candidate]:
-    """Returns the candidates of the queue, in its order."""
+    """Returns the candidates of the queue that were learned from all traffic, in its order."""
     proposals = [*stored.proposals, *(0 for _ in stored.queue)]
-    return [Candidate(*candidate, proposal) for candidate, proposal in zip(stored.queue, proposals, strict=False)]
+    numbered = zip(stored.queue, proposals, strict=False)
+    return [Candidate(version, source, n) for (version, scope, source), n in numbered if not scope]

@@ -1,5 +1,5 @@
-"""Decides which profiles are proposed, and when: temperature and bias are learned here, by scope; contextual ones come
-from the learner, and adapters from whoever makes them.
+"""Decides which profiles are proposed, and when: temperature and bias are learned here; contextual ones come from
+the learner, and adapters from whoever makes them.
 
 A new family that is learned in this process is added here, as `TemperatureBiasLearner` is; one that is learned
 elsewhere uses `accepts` and `propose`, as the contextual learner does, or `accepts_adapter` and `propose_adapter`.
@@ -11,7 +11,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from hemostat.config.schema import Calibration
@@ -19,7 +18,6 @@ from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.families import FAMILY_RULES, anchor_set
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import whole_number
-from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import Trials
 from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
@@ -47,21 +45,14 @@ BATCH_RECORDS = 8
 
 _PROPOSED_AT, _WEIGHTS = "proposed_at", "weights"
 """The keys of an export's notes."""
-
-
-@dataclass(slots=True)
-class _ScopeLearning:
-    """The state of the learning in one scope."""
-
-    temperature_bias: TemperatureBiasState | None = None
-    batch: list[TokenRecord] = field(default_factory=list)
-    """The records of the next update."""
-    proposed_at: dict[str, int] = field(default_factory=dict)
-    """The number of tokens that the last proposal was learned from, by family."""
+_ALL = ""
+"""The key of what was learned of all traffic in what is stored. Earlier versions also learned of parts of it, under the
+names of these.
+"""
 
 
 class Proposals:
-    """Owns what was learned, by scope."""
+    """Owns what was learned."""
 
     def __init__(
         self,
@@ -86,16 +77,20 @@ class Proposals:
             min_tokens=settings.min_tokens,
             half_life_tokens=settings.half_life_tokens,
         )
-        self._scopes: dict[str, _ScopeLearning] = {}
+        self._state: TemperatureBiasState | None = None
+        """What temperature and bias have learned."""
+        self._batch: list[TokenRecord] = []
+        """The records of their next update."""
+        self._proposed_at: dict[str, int] = {}
+        """The number of tokens that the last proposal was learned from, by family."""
         self.proposed = 0
         """The number of proposals of temperature and bias by this process."""
 
     # --- what was learned ------------------------------------------------------------------------------------------
 
-    def learned(self, scope: str = ALL) -> tuple[int, int]:
+    def learned(self) -> tuple[int, int]:
         """Returns the numbers of requests and tokens that temperature and bias were learned from."""
-        state = self._scope(scope).temperature_bias
-        return (state.requests, state.tokens) if state is not None else (0, 0)
+        return (self._state.requests, self._state.tokens) if self._state is not None else (0, 0)
 
     def export(self, models: str, weights: str = "") -> Callable[[], bytes]:
         """Returns a function that makes bytes of what was learned until now; it may be called in a thread.
@@ -103,33 +98,29 @@ class Proposals:
         models: a name of both models, for `restore`. weights: the weights that it was learned from; "" if they are not
         known.
         """
-        states = {scope: s.temperature_bias for scope, s in self._scopes.items() if s.temperature_bias is not None}
-        proposed_at = {scope: dict(learning.proposed_at) for scope, learning in self._scopes.items()}
-        notes = json.dumps({_PROPOSED_AT: proposed_at, _WEIGHTS: weights})
+        states = {} if self._state is None else {_ALL: self._state}
+        notes = json.dumps({_PROPOSED_AT: {_ALL: self._proposed_at}, _WEIGHTS: weights})
         return lambda: storage.save(states, self._temperature_bias, models, notes)
 
     def restore(self, data: bytes, models: str) -> str:
         """Goes on from an export; returns its weights. Raises InvalidArgumentError if it is damaged, or about other
         models or settings."""
         states, text = storage.load(data, self._temperature_bias, models)
-        model = self._serving.model
-        for scope, state in states.items():
-            if model is not None and (state.model, state.vocab_size) == (model.name, model.vocab_size):
-                self._scope(scope).temperature_bias = state
+        model, state = self._serving.model, states.get(_ALL)
+        about = None if state is None else (state.model, state.vocab_size)
+        if model is not None and about == (model.name, model.vocab_size):
+            self._state = state
         try:
             notes = json.loads(text)
-            for scope, families in notes.get(_PROPOSED_AT, {}).items():
-                learning = self._scope(scope)
-                for family, tokens in families.items():
-                    learning.proposed_at[family] = max(int(tokens), learning.proposed_at.get(family, 0))
+            for family, tokens in notes.get(_PROPOSED_AT, {}).get(_ALL, {}).items():
+                self._proposed_at[family] = max(int(tokens), self._proposed_at.get(family, 0))
         except (ValueError, TypeError, AttributeError):
             raise InvalidArgumentError("what was proposed before cannot be read") from None
         return str(notes.get(_WEIGHTS) or "")
 
     def forget_learned(self) -> None:
         """Forgets what temperature and bias have learned."""
-        for learning in self._scopes.values():
-            learning.temperature_bias, learning.batch = None, []
+        self._state, self._batch = None, []
 
     def restart(self) -> None:
         """Forgets what was learned, since the model is another.
@@ -137,90 +128,72 @@ class Proposals:
         A profile that still serves or is tested was kept from an earlier run, which had learned more than this one will
         have for a while: only more than that is worth a test.
         """
-        self._scopes.clear()
+        self.forget_learned()
+        self._proposed_at.clear()
         self.count_serving()
 
     def count_serving(self) -> None:
         """Counts what serves, and what was proposed and is tested or waits, as the last proposal of its family, learned
         from the tokens that its metadata says."""
-        serving = [(state.version, state.learned_of) for state in self._serving.kinds.values()]
-        proposed = [
-            (candidate.version, candidate.scope) for candidate in self._trials.queue if candidate.source in FAMILY_RULES
-        ]
-        for version, scope in serving + proposed:
+        proposed = [candidate.version for candidate in self._trials.queue if candidate.source in FAMILY_RULES]
+        for version in [*self._serving.versions, *proposed]:
             profile = self._catalogue.get(version)
             if profile is not None:
-                proposed_at = self._scope(scope).proposed_at
                 tokens = whole_number(profile.metadata.get("tokens"))
-                proposed_at[profile.family] = max(tokens, proposed_at.get(profile.family, 0))
+                self._proposed_at[profile.family] = max(tokens, self._proposed_at.get(profile.family, 0))
 
-    def discard_batches(self) -> None:
-        """Forgets records that wait for an update: the mode has changed."""
-        for learning in self._scopes.values():
-            learning.batch = []
+    def discard_batch(self) -> None:
+        """Forgets the records that wait for an update, since the mode has changed."""
+        self._batch = []
 
     # --- temperature and bias --------------------------------------------------------------------------------------
 
-    def learn(self, record: TokenRecord, scope: str) -> None:
-        """Learns from a record of the learning side, pooled and in its scope; proposes what is due."""
-        for each in dict.fromkeys((ALL, scope)):
-            self._learn(record, each)
-
-    def _learn(self, record: TokenRecord, scope: str) -> None:
-        learning, model = self._scope(scope), self._serving.model
-        if learning.temperature_bias is None and model is not None:
-            learning.temperature_bias = self._temperature_bias.init(model.name, model.vocab_size)
-        learning.batch.append(record)
-        if len(learning.batch) < BATCH_RECORDS or learning.temperature_bias is None:
+    def learn(self, record: TokenRecord) -> None:
+        """Learns from a record of the learning side, and proposes what is due."""
+        model = self._serving.model
+        if self._state is None and model is not None:
+            self._state = self._temperature_bias.init(model.name, model.vocab_size)
+        self._batch.append(record)
+        if len(self._batch) < BATCH_RECORDS or self._state is None:
             return
         # The batch is emptied first: records that raise here must not come back with the next one.
-        batch, learning.batch = learning.batch, []
-        learning.temperature_bias = self._temperature_bias.update(learning.temperature_bias, batch)
-        self._propose_if_due(scope)
+        batch, self._batch = self._batch, []
+        self._state = self._temperature_bias.update(self._state, batch)
+        self._propose_if_due(self._state)
 
-    def _propose_if_due(self, scope: str) -> None:
-        learning = self._scope(scope)
-        state = learning.temperature_bias
-        if state is None:
-            return
+    def _propose_if_due(self, state: TemperatureBiasState) -> None:
         min_tokens = self._settings.min_tokens
-        if self._catalogue.probe is not None and CONTEXTUAL not in learning.proposed_at:
+        if self._catalogue.probe is not None and CONTEXTUAL not in self._proposed_at:
             min_tokens *= CONTEXTUAL_FIRST_FACTOR
         if state.tokens < min_tokens or state.requests < self._temperature_bias.min_requests:
             return
-        if self._due(scope, TEMPERATURE_BIAS, state.tokens):
-            self._propose_temperature_bias(scope, state)
-
-    def _propose_temperature_bias(self, scope: str, state: TemperatureBiasState) -> None:
-        pooled = self._scope(ALL).temperature_bias
-        if scope != ALL and pooled is not None:
-            state = self._temperature_bias.shrunk(state, pooled, self._settings.min_tokens)
+        if not self._due(TEMPERATURE_BIAS, state.tokens):
+            return
         proposal = self._temperature_bias.propose(state)
         if proposal is not None:
-            self._scope(scope).proposed_at[TEMPERATURE_BIAS] = state.tokens
+            self._proposed_at[TEMPERATURE_BIAS] = state.tokens
             self.proposed += 1
-            why = f"learned from {state.tokens} tokens"
-            self._lifecycle.replace_proposals(scope, _variants(proposal), why, {})
+            self._lifecycle.replace_proposals(_variants(proposal), f"learned from {state.tokens} tokens", {})
 
     # --- the contextual learner ------------------------------------------------------------------------------------
 
-    def accepts(self, tokens: int, scope: str = ALL) -> bool:
+    def accepts(self, tokens: int) -> bool:
         """Returns True if a contextual proposal that was learned from `tokens` tokens in all would be tested now."""
-        return self._serving.active and self._due(scope, CONTEXTUAL, tokens)
+        return self._serving.active and self._due(CONTEXTUAL, tokens)
 
-    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = ALL) -> bool:
-        """Tests a contextual profile, as soon as the test of the scope's last one has ended; returns False if it is not
+    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
+        """Tests a contextual profile, as soon as the test of the last one has ended. Returns False if it is not
         accepted now.
 
         report: JSON-ready, shown as the event's evidence; `tokens` is the number of tokens learned from in all. Raises
         InvalidProfileError for another model's profile.
         """
         tokens = int(report["tokens"])
-        if not self.accepts(tokens, scope):
+        if not self.accepts(tokens):
             return False
         self._lifecycle.require_fit(profile)
-        self._scope(scope).proposed_at[profile.family] = tokens
-        return self._lifecycle.replace_proposals(scope, [profile], why, dict(report))
+        self._proposed_at[profile.family] = tokens
+        return self._lifecycle.replace_proposals([profile], why, dict(report))
 
     # --- adapters --------------------------------------------------------------------------------------------------
 
@@ -229,7 +202,7 @@ class Proposals:
         from `adapter.min_tokens`, further ones when twice as much is known (four times, while the last one is tested).
         """
         enough = tokens >= self._min_tokens[ADAPTER]
-        return enough and self._serving.active and self._due(ALL, ADAPTER, tokens)
+        return enough and self._serving.active and self._due(ADAPTER, tokens)
 
     def propose_adapter(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
         """Tests an adapter, as soon as the test of the last one has ended; returns False if it is not accepted now.
@@ -242,8 +215,8 @@ class Proposals:
         if not self.accepts_adapter(tokens):
             return False
         self._lifecycle.require_fit(profile)
-        self._scope(ALL).proposed_at[ADAPTER] = tokens
-        return self._lifecycle.replace_proposals(ALL, [profile], why, dict(report))
+        self._proposed_at[ADAPTER] = tokens
+        return self._lifecycle.replace_proposals([profile], why, dict(report))
 
     # --- the probe -------------------------------------------------------------------------------------------------
 
@@ -258,38 +231,30 @@ class Proposals:
         if before is not None and before != profile.version:
             self._lifecycle.forget(before)
         self._lifecycle.hold(profile)
-        for scope in self._serving.scopes:
-            kinds = self._serving.kinds.values()
-            versions = {state.version: None for state in kinds if state.version and state.learned_of == scope}
-            selected = [self._catalogue[version] for version in versions]
-            contextual = [serving for serving in selected if serving.family == CONTEXTUAL]
-            if not restored and not contextual and not self._trials.has_proposal(scope, CONTEXTUAL):
-                self._scope(scope).proposed_at.pop(CONTEXTUAL, None)
-            for serving in contextual:
-                if anchor_set(serving) != anchor_set(profile):
-                    log.warning(
-                        "profile %s, which serves, reads other anchors than the learner: engines report the logits of "
-                        "the profile's anchors, and the learner uses only the top ids until it is rolled back",
-                        serving.version,
-                    )
+        selected = [self._catalogue[version] for version in self._serving.versions]
+        contextual = [serving for serving in selected if serving.family == CONTEXTUAL]
+        if not restored and not contextual and not self._trials.has_proposal(CONTEXTUAL):
+            self._proposed_at.pop(CONTEXTUAL, None)
+        for serving in contextual:
+            if anchor_set(serving) != anchor_set(profile):
+                log.warning(
+                    "profile %s, which serves, reads other anchors than the learner: engines report the logits of "
+                    "the profile's anchors, and the learner uses only the top ids until it is rolled back",
+                    serving.version,
+                )
 
     # --- bookkeeping -----------------------------------------------------------------------------------------------
 
-    def _due(self, scope: str, family: str, tokens: int) -> bool:
+    def _due(self, family: str, tokens: int) -> bool:
         """Returns True if enough was learned since the last proposal for another test to be worth its alpha."""
-        if not self._serving.scopes.follow(scope) or not self._serving.has_room_for_new(scope):
-            return False
-        last = self._scope(scope).proposed_at.get(family, 0)
-        if self._trials.has_proposal(scope, family):
+        last = self._proposed_at.get(family, 0)
+        if self._trials.has_proposal(family):
             enough = MIN_TOKEN_GROWTH_UNDER_TEST * last
-        elif scope in self._serving.scopes.rolled_back:
+        elif self._serving.rolled_back:
             enough = last + self._min_tokens.get(family, self._settings.min_tokens)
         else:
             enough = MIN_TOKEN_GROWTH * last
         return tokens >= min(enough, last + MAX_TOKENS_BETWEEN_PROPOSALS)
-
-    def _scope(self, scope: str) -> _ScopeLearning:
-        return self._scopes.setdefault(scope, _ScopeLearning())
 
 
 def _variants(proposal: CalibrationProfile) -> list[CalibrationProfile]:

@@ -47,7 +47,7 @@ class Report:
 
     def status(self) -> dict[str, Any]:
         requests, tokens = self._proposals.learned()
-        trials, scopes = self._trials, self._serving.scopes
+        trials = self._trials
         return {
             "mode": self._serving.mode,
             "pinned": self._serving.pinned,
@@ -56,8 +56,6 @@ class Report:
             "candidates": [self._candidate(candidate) for candidate in trials.tested],
             "waiting": [self._waiting(candidate) for candidate in trials.waiting],
             "selected": self._selected(),
-            "scope": scopes.kind,
-            "scopes": [scope for scope in scopes if scope],
             "kinds": [self._kind(kind) for kind in self._order()],
             "forced": self._serving.forced,
             "client_share": {"limit": trials.client_share, "needs_clients": MIN_CLIENTS},
@@ -271,7 +269,7 @@ class Report:
 
 
 def _names(candidate: Candidate) -> dict[str, str]:
-    return {"version": candidate.version, "scope": candidate.scope, "source": candidate.source}
+    return {"version": candidate.version, "source": candidate.source}
 
 
 def _adapter_json(profile: CalibrationProfile) -> dict[str, Any]:

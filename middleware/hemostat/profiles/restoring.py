@@ -21,7 +21,6 @@ from hemostat.profiles.persistence import (
     candidates,
     stored_mode,
 )
-from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Candidate, Trials
 from hemostat.store.protocol import StoredProfile
@@ -70,18 +69,22 @@ class Restoring:
         served, damage = _served(states)
         kinds, queue = self._apply(stored, states, served)
         evicted = [name for name in served.kinds if name not in self._serving.kinds]  # `evidence.kinds` is lower now
-        if not (damage or kinds or queue or evicted):
+        apart = [(version, scope) for version, scope, _ in served.queue if scope]
+        if not (damage or kinds or queue or evicted or apart):
             return
         # Only now that everything was read. The events first: what is withdrawn is not in the state any more.
         with self._writer.one_commit():
             if damage:
-                self._events.record(Decision.ROLL_BACK, Reason.LOST, IDENTITY, ALL, damage, {})
+                self._events.record(Decision.ROLL_BACK, Reason.LOST, IDENTITY, damage, {})
             for name, cause in kinds.items():
                 state, kind = self._serving.kinds[name], served.kinds[name]
-                state.version, state.learned_of = kind.version, kind.learned_of
+                state.version = kind.version
                 self._lifecycle.roll_back(name, *cause, {})
             for candidate, cause in queue.items():
                 self._lifecycle.drop(candidate, *cause)
+            for version, scope in apart:
+                why = f"it was learned from the requests of {scope} alone: profiles are learned from all traffic now"
+                self._events.record(Decision.DROP, Reason.SETTINGS, version, why, {})
             for name in evicted:
                 self._serving.kinds[name] = _state(served.kinds[name], serves=True)
                 self._lifecycle.kind_evicted(name)
@@ -105,7 +108,6 @@ class Restoring:
             self._serving.kinds[name] = _state(kind, serves=cause is None)
             if cause is not None:
                 withdrawn[name] = cause
-        self._serving.kinds[REST_KIND].scope = ALL
         dropped = self._resume_tests(states, served, unread)
         for name, state in self._serving.kinds.items():
             evidence = self._trials.serving_evidence(name)
@@ -135,16 +137,9 @@ class Restoring:
     def _resume_tests(
         self, states: Mapping[str, str | None], served: StoredServing, unread: Mapping[str, str]
     ) -> dict[Candidate, Cause]:
-        """Resumes the tests of candidates whose profile is there, if what is learned apart is the same as before.
-        Returns the other candidates.
-        """
+        """Resumes the tests of candidates whose profile is there. Returns the other candidates."""
         causes = {candidate: self._why_not_held(candidate.version, unread) for candidate in candidates(served)}
-        if served.scope != self._serving.scopes.kind:
-            why = f"calibration.scope was {served.scope}: it was learned of other requests"
-            causes = dict.fromkeys(causes, (Reason.SETTINGS, why))
         queue = [candidate for candidate, cause in causes.items() if cause is None]
-        for candidate in queue:
-            self._serving.scopes.follow(candidate.scope)
         tests, (begun, windows) = states.get(TESTS_KEY), self._writer.restore_spent(states)
         # Versions before WINDOWS_BEGUN_KEY stored the numbers of windows with what serves.
         served_windows = {name: kind.watch for name, kind in served.kinds.items() if kind.watch}
@@ -191,8 +186,8 @@ def _served(states: Mapping[str, str | None]) -> tuple[StoredServing, str]:
 
 def _state(kind: StoredKind, *, serves: bool) -> KindState:
     """Returns the state of a stored kind. serves: its profile serves; else identity does."""
-    state = KindState(window=max(1, kind.window), held=kind.held, units=kind.units, scope=kind.scope, tried=kind.tried)
+    state = KindState(window=max(1, kind.window), held=kind.held, units=kind.units, tried=kind.tried)
     if serves and kind.version is not None:
-        state.version, state.learned_of = kind.version, kind.learned_of
+        state.version = kind.version
         state.chosen, state.pinned = kind.chosen, kind.pinned
     return state

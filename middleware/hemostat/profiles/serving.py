@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from hemostat.ipc.messages import REST_KIND, rest_of
-from hemostat.profiles.scopes import ALL, Scopes
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.guard.guard import DEFAULT_WINDOW
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -52,8 +51,6 @@ class KindState:
 
     version: str | None = None
     """The version that serves; None: identity."""
-    learned_of: str = ALL
-    """The scope that `version` was learned from."""
     window: int = DEFAULT_WINDOW
     """The length of the windows in which `version` is watched, in units."""
     chosen: bool = False
@@ -64,8 +61,6 @@ class KindState:
     """The reason why identity has to serve until an operator releases the kind; "" if it need not."""
     units: int = 0
     """The number of held-out units of this kind so far; no test begins before the first."""
-    scope: str | None = None
-    """The scope that the kind's requests belong to; None before its first record. For `REST_KIND` it is `ALL`."""
     tried: list[str] = field(default_factory=list)
     """The versions that are not tested here again by themselves: rolled back, replaced or given up."""
 
@@ -81,12 +76,12 @@ class ServingState:
 
     def __init__(
         self,
-        scopes: Scopes,
         mode: str,
         is_adapter: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        self.scopes = scopes
         self.mode = mode
+        self.rolled_back = False
+        """It is True if the last profile was rolled back in some kind, and none has been promoted since."""
         self.is_adapter = is_adapter
         self.max_adapters: float | None = math.inf
         """The number of different adapters that may serve at a time: as many as engines have slots for. While it is
@@ -99,7 +94,7 @@ class ServingState:
         are not known, and all records are used.
         """
         self.forced: str | None = None
-        self.kinds: dict[str, KindState] = {REST_KIND: KindState(scope=ALL)}
+        self.kinds: dict[str, KindState] = {REST_KIND: KindState()}
         """The state of every kind that is followed, and of `REST_KIND`."""
         self.former: dict[str, KindState] = {}
         """The parts of a state that are remembered for kinds that may come back: `tried` and `held`."""
@@ -241,17 +236,6 @@ class ServingState:
             if room and not chosen and 2 * better > sum(state.units for state in kinds.values()):
                 return set(kinds)
         return None
-
-    def learned_of(self, version: str) -> str:
-        """Returns the scope that a version was learned of, as far as it is known: `ALL` where it serves nowhere."""
-        return next((state.learned_of for state in self.kinds.values() if state.version == version), ALL)
-
-    def has_room_for_new(self, scope: str) -> bool:
-        """Returns True if a profile that is learned from this scope may come to serve: a place is free, or is the
-        scope's.
-        """
-        own = any(state.version is not None and state.learned_of == scope for state in self.kinds.values())
-        return own or len(self.versions) < MAX_SERVING_VERSIONS
 
     # --- the model -------------------------------------------------------------------------------------------------
 

@@ -4,9 +4,9 @@ Invariants:
 - Engines evaluate two profiles in addition to the applied one, so two candidates are tested at a time and the rest
   wait: no candidate is judged without the engine's numbers, and no alpha is spent on waiting.
 - What is tested is finished before something newer takes its place: a proposal waits while an older one of its family
-  and scope is under test. A test that a family of a better priority displaces keeps its evidence, and goes on later.
+  is under test. A test that a family of a better priority displaces keeps its evidence, and goes on later.
   (Which units are left out meanwhile does not depend on their gains, so the evidence stays valid.)
-- A candidate is tested in all kinds of its scope at once, in each against what serves there. When that changes, the
+- A candidate is tested in all kinds at once, in each against what serves there. When that changes, the
   test of this kind begins anew (an import) or ends (a proposal: the learner makes another one).
 - A kind that appears later gets a test of its own. So does a profile that serves elsewhere already.
 - An evidence unit (`TokenRecord.unit`) counts once in a test and kind; the guard remembers which have.
@@ -24,7 +24,6 @@ from types import MappingProxyType
 import numpy as np
 
 from hemostat.profiles.families import FAMILY_RULES
-from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.units import HeldOutUnit
 from hemostat_calibration.arrays import Floats
@@ -71,14 +70,13 @@ class UnitGain:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A profile that is to be tested in the kinds of one scope.
+    """A profile that is to be tested.
 
     source: the family that proposed it, `IMPORT`, or `SERVING`: it serves other kinds already.
     proposal: the number of its proposal, of which it may be one of several variants. A later one has a larger number.
     """
 
     version: str
-    scope: str
     source: str
     proposal: int = field(default=0, compare=False)
 
@@ -90,8 +88,8 @@ class Candidate:
 
     @property
     def test(self) -> str:
-        """The guard's name for its tests."""
-        return f"candidate {self.version} {self.scope}"
+        """The guard's name for its tests. The space at its end is in what earlier versions have stored, too."""
+        return f"candidate {self.version} "
 
 
 class Trials:
@@ -128,9 +126,7 @@ class Trials:
         self.guard = Guard(alpha, client_share, cycle)
         self._queue: list[Candidate] = []
         self._seen: dict[Candidate, int] = {}
-        """The number of held-out requests in the scope of each candidate under test, since its test began or it was
-        promoted.
-        """
+        """The number of held-out requests since the test of each candidate began, or it was promoted."""
 
     @property
     def queue(self) -> tuple[Candidate, ...]:
@@ -155,12 +151,11 @@ class Trials:
         return candidate.test in self.guard.names
 
     def _older(self, candidate: Candidate) -> list[Candidate]:
-        """Returns the candidates that it waits for: of earlier proposals of its family and scope, if its own test has
+        """Returns the candidates that it waits for: of earlier proposals of its family, if its own test has
         not begun."""
         if candidate.source not in FAMILY_RULES or self.has_begun(candidate):
             return []
-        own = candidate.scope, candidate.source
-        alike = (other for other in self._queue if (other.scope, other.source) == own)
+        alike = (other for other in self._queue if other.source == candidate.source)
         return [other for other in alike if other.proposal < candidate.proposal]
 
     def behind(self, candidate: Candidate) -> list[str]:
@@ -187,16 +182,14 @@ class Trials:
         """See `Guard.is_known`."""
         return self.guard.is_known(kind)
 
-    def holds(self, version: str, scope: str) -> bool:
-        """Returns True if this profile is under test in this scope, or waits for it."""
-        return any((c.version, c.scope) == (version, scope) for c in self._queue)
+    def holds(self, version: str) -> bool:
+        """Returns True if this profile is under test, or waits for it."""
+        return any(candidate.version == version for candidate in self._queue)
 
-    def has_proposal(self, scope: str, source: str) -> bool:
-        """Returns True if a candidate of this source that serves nowhere yet is under test in this scope, or waits for
-        it.
-        """
+    def has_proposal(self, source: str) -> bool:
+        """Returns True if a candidate of this source that serves nowhere yet is under test, or waits for it."""
         serving = self._serving.versions
-        return any((c.scope, c.source) == (scope, source) and c.version not in serving for c in self._queue)
+        return any(c.source == source and c.version not in serving for c in self._queue)
 
     def resume(
         self,
@@ -280,9 +273,9 @@ class Trials:
     def _is_over(self, candidate: Candidate) -> bool:
         """Returns True if the candidate is under test in no kind any more, or serves them all. It waits for the first
         kind that it can be tested in."""
-        states = [state for state in self._serving.kinds.values() if candidate.scope in (ALL, state.scope)]
-        tested = any(_is_testable(candidate, state) for state in states)
-        serves_all = bool(states) and all(state.version == candidate.version for state in states)
+        states = self._serving.kinds.values()
+        tested = any(map(_is_testable, states))
+        serves_all = all(state.version == candidate.version for state in states)
         return (tested or serves_all) and not self.running_kinds(candidate)
 
     def _give_up(self, candidate: Candidate) -> None:
@@ -301,7 +294,7 @@ class Trials:
         """Returns True if a test of this candidate would make sense in this kind."""
         state = self._serving.kinds[kind]
         new = candidate.version != state.version and candidate.version not in state.tried
-        return new and _is_testable(candidate, state)
+        return new and _is_testable(state)
 
     def begin_in(self, kind: str, ends: Callable[[Candidate], bool] = lambda _: False) -> None:
         """Begins tests in a kind that appeared, changed what serves it, or may be served by a profile again.
@@ -321,12 +314,10 @@ class Trials:
                 self._on_begun()
         self._arrange()
 
-    def count_seen(self, kind: str) -> None:
-        """Counts a held-out request of this kind, whether it counted in a test or not."""
-        scope = self._serving.kinds[kind].scope
-        tested = [candidate for candidate in self.tested if candidate.scope in (ALL, scope)]
+    def count_seen(self) -> None:
+        """Counts a held-out request, whether it counted in a test or not."""
         self._seen = {c: n for c, n in self._seen.items() if c in self._queue}
-        self._seen.update({candidate: self.seen(candidate) + 1 for candidate in tested})
+        self._seen.update({candidate: self.seen(candidate) + 1 for candidate in self.tested})
 
     def seen(self, candidate: Candidate) -> int:
         return self._seen.get(candidate, 0)
@@ -470,6 +461,6 @@ class Trials:
         return {kind: self.evidence(candidate, kind) for kind in kinds if kind in self._serving.kinds}
 
 
-def _is_testable(candidate: Candidate, state: KindState) -> bool:
-    """Returns True if the kind belongs to the candidate's scope, was seen, and is not held at identity."""
-    return candidate.scope in (ALL, state.scope) and state.units > 0 and not state.held
+def _is_testable(state: KindState) -> bool:
+    """Returns True if the kind was seen, and is not held at identity."""
+    return state.units > 0 and not state.held

@@ -35,7 +35,7 @@ TRACED_FIGURES = ("kl_rc", "kl_cr", "js", "tv", "top1_agreement", "covered_compr
 class RecordLearner(Protocol):
     """The part of `hemostat.learner.client.Learner` that a consumer uses."""
 
-    def offer(self, record: TokenRecord, scope: str) -> None: ...
+    def offer(self, record: TokenRecord) -> None: ...
 
 
 class TextLearner(Protocol):
@@ -222,8 +222,8 @@ class Calibration:
         try:
             own = scored.figures.kl_rc if record.adapter is None else None
             profiles.observe(record, scored.gains, fresh=scored.fresh, divergences=own)
-            if scored.fresh and (scope := profiles.learning_scope(record)) is not None:
-                self.learner.offer(record, scope)
+            if scored.fresh and profiles.learns_from(record):
+                self.learner.offer(record)
         except Exception:
             self.errors += 1
             log.exception("calibration could not use the record of %s", scored.capture.request_id)

@@ -55,7 +55,6 @@ def stored_state(key: str, value: Any) -> Any:
     if key == "kinds":
         result = json.loads(value)
         return {
-            "scope": result["scope"],
             "serving": {name: [kind["version"], kind["window"]] for name, kind in result["kinds"].items()},
             "queue": result["queue"],
         }
@@ -191,8 +190,8 @@ class Life:
 
     # What the operator and the learner do; the answer of the product, or its refusal.
 
-    def import_profile(self, profile: CalibrationProfile, scope: str = "") -> str:
-        return self._asked(lambda: self._profiles.operator.import_profile(profile, scope))
+    def import_profile(self, profile: CalibrationProfile) -> str:
+        return self._asked(lambda: self._profiles.operator.import_profile(profile))
 
     def promote(self, version: str, kind: str | None = None) -> str:
         return self._asked(lambda: self._profiles.operator.promote(version, kind))
@@ -226,10 +225,10 @@ class Life:
     def probe(self, profile: CalibrationProfile) -> str:
         return self._asked(lambda: self._profiles.proposals.set_probe(profile))
 
-    def propose(self, profile: CalibrationProfile, tokens: int, scope: str = "") -> str:
+    def propose(self, profile: CalibrationProfile, tokens: int) -> str:
         """By the contextual learner."""
         why, report = f"learned in context from {tokens} tokens", {"tokens": tokens, "won_back": 0.25}
-        return self._asked(lambda: self._profiles.proposals.propose(profile, why, report, scope))
+        return self._asked(lambda: self._profiles.proposals.propose(profile, why, report))
 
     def _asked(self, act: Callable[[], object]) -> str:
         try:
@@ -258,7 +257,7 @@ class Life:
     def state(self) -> dict[str, Any]:
         """What relays, engines and the console are told."""
         manager, told = self._profiles, self._profiles.report.status()
-        candidates = [f"{c['version']} {c['scope']!r} {c['source']} {c['requests']}" for c in told["candidates"]]
+        candidates = [f"{c['version']} {c['source']} {c['requests']}" for c in told["candidates"]]
         evaluated = [profile.version for profile in manager.evaluated_profiles()]
         result = {
             "mode": told["mode"],
@@ -270,10 +269,9 @@ class Life:
             "wanted": manager.engine_versions(),
             "evaluated": "as wanted" if evaluated == manager.engine_versions() else evaluated,
             "candidates": candidates,
-            "waiting": [f"{c['version']} {c['scope']!r} {c['source']}" for c in told["waiting"]],
+            "waiting": [f"{c['version']} {c['source']}" for c in told["waiting"]],
             "learned": [told["learned_requests"], told["learned_tokens"]],
             "tests_begun": told["tests_begun"],
-            "scopes": sorted(told["scopes"]),
             "promotions": sum(n for (decision, _), n in manager.events.counts.items() if decision == "promote"),
             "rollbacks": manager.lifecycle.rollbacks,
         }

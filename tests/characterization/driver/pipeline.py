@@ -319,9 +319,9 @@ class Pipeline:
         assert answer.status_code == 204, answer.text
         return msgspec.structs.replace(capture, nonce=f"nonce-{n}")
 
-    async def import_profile(self, profile: CalibrationProfile, scope: str = "") -> str:
+    async def import_profile(self, profile: CalibrationProfile) -> str:
         async with self._writing():
-            answer = await self._http.post("/api/v1/profiles", content=profile.to_bytes(), params={"scope": scope})
+            answer = await self._http.post("/api/v1/profiles", content=profile.to_bytes())
         assert answer.status_code == 200, answer.text
         return str(answer.json()["version"])
 
@@ -453,9 +453,7 @@ def stored(path: Path) -> dict[str, Any]:
     connection.close()
     return {
         "profiles": [[version, sha256(data), created] for version, data, created in rows],
-        "events": [
-            [event.get(key) for key in ("decision", "reason", "scope", "kind", "why")] for event in map(_json, events)
-        ],
+        "events": [[event.get(key) for key in ("decision", "reason", "kind", "why")] for event in map(_json, events)],
         "state": {key: stored_state(key, value) for key, value in state},
     }
 

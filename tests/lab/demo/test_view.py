@@ -132,7 +132,7 @@ def promoted(scene: view.Scene) -> view.Scene:
             **{"why": "better on held-out requests", "evidence": evidence},
         },
         {
-            **{"at": 1.0, "decision": "propose", "reason": "learned", "version": "ab" * 16, "scope": ""},
+            **{"at": 1.0, "decision": "propose", "reason": "learned", "version": "ab" * 16},
             **{
                 "why": "learned from 3001 tokens: linear, rank 8",
                 "evidence": {"gain": 0.2, "tokens": 3001, "requests": 65},

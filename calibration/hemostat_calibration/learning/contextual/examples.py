@@ -39,16 +39,12 @@ class HiddenExamples:
 
     basis: see `basis.Basis`.
     moments: of every fold, of all that was learned, in the basis.
-    priors: Bᵀ that the penalty pulls towards, without each fold in turn, and last of all folds; None pulls towards 0.
     rows: recent tokens, all with features and hidden states; may be empty.
     """
 
-    def __init__(
-        self, basis: Basis, moments: Sequence[Moments], priors: Sequence[Floats] | None, rows: Sequence[TokenRows]
-    ) -> None:
+    def __init__(self, basis: Basis, moments: Sequence[Moments], rows: Sequence[TokenRows]) -> None:
         self.basis = basis
         self.moments = moments
-        self.priors = priors
         self.rows = rows
         self.fold, self.prompt = folds_and_prompts(rows)
         self._held_out_rows: HiddenRows | None = None

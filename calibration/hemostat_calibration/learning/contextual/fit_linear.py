@@ -33,8 +33,8 @@ class LinearFitter:
         Without rows the gain is taken from the cross-validation on the sums, which is of second order.
         """
         progress("linear", 0.0)
-        moments, priors = examples.moments, examples.priors
-        result = regression.choose(moments, self._ranks, priors)
+        moments = examples.moments
+        result = regression.choose(moments, self._ranks)
         if result is None or result.gain <= result.error:
             return None
         if not examples.rows:
@@ -47,12 +47,12 @@ class LinearFitter:
             )
         whole, rank, out = regression.total(moments), len(result.read), examples.held_out_fold
         penalties = [result.penalty * stronger for stronger in _STRONGER]
-        starts = regression.fitted(whole - moments[out], penalties, rank, priors[out] if priors else None)
+        starts = regression.fitted(whole - moments[out], penalties, rank)
         maps = [linear_map(start) for start in starts]
         gains = exact_gains(examples.basis, examples.held_out_rows, maps, self._limits)
         chosen, scale = best_map_and_scale(gains)
         gain, error = mean_by_prompt(gains[chosen, scale], examples.prompt[examples.held_out])
-        from_all = regression.fitted(whole, penalties[chosen : chosen + 1], rank, priors[-1] if priors else None)[0]
+        from_all = regression.fitted(whole, penalties[chosen : chosen + 1], rank)[0]
         return Candidate(
             variant=Variant.LINEAR,
             penalty=from_all.penalty,

@@ -15,15 +15,15 @@ held-out choice), `export` (from a map to a profile).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.arrays import Floats, Ids, Singles
+from hemostat_calibration.arrays import Ids, Singles
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.learning.contextual import hidden_states, regression
+from hemostat_calibration.learning.contextual import hidden_states
 from hemostat_calibration.learning.contextual.basis import Basis, hidden_sample, make_basis
 from hemostat_calibration.learning.contextual.choose import ProfileLimits
 from hemostat_calibration.learning.contextual.examples import HiddenExamples, ListExamples, list_examples
@@ -185,26 +185,21 @@ class ContextualLearner:
         proposal = self.fit(state)
         return None if proposal is None else proposal.profile
 
-    def fit(
-        self, state: ContextualState, base: ContextualState | None = None, progress: Progress | None = None
-    ) -> Proposal | None:
+    def fit(self, state: ContextualState, progress: Progress | None = None) -> Proposal | None:
         """Returns the map that did best on prompts that it was not learned from, with how it came about. It is None
         while there is too little to learn from, or if no map gains more than one standard error there.
-
-        base: the state of all traffic, if `state` is from a part of it: the penalty pulls towards that map, not
-        towards no change. (The rows of the part may be among the rows of the whole: folds are by prompt in both.)
         """
         if state.requests < self._min_requests or state.tokens < self._min_tokens:
             return None
         progress = progress or no_progress
         progress("metric", 0.0)
-        sample = hidden_sample((base or state).recent, self.weight.shape[1])
+        sample = hidden_sample(state.recent, self.weight.shape[1])
         examples: HiddenExamples | ListExamples | None
         if sample is None or not state.tokens_by_source[TokenSource.HIDDEN]:
             examples = self._list_examples(state)
             candidate = None if examples is None else ListFitter(self._ranks).fit(examples, progress)
         else:
-            examples = self._hidden_examples(state, base, sample)
+            examples = self._hidden_examples(state, sample)
             candidate = LinearFitter(self._ranks, self._limits).fit(examples, progress)
         if candidate is None or examples is None or candidate.gain <= candidate.error:
             return None
@@ -234,12 +229,11 @@ class ContextualLearner:
         )
         return Proposal(profile, report)
 
-    def _hidden_examples(self, state: ContextualState, base: ContextualState | None, sample: Singles) -> HiddenExamples:
+    def _hidden_examples(self, state: ContextualState, sample: Singles) -> HiddenExamples:
         prior = hidden_states.estimate_prior(sample, self._noise_nats)
         basis = make_basis(self.weight, self.anchors, self.features, sample, prior)
-        priors = None if base is None else self._map_of_all(self._moments(base, basis))
         rows = [r for r in self._fresh(state) if r.features is not None and r.hidden is not None]
-        return HiddenExamples(basis, self._moments(state, basis), priors, rows)
+        return HiddenExamples(basis, self._moments(state, basis), rows)
 
     def _list_examples(self, state: ContextualState) -> ListExamples | None:
         rows = [r for r in self._fresh(state) if r.listed is not None]
@@ -259,18 +253,6 @@ class ContextualLearner:
     def _moments(self, state: ContextualState, basis: Basis) -> tuple[Moments, ...]:
         folds = (flushed(fold, state.tokens, self.forgetting) for fold in state.folds)
         return tuple(moments_in_basis(fold, basis) for fold in folds)
-
-    def _map_of_all(self, folds: Sequence[Moments]) -> list[Floats] | None:
-        """Returns Bᵀ without each fold, and with all of them, at the penalty that is best for all; None if no map
-        gains."""
-        result = regression.choose(folds, self._ranks)
-        if result is None:
-            return None
-        whole = regression.total(folds)
-        return [
-            *(regression.full_rank(whole - fold, result.penalty) for fold in folds),
-            regression.full_rank(whole, result.penalty),
-        ]
 
     def _fresh(self, state: ContextualState) -> list[TokenRows]:
         """Returns the recent rows that are not yet half forgotten."""

@@ -79,13 +79,11 @@ def standardiser(moments: Moments) -> Floats:
     return s
 
 
-def choose(folds: Sequence[Moments], ranks: Sequence[int], bases: Sequence[Floats] | None = None) -> LowRank | None:
+def choose(folds: Sequence[Moments], ranks: Sequence[int]) -> LowRank | None:
     """Returns the map whose penalty and rank did best on each fold when learned from the others; learned from all of
     them.
 
-    None if no map would gain, or a fold is empty. ranks: allowed ones. bases: what the penalty pulls towards,
-    instead of
-    0: for each fold Bᵀ that was learned without it, and one more learned from all.
+    None if no map would gain, or a fold is empty. ranks: allowed ones.
 
     >>> x, t = np.column_stack([np.arange(8.0), np.ones(8)]), 2.0 * np.arange(8.0)[:, None] + 1.0
     >>> def moments(rows):
@@ -98,9 +96,8 @@ def choose(folds: Sequence[Moments], ranks: Sequence[int], bases: Sequence[Float
         return None
     whole = total(folds)
     s = standardiser(whole)
-    priors = [_prior(s, base) for base in bases] if bases else [np.zeros_like(whole.xy)] * (len(folds) + 1)
     held = [_standardised(fold, s) for fold in folds]
-    fits = [_Fit(_standardised(whole - fold, s), prior) for fold, prior in zip(folds, priors[:-1], strict=True)]
+    fits = [_Fit(_standardised(whole - fold, s)) for fold in folds]
     weights = np.array([fold.weight for fold in folds])
     gains = np.stack([fit.gains(fold, PENALTIES) for fit, fold in zip(fits, held, strict=True)])
     penalty = PENALTIES[int(np.argmax(weights @ gains))]
@@ -112,15 +109,14 @@ def choose(folds: Sequence[Moments], ranks: Sequence[int], bases: Sequence[Float
     mean = float(weights @ by_rank[:, best] / weights.sum())
     if mean <= 0.0:
         return None
-    up, read = _Fit(_standardised(whole, s), priors[-1]).low_rank(penalty, allowed[best])
+    up, read = _Fit(_standardised(whole, s)).low_rank(penalty, allowed[best])
     spread = weights**2 @ (by_rank[:, best] - mean) ** 2 / weights.sum() ** 2
     error = math.sqrt(float(spread) * len(folds) / (len(folds) - 1))
     return LowRank(up=up, read=read @ s, penalty=penalty, gain=mean, error=error)
 
 
-def fitted(moments: Moments, penalties: Sequence[float], rank: int, base: Floats | None = None) -> list[LowRank]:
-    """Returns the map of each penalty, of that rank; their gains are not known (NaN). base: what the penalty pulls
-    towards.
+def fitted(moments: Moments, penalties: Sequence[float], rank: int) -> list[LowRank]:
+    """Returns the map of each penalty, of that rank; their gains are not known (NaN).
 
     >>> x, t = np.column_stack([np.arange(8.0), np.ones(8)]), 2.0 * np.arange(8.0)[:, None] + 1.0
     >>> def moments(rows):
@@ -129,7 +125,7 @@ def fitted(moments: Moments, penalties: Sequence[float], rank: int, base: Floats
     [[[2.0], [1.0]], [[1.0], [0.5]]]
     """
     s = standardiser(moments)
-    fit = _Fit(_standardised(moments, s), np.zeros_like(moments.xy) if base is None else _prior(s, base))
+    fit = _Fit(_standardised(moments, s))
     result = []
     for penalty in penalties:
         up, read = fit.low_rank(penalty, rank)
@@ -168,11 +164,6 @@ def total(parts: Sequence[Moments]) -> Moments:
     return result
 
 
-def _prior(s: Floats, base: Floats) -> Floats:
-    """Returns Bᵀ as it is for standardised inputs."""
-    return np.asarray(np.linalg.solve(s.T, base), dtype=np.float64)
-
-
 def _standardised(moments: Moments, s: Floats) -> Moments:
     return Moments(s @ moments.xx @ s.T, s @ moments.xy, moments.weight)
 
@@ -180,15 +171,14 @@ def _standardised(moments: Moments, s: Floats) -> Moments:
 class _Fit:
     """Ridge at every penalty, in the basis of XX's eigenvectors Q.
 
-    Bᵀ there is prior + D residual, D = (XX + λ)⁻¹ diagonal, residual the XY that the prior leaves.
+    Bᵀ there is D Qᵀ XY, with D = (XX + λ)⁻¹ diagonal.
     """
 
-    def __init__(self, moments: Moments, prior: Floats) -> None:
+    def __init__(self, moments: Moments) -> None:
         values, self._q = np.linalg.eigh(moments.xx)
         self._values = np.maximum(values, 0.0)
         self._weight = moments.weight
-        self._prior = self._q.T @ prior
-        self._residual = self._q.T @ (moments.xy - moments.xx @ prior)
+        self._xy = self._q.T @ moments.xy
 
     def _of(self, held: Moments) -> tuple[Floats, Floats]:
         return self._q.T @ held.xx @ self._q, self._q.T @ held.xy
@@ -198,22 +188,18 @@ class _Fit:
         return ridge
 
     def gains(self, held: Moments, penalties: Sequence[float]) -> Floats:
-        """Returns the gains of the maps of every rank, on other rows: tr(PᵀE) − ½ tr(Pᵀ XX P) with P = prior + D
-        residual.
-        """
+        """Returns the gains of the maps of every rank, on other rows: tr(PᵀE) − ½ tr(Pᵀ XX P) with P = D Qᵀ XY."""
         xx, images = self._of(held)
-        of_prior = xx @ self._prior
-        constant = float((self._prior * (images - 0.5 * of_prior)).sum())
-        linear = (self._residual * (images - of_prior)).sum(axis=1)
-        quadratic = xx * (self._residual @ self._residual.T)
+        linear = (self._xy * images).sum(axis=1)
+        quadratic = xx * (self._xy @ self._xy.T)
         shrinks = [1.0 / self._ridge(penalty) for penalty in penalties]
-        result = [constant + d @ linear - 0.5 * d @ quadratic @ d for d in shrinks]
+        result = [d @ linear - 0.5 * d @ quadratic @ d for d in shrinks]
         return np.array(result, dtype=np.float64) / max(held.weight, 1e-12)
 
     def _components(self, penalty: float) -> tuple[Floats, Floats, Floats, Floats]:
         """Returns P, (XX + λ)^½, and of (XX + λ)^½ P = U S Vᵀ: U and S, largest first."""
         ridge = self._ridge(penalty)
-        map_ = self._prior + self._residual / ridge[:, None]
+        map_ = self._xy / ridge[:, None]
         half = np.sqrt(ridge)
         scaled = half[:, None] * map_
         squares, left = np.linalg.eigh(scaled @ scaled.T)
