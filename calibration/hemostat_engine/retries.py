@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 
+from hemostat_calibration.backoff import Backoff
+
 log = logging.getLogger("hemostat.engine")
 
-FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0
-"""The pause after a failure doubles from the first to the longest. Without jitter: engines do not start together."""
+PAUSE_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+"""The pause after the first, second, ... failure in a row. Without jitter: engines do not start together."""
 MAX_OPERATIONS = 256
 """The largest number of operations whose failures are remembered; the oldest are forgotten."""
 
@@ -27,21 +29,21 @@ class Retries:
     def __init__(self, level: int = logging.WARNING) -> None:
         self._level = level
         self._lock = threading.Lock()
-        self._paused: dict[str, tuple[float, float]] = {}
-        """The pauses by operation, each as its end and its length."""
+        self._paused: dict[str, Backoff] = {}
+        """The pauses of the operations that have failed, the last failure last."""
         self._logged: dict[str, str] = {}
 
     def may_try(self, operation: str, now: float) -> bool:
         with self._lock:
-            return self._paused.get(operation, (0.0, 0.0))[0] <= now
+            return operation not in self._paused or self._paused[operation].may_try(now)
 
     def failed(self, operation: str, error: Exception, now: float) -> None:
-        """Starts or doubles the pause, and logs the error if it is new."""
+        """Starts a pause, which is longer after each failure in a row, and logs the error if it is new."""
         text = str(error)
         with self._lock:
-            last = self._paused.pop(operation, None)
-            pause = FIRST_PAUSE_SECONDS if last is None else min(2 * last[1], MAX_PAUSE_SECONDS)
-            self._paused[operation] = (now + pause, pause)
+            backoff = self._paused.pop(operation, None) or Backoff(PAUSE_SECONDS)
+            backoff.failed(now)
+            self._paused[operation] = backoff
             if len(self._paused) > MAX_OPERATIONS:
                 del self._paused[next(iter(self._paused))]
             if self._logged.get(operation) == text:

@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable
 from enum import StrEnum
 
-from hemostat.ipc.backoff import Backoff
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.protocol import (
     VERIFY_SECONDS,
@@ -40,6 +40,7 @@ from hemostat.store.protocol import (
 )
 from hemostat.store.thread import StoreThread
 from hemostat.store.writer import StoreWriter
+from hemostat_calibration.backoff import Backoff
 from hemostat_calibration.errors import HemostatError
 
 log = logging.getLogger("hemostat.control")
@@ -146,7 +147,7 @@ class Ownership:
     async def begin(self) -> Snapshot:
         """Returns, in READING, what is stored. Raises StoreIncompatible or StoreAccessDenied: an operator has to
         act."""
-        backoff = Backoff(RETRY_SECONDS)
+        backoff = Backoff(RETRY_SECONDS, random.random)
         while (snapshot := await self.try_to_begin()) is None:  # noqa: ASYNC110  another process decides
             await asyncio.sleep(backoff.pause())
         return snapshot
@@ -212,7 +213,7 @@ class Ownership:
             except TimeoutError:
                 await self.verify()
             if not self.active:
-                backoff = Backoff(RETRY_SECONDS)
+                backoff = Backoff(RETRY_SECONDS, random.random)
                 while not await self.try_to_regain():  # noqa: ASYNC110
                     await asyncio.sleep(backoff.pause())
                 self._lost.clear()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +26,9 @@ from hemostat.config.schema import Upstream
 from hemostat.engines.configured import ConfiguredEngines
 from hemostat.engines.messages import EngineReport
 from hemostat.engines.registry import EngineRegistry
-from hemostat.ipc.backoff import Backoff
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import VllmServer
+from hemostat_calibration.backoff import Backoff
 from hemostat_calibration.engine_keys import TAP_KEY
 from hemostat_calibration.messages import shown_address
 
@@ -48,8 +49,7 @@ class _Address:
     """The engine that answered a probe; "" before the first."""
     asked_at: float = -1.0
     """The time when that probe began; monotonic seconds."""
-    backoff: Backoff = field(default_factory=lambda: Backoff(BACKOFF))
-    not_before: float = 0.0
+    backoff: Backoff = field(default_factory=lambda: Backoff(BACKOFF, random.random))
     probe: asyncio.Task[None] | None = None
     refused: bool = False
     """It is True if the last probe was answered with 401 or 403."""
@@ -170,12 +170,12 @@ class EngineAddresses:
             if address is None:
                 address = self._addresses[name] = _Address(self.server(name, REQUEST_SECONDS))
             idle = address.probe is None or address.probe.done()
-            if idle and now >= address.not_before and self.boot_at(name, now) is None:
+            if idle and address.backoff.may_try(now) and self.boot_at(name, now) is None:
                 address.probe = asyncio.create_task(self._identify(name, address))
 
     async def _identify(self, name: str, address: _Address) -> None:
         asked_at = self._clock()
-        address.not_before = asked_at + address.backoff.pause()
+        address.backoff.failed(asked_at)
         nonce = f"{self._registry.nonce_prefix}-{secrets.token_hex(8)}"
         xargs = self._registry.secrets.signed({TAP_KEY: nonce}, asked_at)
         body = {"prompt": "x", "max_tokens": 1, "vllm_xargs": xargs}
@@ -202,7 +202,6 @@ class EngineAddresses:
             log.info("the engine at %s reports as %s", name, tap.boot_id)
         address.boot, address.asked_at = tap.boot_id, asked_at
         address.backoff.reset()
-        address.not_before = 0.0
         self._on_change()
 
     async def _forget(self, name: str) -> None:

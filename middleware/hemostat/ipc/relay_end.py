@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import secrets
 import ssl
 import time
@@ -12,7 +13,6 @@ from collections.abc import Callable
 from typing import cast
 
 from hemostat.ipc.addresses import ControlAddresses, Target, connect
-from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL,
@@ -30,6 +30,7 @@ from hemostat.ipc.messages import (
 )
 from hemostat.ipc.sampled import SampledTally
 from hemostat.ipc.supervised import is_compiled
+from hemostat_calibration.backoff import Backoff
 
 log = logging.getLogger("hemostat.relay")
 
@@ -177,7 +178,7 @@ class ControlLink:
             await asyncio.sleep(STATS_SECONDS)
 
     async def _connect(self) -> None:
-        backoff = Backoff(RECONNECT_SECONDS)
+        backoff = Backoff(RECONNECT_SECONDS, random.random)
         while True:
             failures = await self._try_all()
             if failures is None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.child_process import ONE_CORE, ChildExited, FramedChild
+from hemostat_calibration.backoff import Backoff
 
 Target = TypeVar("Target")
 Ready = TypeVar("Ready")
@@ -80,7 +81,7 @@ class Supervisor(Generic[Target, Ready]):
     ) -> None:
         self._module = module
         self._owner = owner
-        self._backoff = Backoff(backoff)
+        self._backoff = Backoff(backoff, random.random)
         self._environment = environment
         self._target: Target | None = None
         self._wake = asyncio.Event()

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import os
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -13,11 +14,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.reference import worker_messages
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceScores, ScoreRequest
 from hemostat_calibration.arrays import Floats
+from hemostat_calibration.backoff import Backoff
 from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates, RecoveredDivergence
@@ -72,7 +73,7 @@ class ReferenceWorker:
         self._load = msgspec.structs.replace(self._load, only=chosen.device)
 
     async def _keep(self) -> None:
-        backoff = Backoff(RESTART_SECONDS)
+        backoff = Backoff(RESTART_SECONDS, random.random)
         while True:
             if self._process is not None and not self._process.exited.is_set():
                 await self._process.exited.wait()

@@ -16,6 +16,7 @@ from hemostat.ipc.messages import Capture
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.scoring.scored_record import ScoredRecord
+from hemostat_calibration.backoff import Backoff
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import IDENTITY
@@ -42,9 +43,7 @@ class RecordsFile:
         except OSError as error:
             raise HemostatError(f"records.path: cannot write {path} ({error.strerror}); change it") from error
         self._clock = clock
-        self._failures = 0
-        """The number of failures in a row."""
-        self._retry_at = 0.0
+        self._backoff = Backoff(RETRY_SECONDS)
         self._part_left = False
         """It is True if a part of a line could not be cut off again."""
         self.written = 0
@@ -59,7 +58,7 @@ class RecordsFile:
 
     def write(self, capture: Capture, record: TokenRecord, figures: TokenDivergence) -> None:
         """Appends a record, or counts it as lost."""
-        if self._failures and self._clock() < self._retry_at:
+        if not self._backoff.may_try(self._clock()):
             self.lost += 1
             return
         line = {
@@ -85,9 +84,9 @@ class RecordsFile:
         except OSError as error:
             self._failed(error)
             return
-        if self._failures:
+        if self._backoff.failures:
             log.warning("records.path: written again; %d records were lost so far", self.lost)
-        self._failures = 0
+        self._backoff.reset()
         self.written += 1
 
     def _append(self, line: bytes) -> None:
@@ -112,10 +111,9 @@ class RecordsFile:
             self._part_left = True
 
     def _failed(self, error: OSError) -> None:
-        if not self._failures:
+        if not self._backoff.failures:
             log.error("records.path: cannot write (%s); records are lost until it can be written again", error.strerror)
-        self._retry_at = self._clock() + RETRY_SECONDS[min(self._failures, len(RETRY_SECONDS) - 1)]
-        self._failures += 1
+        self._backoff.failed(self._clock())
         self.lost += 1
 
     def close(self) -> None:

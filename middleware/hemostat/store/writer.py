@@ -12,13 +12,13 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hemostat.ipc.backoff import Backoff
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.protocol import (
     MAX_BLOB_BYTES,
@@ -38,6 +38,7 @@ from hemostat.store.protocol import (
     Write,
 )
 from hemostat.store.thread import StoreThread
+from hemostat_calibration.backoff import Backoff
 
 RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
 """The longest pauses between attempts; the last one repeats."""
@@ -135,7 +136,7 @@ class StoreWriter:
 
     async def run(self) -> None:
         """Writes what waits until it is cancelled."""
-        backoff = Backoff(RETRY_SECONDS)
+        backoff = Backoff(RETRY_SECONDS, random.random)
         while True:
             await self._active.wait()
             await self._work.wait()

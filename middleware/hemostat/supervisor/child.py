@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import random
 import signal
 import sys
 import time
@@ -14,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hemostat.ipc import liveness
-from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.liveness import BEAT, Silence
+from hemostat_calibration.backoff import Backoff
 
 log = logging.getLogger("hemostat.serve")
 
@@ -142,7 +143,7 @@ class Child:
         self._keeping = asyncio.create_task(self._keep(), name=f"keeps {self.name}")
 
     async def _keep(self) -> None:
-        backoff = Backoff(RESTART_SECONDS)
+        backoff = Backoff(RESTART_SECONDS, random.random)
         while True:
             assert self._process is not None
             started = time.monotonic()

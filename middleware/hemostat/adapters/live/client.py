@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +19,10 @@ from hemostat.adapters.live.folders import CheckpointFolders
 from hemostat.adapters.live.job import Job, Result, delete_left_behind
 from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.config.schema import Adapter
-from hemostat.ipc.backoff import Backoff
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.arrays import Ids
+from hemostat_calibration.backoff import Backoff
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import with_detail
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -275,7 +276,7 @@ class AdapterLearner:
 
     async def _attempts(self, build: Build) -> Result:
         """The first result; BuildFailed after the last attempt."""
-        backoff = Backoff(BACKOFF)
+        backoff = Backoff(BACKOFF, random.random)
         while True:
             try:
                 return await build.attempt()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hemostat.adapters.serving.probing import CopyUnavailable, ModelCopy, Prober
 from hemostat.adapters.serving.verdicts import Verdict
-from hemostat.ipc.backoff import Backoff
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import ReferenceFailure
+from hemostat_calibration.backoff import Backoff
 
 log = logging.getLogger("hemostat.adapters")
 
@@ -49,8 +50,7 @@ class Probes:
         self._failures = 0
         self._agreed: set[str] = set()
         self._errors: Counter[str] = Counter()
-        self._backoff = Backoff(BACKOFF)
-        self._not_before = 0.0
+        self._backoff = Backoff(BACKOFF, random.random)
         self.problem = ""
         """Why no adapter may be asked for until the server is restarted; "" where nothing is wrong."""
 
@@ -65,7 +65,7 @@ class Probes:
 
     def due(self, versions: Sequence[str], loaded: frozenset[str]) -> bool:
         """A probe is missing, and may be tried now."""
-        return bool(self._missing(versions, loaded)) and self._clock() >= self._not_before
+        return bool(self._missing(versions, loaded)) and self._backoff.may_try(self._clock())
 
     def _missing(self, versions: Sequence[str], loaded: frozenset[str]) -> str:
         """`ISOLATION`, or the version whose agreement is to be probed; "" where nothing is."""
@@ -139,7 +139,7 @@ class Probes:
         return {version: f"the engine does not apply it as our copy does: {verdict.detail} ({ROUNDED_INPUTS})"}
 
     def _wait(self) -> None:
-        self._not_before = self._clock() + self._backoff.pause()
+        self._backoff.failed(self._clock())
 
     def _note(self, probe: str, result: str, detail: str) -> None:
         self._counts[probe, result] += 1

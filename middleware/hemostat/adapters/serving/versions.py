@@ -10,12 +10,13 @@ have had it loaded. A new start of the engine ends all records.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Final
 
-from hemostat.ipc.backoff import Backoff
+from hemostat_calibration.backoff import Backoff
 
 BACKOFF: Final = (1.0, 5.0, 15.0, 60.0)
 """Seconds before a version that could not be loaded is tried again, by how often in a row."""
@@ -57,9 +58,7 @@ class VersionRecord:
     state: VersionState = VersionState.UNKNOWN
     why: str = ""
     """The reason for FAILED or REJECTED, in one line."""
-    not_before: float = 0.0
-    """The time before which it is not loaded again, monotonic seconds."""
-    backoff: Backoff = field(default_factory=lambda: Backoff(BACKOFF))
+    backoff: Backoff = field(default_factory=lambda: Backoff(BACKOFF, random.random))
 
 
 class Versions:
@@ -88,12 +87,11 @@ class Versions:
 
     def may_load(self, version: str, now: float) -> bool:
         """Returns True if the time for another attempt has come. now: monotonic seconds."""
-        return version not in self._records or now >= self._records[version].not_before
+        return version not in self._records or self._records[version].backoff.may_try(now)
 
     def begin_load(self, version: str, now: float) -> None:
         """Notes an attempt: the next one waits, also after this one has succeeded."""
-        record = self._record(version)
-        record.not_before = now + record.backoff.pause()
+        self._record(version).backoff.failed(now)
 
     def loaded(self, version: str) -> None:
         self._move(version, VersionState.LOADED, "")
