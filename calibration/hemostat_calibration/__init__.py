@@ -5,6 +5,7 @@ alarm           the hemorrhage alarm
 allocation      the division of a budget of bytes between the units of a model
 allowed_sets    the ids that a grammar allows at each position of an output, as packed bits
 arrays          names for the array types that the core passes about
+backoff         pauses between attempts, which grow with the failures in a row
 canaries        the test if the scores of the same token sequences have changed
 canary_cause    finds the cause of a difference of canaries
 described_enum  enumerations of label values, each with what it means

@@ -1,7 +1,6 @@
 """Messages and framing between Hemostat's own processes.
 
 addresses       the addresses where relays find control processes
-backoff         pauses between attempts
 child_process   both ends of a child process: messages over its standard input and output
 control_end     the control process's end of its relays' connections
 ends            the ends of requests in a relay: values of the label `outcome` of its requests
