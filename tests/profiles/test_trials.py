@@ -205,7 +205,7 @@ def test_stored_tests_go_on_and_those_of_unknown_candidates_do_not() -> None:
     other = Made()
     other.trials.resume(made.trials.guard.save(), 0, [kept])
     assert other.trials.evidence(kept, REST_KIND) == made.trials.evidence(kept, REST_KIND)
-    assert other.trials.guard.names == (kept.test,)
+    assert other.trials.guard.names == (kept.test.stored,)
     assert other.feed(kept, REST_KIND, range(6)) == 1
     with pytest.raises(InvalidArgumentError):
         other.trials.resume(b"junk", 0, [])

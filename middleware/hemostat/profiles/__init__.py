@@ -7,7 +7,7 @@ What each module owns:
     units               what tests need of a held-out request
     judging             evidence of held-out requests: what counts, and what follows
     futility            when a test is hopeless, so that another candidate may take its place
-    trials              the queue of candidates and the state of the tests
+    trials              the queue of candidates and the state of the tests; `guard_keys`: how the guard names them
     lifecycle           the steps: test, promote, roll back, drop
     serving             which version serves which kind of traffic
     followed_kinds      which kinds are followed by themselves

@@ -17,9 +17,10 @@ import numpy as np
 from hemostat.profiles.decisions import Reason, evidence_json
 from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.futility import why_hopeless
+from hemostat.profiles.guard_keys import WATCH
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.serving import ServingState
-from hemostat.profiles.trials import WATCH, Candidate, Trials, UnitGain
+from hemostat.profiles.trials import Candidate, Trials, UnitGain
 from hemostat.profiles.units import HeldOutUnit
 from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.guard import decisions as guard_decisions

@@ -24,6 +24,7 @@ from types import MappingProxyType
 import numpy as np
 
 from hemostat.profiles.families import FAMILY_RULES
+from hemostat.profiles.guard_keys import WATCH, GuardKey
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.units import HeldOutUnit
 from hemostat_calibration.arrays import Floats
@@ -47,8 +48,6 @@ on each other.
 """
 IMPORT = "import"
 SERVING = "serving"
-WATCH = "serving"
-"""The guard's name for the tests of what serves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +86,9 @@ class Candidate:
         return rules.queue_priority if rules is not None else 0
 
     @property
-    def test(self) -> str:
-        """The guard's name for its tests. The space at its end is in what earlier versions have stored, too."""
-        return f"candidate {self.version} "
+    def test(self) -> GuardKey:
+        """The key of its tests."""
+        return GuardKey(self.version)
 
 
 class Trials:
@@ -148,7 +147,7 @@ class Trials:
 
     def has_begun(self, candidate: Candidate) -> bool:
         """Returns True if its test has begun: it is under test, or it was, and goes on when a place is free again."""
-        return candidate.test in self.guard.names
+        return candidate.test.stored in self.guard.names
 
     def _older(self, candidate: Candidate) -> list[Candidate]:
         """Returns the candidates that it waits for: of earlier proposals of its family, if its own test has
@@ -212,8 +211,9 @@ class Trials:
         self.guard.raise_counts(0, watched)
         self._queue = list(queue)
         named = {WATCH, *(candidate.test for candidate in self._queue)}
-        for name in set(self.guard.names) - named:
-            self.guard.end(name)
+        for name in self.guard.names:
+            if GuardKey.parse(name) not in named:
+                self.guard.end(name)
         self._end_other_figures()
         self._arrange()
 
@@ -222,14 +222,14 @@ class Trials:
         profile than when its test was stored.
         """
         for candidate in self._queue:
-            kinds = [kind for kind in self.guard.kinds(candidate.test) if kind in self._serving.kinds]
+            kinds = [kind for kind in self.guard.kinds(candidate.test.stored) if kind in self._serving.kinds]
             expected = {kind: self.figure(candidate.version, self._serving.kinds[kind].version) for kind in kinds}
-            running = [kind for kind in kinds if self.guard.is_running(candidate.test, kind)]
-            if any(self.guard.figure(candidate.test, kind) is not expected[kind] for kind in running):
-                self.guard.end(candidate.test)
+            running = [kind for kind in kinds if self.guard.is_running(candidate.test.stored, kind)]
+            if any(self.guard.figure(candidate.test.stored, kind) is not expected[kind] for kind in running):
+                self.guard.end(candidate.test.stored)
         for kind, state in self._serving.kinds.items():
-            if self.guard.figure(WATCH, kind) not in (None, self.figure(state.version, None)):
-                self.guard.end_kind(WATCH, kind)
+            if self.guard.figure(WATCH.stored, kind) not in (None, self.figure(state.version, None)):
+                self.guard.end_kind(WATCH.stored, kind)
 
     def figure(self, version: str | None, baseline: str | None) -> Figure:
         """Returns the figure in which gains of a version over another are measured. A version of None is identity."""
@@ -254,7 +254,7 @@ class Trials:
         """Begins all tests of candidates anew, of other models."""
         self.guard.forget()
         for candidate in self._queue:
-            self.guard.end(candidate.test)
+            self.guard.end(candidate.test.stored)
         self._arrange()
 
     def _arrange(self) -> None:
@@ -281,14 +281,16 @@ class Trials:
     def _give_up(self, candidate: Candidate) -> None:
         for kind in self.running_kinds(candidate):
             self._serving.kinds[kind].add_tried(candidate.version)
-        self.guard.end(candidate.test)
+        self.guard.end(candidate.test.stored)
 
     # --- tests of candidates ---------------------------------------------------------------------------------------
 
     def running_kinds(self, candidate: Candidate) -> list[str]:
         """Returns the kinds in which it is under test now."""
-        kinds = self.guard.kinds(candidate.test)
-        return [kind for kind in kinds if kind in self._serving.kinds and self.guard.is_running(candidate.test, kind)]
+        kinds = self.guard.kinds(candidate.test.stored)
+        return [
+            kind for kind in kinds if kind in self._serving.kinds and self.guard.is_running(candidate.test.stored, kind)
+        ]
 
     def is_wanted(self, candidate: Candidate, kind: str) -> bool:
         """Returns True if a test of this candidate would make sense in this kind."""
@@ -305,12 +307,12 @@ class Trials:
         state = self._serving.kinds[kind]
         for candidate in self._queue:
             if ends(candidate) and (kind in self.running_kinds(candidate) or self.is_wanted(candidate, kind)):
-                self.guard.end_kind(candidate.test, kind)
+                self.guard.end_kind(candidate.test.stored, kind)
                 state.add_tried(candidate.version)
         for candidate in self._queue:
             if self.has_begun(candidate) and self.is_wanted(candidate, kind):
                 figure = self.figure(candidate.version, state.version)
-                self.guard.add_kind(candidate.test, kind, self._width(candidate.version, state.version), figure)
+                self.guard.add_kind(candidate.test.stored, kind, self._width(candidate.version, state.version), figure)
                 self._on_begun()
         self._arrange()
 
@@ -324,21 +326,21 @@ class Trials:
 
     def spans_cycle(self, candidate: Candidate, kind: str) -> bool:
         """See `Guard.spans_cycle`."""
-        return self.guard.spans_cycle(candidate.test, kind)
+        return self.guard.spans_cycle(candidate.test.stored, kind)
 
     def freeze(self, version: str, kind: str) -> None:
         """Freezes the test of a profile that serves this kind now: nothing more is counted for it there."""
         for candidate in self._queue:
             if candidate.version == version and kind in self.running_kinds(candidate):
-                self.guard.freeze(candidate.test, kind)
+                self.guard.freeze(candidate.test.stored, kind)
                 self._seen.pop(candidate, None)
 
     def forget_kind(self, kind: str) -> None:
         """Ends all tests in a kind that is not followed any more."""
         self.guard.forget(kind)
-        self.guard.end_kind(WATCH, kind)
+        self.guard.end_kind(WATCH.stored, kind)
         for candidate in self._queue:
-            self.guard.end_kind(candidate.test, kind)
+            self.guard.end_kind(candidate.test.stored, kind)
 
     def _begin(self, candidate: Candidate) -> None:
         """Begins the test of a candidate, if it has not begun: in all kinds that were seen, weighted by their share so
@@ -348,7 +350,7 @@ class Trials:
         if not self.has_begun(candidate) and states:
             version = candidate.version
             self.guard.begin_candidate(
-                candidate.test,
+                candidate.test.stored,
                 {kind: (self._width(version, state.version), float(state.units)) for kind, state in states.items()},
                 {kind: self.figure(version, state.version) for kind, state in states.items()},
             )
@@ -367,16 +369,18 @@ class Trials:
         state = self._serving.kinds[kind]
         if state.version is None:
             return
-        proof = next((c.test for c in self.tested if c.version == like and kind in self.guard.kinds(c.test)), None)
+        proof = next(
+            (c.test.stored for c in self.tested if c.version == like and kind in self.guard.kinds(c.test.stored)), None
+        )
         figure = self.figure(state.version, None)
-        self.guard.begin_watch(WATCH, kind, self._width(state.version, None), state.window, proof, figure)
+        self.guard.begin_watch(WATCH.stored, kind, self._width(state.version, None), state.window, proof, figure)
         self._on_begun()
 
     def unwatch(self, kind: str) -> None:
-        self.guard.end_kind(WATCH, kind)
+        self.guard.end_kind(WATCH.stored, kind)
 
     def is_watched(self, kind: str) -> bool:
-        return self.guard.is_running(WATCH, kind)
+        return self.guard.is_running(WATCH.stored, kind)
 
     # --- evidence --------------------------------------------------------------------------------------------------
 
@@ -387,39 +391,39 @@ class Trials:
         if len(known):
             self.guard.note(kind, client, float(np.minimum(known, MAX_NOTED_NATS).mean()), now)
 
-    def admit(self, name: str, unit: HeldOutUnit) -> Admission:
+    def admit(self, test: GuardKey, unit: HeldOutUnit) -> Admission:
         """Returns the decision whether the unit may count in this test; it is asked before anything is known of its
         gain."""
-        windows = self.guard.windows if name == WATCH else {}
-        admission = self.guard.admit(name, unit.kind, unit.unit, unit.client)
-        if name == WATCH and self.guard.windows != windows:
+        windows = self.guard.windows if test == WATCH else {}
+        admission = self.guard.admit(test.stored, unit.kind, unit.unit, unit.client)
+        if test == WATCH and self.guard.windows != windows:
             self._on_begun()  # the next window
         return admission
 
-    def update(self, name: str, unit: HeldOutUnit, gain: UnitGain) -> None:
+    def update(self, test: GuardKey, unit: HeldOutUnit, gain: UnitGain) -> None:
         """Counts an admitted unit with its gain."""
         ends = gain.lower, gain.upper
-        self.guard.update(name, unit.kind, unit.unit, unit.client, *ends, unit.tokens, gain.kl, unit.time)
+        self.guard.update(test.stored, unit.kind, unit.unit, unit.client, *ends, unit.tokens, gain.kl, unit.time)
 
-    def note_gain(self, name: str, unit: HeldOutUnit, gain: UnitGain) -> None:
+    def note_gain(self, test: GuardKey, unit: HeldOutUnit, gain: UnitGain) -> None:
         """Notes a unit that the test is too full to count: how much gains depend on each other is estimated from it,
         too."""
-        self.guard.note_gain(name, unit.kind, gain.lower, unit.time)
+        self.guard.note_gain(test.stored, unit.kind, gain.lower, unit.time)
 
-    def oppose(self, name: str, unit: HeldOutUnit, gain: UnitGain) -> None:
+    def oppose(self, test: GuardKey, unit: HeldOutUnit, gain: UnitGain) -> None:
         """Notes a unit that a candidate's test has refused for its client's share: it can only prevent a promotion."""
-        self.guard.oppose(name, unit.kind, gain.lower, gain.figure)
+        self.guard.oppose(test.stored, unit.kind, gain.lower, gain.figure)
 
     def distance_versions(self, kind: str, unit: bytes) -> tuple[str, ...]:
         """Returns the versions (`IDENTITY` first) whose exact distances the tests need of a held-out unit of a followed
         kind; none where no test that needs any can count it."""
         serving = self._serving.kinds[kind].version
-        pairs: list[tuple[str, str, str | None]] = [(WATCH, serving, None)] if serving is not None else []
+        pairs: list[tuple[GuardKey, str, str | None]] = [(WATCH, serving, None)] if serving is not None else []
         pairs += [(c.test, c.version, serving) for c in self.tested]
         needed: dict[str, None] = {}
-        for name, version, baseline in pairs:
-            figure = self.guard.figure(name, kind)
-            if figure is Figure.TOTAL_VARIATION and not self.guard.has_counted(name, kind, unit):
+        for test, version, baseline in pairs:
+            figure = self.guard.figure(test.stored, kind)
+            if figure is Figure.TOTAL_VARIATION and not self.guard.has_counted(test.stored, kind, unit):
                 needed |= dict.fromkeys((baseline or IDENTITY, version))
         # Identity is wanted in any case: what an adapter gains is shown against it.
         return (IDENTITY, *(version for version in needed if version != IDENTITY)) if needed else ()
@@ -434,30 +438,30 @@ class Trials:
     def promotes(self, candidate: Candidate, kind: str) -> bool:
         """Returns True if its test proves it in this kind. None does before its number is stored: a process that is
         killed meanwhile has not spent the test's alpha."""
-        stored = self._is_stored(self.guard.number(candidate.test, kind), None)
-        return stored and self.guard.decide(candidate.test, kind).action is Action.PROMOTE
+        stored = self._is_stored(self.guard.number(candidate.test.stored, kind), None)
+        return stored and self.guard.decide(candidate.test.stored, kind).action is Action.PROMOTE
 
     def decide_serving(self, kind: str) -> Decision:
         """Returns what follows for the profile that serves the kind; as in `promotes`, nothing before the number is
         stored."""
-        stored = self._is_stored(self.guard.number(WATCH, kind), kind)
-        return self.guard.decide(WATCH, kind) if stored else Decision(Action.HOLD)
+        stored = self._is_stored(self.guard.number(WATCH.stored, kind), kind)
+        return self.guard.decide(WATCH.stored, kind) if stored else Decision(Action.HOLD)
 
     def evidence(self, candidate: Candidate, kind: str) -> Evidence:
-        return self.guard.evidence(candidate.test, kind)
+        return self.guard.evidence(candidate.test.stored, kind)
 
     def units(self, candidate: Candidate, kind: str) -> tuple[int, int]:
         """Returns the number of units that counted in its test, and of those that were refused for their client's
         share."""
-        return self.guard.units(candidate.test, kind)
+        return self.guard.units(candidate.test.stored, kind)
 
     def serving_evidence(self, kind: str) -> Evidence | None:
         """Returns the evidence about what serves the kind; None if no profile serves it."""
-        return self.guard.evidence(WATCH, kind) if self.is_watched(kind) else None
+        return self.guard.evidence(WATCH.stored, kind) if self.is_watched(kind) else None
 
     def evidence_by_kind(self, candidate: Candidate) -> Mapping[str, Evidence]:
         """Returns the evidence in the kinds in which it is or was under test; {} before its test has begun."""
-        kinds = self.guard.kinds(candidate.test)
+        kinds = self.guard.kinds(candidate.test.stored)
         return {kind: self.evidence(candidate, kind) for kind in kinds if kind in self._serving.kinds}
 
 
