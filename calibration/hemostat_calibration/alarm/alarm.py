@@ -60,9 +60,7 @@ MAX_LEARNING = 4096
 EFFECTIVE_SHARE = 0.7
 """The share of `Settings.baseline_requests` that has to be effective requests before a baseline is complete."""
 CHECK_EVERY = 10
-"""The number of requests, from `Settings.baseline_requests` on, between two looks at whether the baseline is
-complete.
-"""
+"""The number of requests between two looks at whether a baseline is complete, once it may be."""
 RECENT_REQUESTS = 30
 """The number of requests, about, that make up the recent level of a kind."""
 GONE_CYCLES, MIN_GONE_SECONDS = 2.0, 2 * 86_400.0
@@ -488,8 +486,9 @@ def _begin_change(alarm: Alarm) -> tuple[Alarm, RunningTest]:
 
 
 def _observe_recovery(running: RunningTest, log_factors: Floats, window: int) -> RunningTest:
-    """Returns the test with one more request after its crossing. A window that did not lose wealth is followed by the
-    next."""
+    """Returns the test with one more request after its crossing. A window that did not lose wealth leads to the
+    next.
+    """
     begun = running.recovery_log_wealth is None or running.recovery_requests >= window
     before = np.zeros(len(log_factors)) if begun or running.recovery_log_wealth is None else running.recovery_log_wealth
     return replace(
@@ -507,8 +506,7 @@ def _cleared(running: RunningTest, settings: Settings) -> bool:
 
 def rebase(alarm: Alarm, kind: str | None = None) -> Alarm:
     """Returns the alarm with a new baseline of `kind`, or of all kinds and of their mix, learned from the next
-    requests. An alarm of the change test, and one about the budget of these kinds, is dropped, and the next test
-    begins.
+    requests. An alarm of the change test, or about the budget of these kinds, is dropped, and the next test begins.
 
     >>> alarm = update(init(Settings()), "chat", Observation(0.0, np.full(8, 0.1), np.full(8, 0.1)))
     >>> kind_readings(alarm)[0].baseline_requests, kind_readings(rebase(alarm, "chat"))[0].baseline_requests
