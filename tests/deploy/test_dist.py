@@ -162,14 +162,21 @@ def test_what_make_dist_makes(made: Path) -> None:
 
 
 class Installed:
-    """An empty environment, outside of the repository, with the wheel and some extras."""
+    """An empty environment, outside of the repository, into which pip installs what it is given, in one command.
 
-    def __init__(self, folder: Path, wheel: Path, extras: str) -> None:
+    sources: the folder in which that command is given.
+    """
+
+    def __init__(self, folder: Path, *given: str, sources: Path | None = None) -> None:
         self.folder = folder
         venv.create(folder / "venv", symlinks=True)
         pip = [sys.executable, "-m", "pip", "--python", str(folder / "venv" / "bin" / "python"), "install", "--quiet"]
+        subprocess.run([*pip, *given], cwd=sources, check=True)
+
+    @classmethod
+    def with_wheel(cls, folder: Path, wheel: Path, extras: str) -> Installed:
         wanted = f"{wheel}[{extras}]" if extras else str(wheel)
-        subprocess.run([*pip, "--find-links", str(wheel.parent), wanted], check=True)
+        return cls(folder, "--find-links", str(wheel.parent), wanted)
 
     def __call__(self, *command: str, code: int = 0) -> str:
         """What the command says."""
@@ -199,7 +206,7 @@ def servers() -> Iterator[list[str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_first_commands_without_an_extra(wheel: Path, servers: list[str], tmp_path: Path) -> None:
-    run = Installed(tmp_path, wheel, "")
+    run = Installed.with_wheel(tmp_path, wheel, "")
     assert run("hemostat", "--version") == f"hemostat {__version__}\n"
     assert "serve" in run("hemostat", "--help")
     run("hemostat", "init", *servers)
@@ -219,14 +226,14 @@ def test_the_first_commands_without_an_extra(wheel: Path, servers: list[str], tm
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_first_command_with_tracing(wheel: Path, servers: list[str], tmp_path: Path) -> None:
-    run = Installed(tmp_path, wheel, "tracing")
+    run = Installed.with_wheel(tmp_path, wheel, "tracing")
     run("hemostat", "check", *servers, "--set", "tracing.endpoint=http://127.0.0.1:9")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_first_command_with_postgres(wheel: Path, servers: list[str], tmp_path: Path) -> None:
-    run = Installed(tmp_path, wheel, "postgres")
+    run = Installed.with_wheel(tmp_path, wheel, "postgres")
     said = run("hemostat", "check", *servers, "--set", "store.url=postgresql://127.0.0.1:1/h", code=1)
     assert re.search("^NO +store .*refused", said, re.MULTILINE), said
 
@@ -234,7 +241,7 @@ def test_the_first_command_with_postgres(wheel: Path, servers: list[str], tmp_pa
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_first_command_with_report(wheel: Path, servers: list[str], tmp_path: Path) -> None:
-    run = Installed(tmp_path, wheel, "report,lab")
+    run = Installed.with_wheel(tmp_path, wheel, "report,lab")
     (tmp_path / "prompts").write_text("one\ntwo\n")
     run("hemostat", "doctor", servers[3], servers[1], "--prompts", "prompts", "--html", "report.html")
     assert "<html" in (tmp_path / "report.html").read_text()
@@ -244,22 +251,42 @@ def test_the_first_command_with_report(wheel: Path, servers: list[str], tmp_path
 @pytest.mark.timeout(1800)
 def test_the_first_command_with_transformers(wheel: Path, servers: list[str], tmp_path: Path) -> None:
     save(tiny_model(num_hidden_layers=2), tmp_path / "model")
-    run = Installed(tmp_path, wheel, "transformers")
+    run = Installed.with_wheel(tmp_path, wheel, "transformers")
     said = run("hemostat", "check", *servers[:2], "--reference", "./model", code=1)
     assert re.search("^ok +reference +transformers: ", said, re.MULTILINE), said
     assert re.search("^NO +same tokens", said, re.MULTILINE), "it is another model than the fake one"
 
 
+@pytest.fixture(scope="module")
+def sources(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked sources, which are what a clone has."""
+    folder = tmp_path_factory.mktemp("sources")
+    with tarfile.open(made / f"hemostat-{__version__}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"hemostat-{__version__}"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_first_command_with_the_laboratory(wheel: Path, tmp_path: Path) -> None:
+def test_one_line_installs_the_proxy_from_the_sources(sources: Path, servers: list[str], tmp_path: Path) -> None:
+    run = Installed(tmp_path, "./calibration", ".", sources=sources)
+    assert run("hemostat", "--version") == f"hemostat {__version__}\n"
+    assert re.search("^ok +same tokens", run("hemostat", "check", *servers), re.MULTILINE)
+    absent = "import importlib.util as u; assert not any(map(u.find_spec, ('torch', 'transformers', 'vllm')))"
+    run("python", "-c", absent)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_first_command_with_the_laboratory(sources: Path, tmp_path: Path) -> None:
+    """Installed from the sources in one line; `test_the_first_command_with_report` has it from the wheels."""
     save(tiny_model(num_hidden_layers=2), tmp_path / "model")
     texts = (
         {"prompt_token_ids": text.prompt.tolist(), "output_token_ids": text.output.tolist()}
         for text in random_texts(12)
     )
     (tmp_path / "records").write_text("".join(json.dumps(text) + "\n" for text in texts))
-    run = Installed(tmp_path, wheel, "lab")
+    run = Installed(tmp_path, "./calibration", ".", "./middleware/lab", sources=sources)
     command = ["compress", "model", "packed", "--scheme", "w4a16", "--group-size", "32", "--records", "records"]
     assert "digest " in run("hemostat", *command)
     assert (tmp_path / "packed" / "model.safetensors").exists()
