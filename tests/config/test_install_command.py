@@ -43,8 +43,10 @@ def test_sources_that_are_not_installed_are_installed_from_their_folder(monkeypa
 
     monkeypatch.setattr(importlib.metadata, "requires", missing)
     assert requirements("tracing") == requirements("lab") == {}
-    assert install_command("tracing") == "pip install '.[tracing]', in the folder of Hemostat's sources"
-    assert install_command("lab") == "pip install ./middleware/lab, in the folder of Hemostat's sources"
+    where = ", in the folder of Hemostat's sources"
+    assert install_command("tracing") == f"pip install ./calibration '.[tracing]'{where}"
+    for only in ([], ["hemostat-lab", "torch"]):
+        assert install_command("lab", only) == f"pip install ./calibration . ./middleware/lab{where}"
 
 
 def test_the_laboratory_itself_is_installed_from_its_folder() -> None:
@@ -60,4 +62,4 @@ def test_no_text_installs_hemostat_from_an_index() -> None:
         for command in re.findall(r"pip install [^\n]*", path.read_text(encoding="utf-8")):
             assert not re.search(r"install (-\S+ )*['\"]?hemostat", command), f"{path}: {command}"
             if path.suffix == ".py":
-                assert re.search(r"pip install( --no-deps)? (\"|'?\.|$)", command), f"{path}: use install_command"
+                assert re.search(r"pip install (\"|'?\.|$)", command), f"{path}: use install_command"

@@ -41,9 +41,9 @@ DEPLOY = ROOT / "deploy"
 DOCS = ROOT / "docs"
 NOT_METRICS = {
     *("hemostat_calibration", "hemostat_engine", "hemostat_lab", "hemostat_tap", "hemostat_tap_top", "hemostat_force"),
-    *("hemostat_kv_precision", "hemostat_mac"),
+    *("hemostat_kv_precision", "hemostat_mac", "hemostat_vllm"),
 }
-"""Names with the prefix of metrics that are not metrics: packages and keys of `vllm_xargs`."""
+"""Names with the prefix of metrics that are not metrics: packages, keys of `vllm_xargs`, and a wheel."""
 
 
 def script(name: str) -> ModuleType:

@@ -45,8 +45,11 @@ def install_command(extra: str, only: Collection[str] = ()) -> str:
     """Returns the pip command for the distributions of an extra. only: what is missing, if not all of them."""
     folders = [folder for name, folder in _FOLDERS.items() if name in only]
     needed = [text for name, text in requirements(extra).items() if not only or name in only]
+    if not _declared("hemostat"):  # it runs from its sources, and neither it nor the plugin is on an index
+        own = [".", _FOLDERS["hemostat-lab"]] if extra == "lab" else [f"'.[{extra}]'"]
+        folders = [_FOLDERS["hemostat-vllm"], *own]
+    elif not folders and not needed:
+        folders = [_FOLDERS["hemostat-lab"] if extra == "lab" else f"'.[{extra}]'"]
     if folders:
         return "pip install " + " ".join(folders) + IN_THE_SOURCES
-    if not needed:
-        return "pip install " + (_FOLDERS["hemostat-lab"] if extra == "lab" else f"'.[{extra}]'") + IN_THE_SOURCES
     return "pip install " + " ".join(f"'{text}'" for text in needed)

@@ -122,7 +122,7 @@ async def engine(
     registry = EngineRegistry()
     registry.set_wanted(profile.version for profile in (*profiles, *adapters))
     files = {profile.version: profile.to_bytes() for profile in (*profiles, *adapters)}
-    # One slot more than adapters: see docs/vllm.md.
+    # One slot more than adapters: see docs/operations.md.
     lora = ("--enable-lora", "--max-lora-rank", str(max_lora_rank), "--max-loras", str(len(adapters) + 1))
     allowed = {"HEMOSTAT_ADAPTERS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     app = FastAPI()

@@ -25,7 +25,7 @@ class Start(msgspec.Struct, tag="start", frozen=True):
 
 
 class Hold(msgspec.Struct, tag="hold", frozen=True):
-    """Part of a profile's file, at most `learner.wire.PART_BYTES`."""
+    """Part of a profile's file, at most `PART_BYTES` of `learner/learner_messages.py`."""
 
     version: str
     part: bytes
