@@ -99,7 +99,7 @@ def test_more_profiles_than_may_serve_are_withdrawn_with_the_reason(monkeypatch:
 
 
 def test_candidates_that_an_earlier_version_learned_from_a_part_of_the_traffic_are_dropped_with_the_reason() -> None:
-    """What that version has proven in a kind serves on there, and its other candidates are tested on."""
+    """A profile that such a version has proven in a kind serves on there, and its other candidates are tested on."""
     bench = Bench()
     bench.feed(BIASED, JUDGED[:2])
     own, served = bench.profiles.operator.import_profile(harmful()), bench.profiles.operator.import_profile(helpful())

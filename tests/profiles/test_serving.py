@@ -1,4 +1,4 @@
-"""Which version serves, by mode, models, pin and force."""
+"""Tests of which version serves, by mode, models, pin and force."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Proposals:
             half_life_tokens=settings.half_life_tokens,
         )
         self._state: TemperatureBiasState | None = None
-        """What temperature and bias have learned."""
+        """The state of what temperature and bias have learned; None before the first record."""
         self._batch: list[TokenRecord] = []
         """The records of their next update."""
         self._proposed_at: dict[str, int] = {}
