@@ -276,7 +276,8 @@ def test_what_is_saved_goes_on_as_it_was():
         save(alarm).replace(b'"baselines":', b'"baseline":'),
         save(alarm).replace(b'"tolerance":1', b'"tolerance":"1'),
         b"1",
-        b'{"schema": 9}',
+        b'{"schema": 10}',
+        save(alarm).replace(b'"ratio":1', b'"ratio":-1'),
     ):
         with pytest.raises(InvalidArgumentError, match="begin anew"):
             load(data, SETTINGS)
@@ -286,7 +287,7 @@ OLD = json.dumps({"schema": 4, "state": {"budget_tests": 7, "change_tests": 2, "
 
 
 def test_an_alarm_of_an_older_version_is_refused_by_name_and_its_alpha_stays_spent():
-    with pytest.raises(InvalidArgumentError, match=r"schema 4, this version reads 8; begin anew"):
+    with pytest.raises(InvalidArgumentError, match=r"schema 4, this version reads 9; begin anew"):
         load(OLD.encode(), SETTINGS)
     assert begun_tests(OLD.encode()) == 7
     rng = np.random.default_rng(0)
@@ -303,13 +304,37 @@ def test_a_state_from_before_recent_dependence_was_estimated_goes_on():
     stored["schema"] = 7
     del stored["state"]["recent"]
     for kind in stored["state"]["kinds"].values():
-        del kind["recent"], kind["recent_divergences"]
+        del kind["recent"], kind["recent_divergences"], kind["differences"]
     loaded = load(json.dumps(stored).encode(), SETTINGS)
     assert repr(readings(loaded)) == repr(readings(alarm))
     assert of_kind(play(loaded, "chat", requests(rng, 200)), "chat").watched
-    stored["schema"] = 8
+    stored["schema"] = 9
     with pytest.raises(InvalidArgumentError, match=r"Alarm\.recent is missing; begin anew"):
         load(json.dumps(stored).encode(), SETTINGS)
+
+
+def test_a_state_from_before_successive_requests_were_compared_goes_on():
+    rng = np.random.default_rng(0)
+    alarm = play(init(SETTINGS), "chat", requests(rng, 200))
+    stored = json.loads(save(alarm))
+    stored["schema"] = 8
+    for kind in stored["state"]["kinds"].values():
+        del kind["differences"]
+    loaded = load(json.dumps(stored).encode(), SETTINGS)
+    assert repr(readings(loaded)) == repr(readings(alarm))
+    assert of_kind(play(loaded, "chat", requests(rng, 50)), "chat").watched
+
+
+def test_the_first_run_of_alike_requests_after_the_baseline_counts_little():
+    rng = np.random.default_rng(0)
+    alarm = learned(init(replace(SETTINGS, alpha=1e-9, budget=None)), "chat", rng)
+    alarm = play(alarm, "chat", requests(rng, 5))
+    before = alarm.change.test.wealth.effective
+    alarm = play(alarm, "chat", requests(rng, 1) * 40)
+    assert alarm.kinds["chat"].recent.value < 3.0, "so few requests say nothing in batches"
+    assert alarm.change.test.wealth.effective - before < 16.0
+    alarm = play(alarm, "chat", requests(rng, 40))
+    assert alarm.kinds["chat"].differences.value < 4.0, "they are independent again"
 
 
 def test_requests_that_begin_to_depend_on_each_other_after_the_baseline_are_fewer_effective_ones():

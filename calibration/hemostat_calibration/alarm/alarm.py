@@ -11,8 +11,9 @@ Requests that depend on each other (`statistics.dependence`): a baseline is comp
 alike ones it is longer. Its v̂ is the larger one of two: v̂ of the kind's requests, and v̂ of all kinds' requests in
 their order, so that what moves several kinds together counts. A budget test begins when v̂ of its kind's divergence is
 known, likewise over a cycle. Dependence that begins later is seen by v̂ of recent requests, which goes on
-(`RecentInflation`); a run of alike requests that differ by more than the tolerance can raise an alarm before it is.
-Longer cycles are not known: see `tests/bench/guard/alarm_dependence.py`.
+(`RecentInflation`), and sooner by how little successive requests of a kind differ (`SuccessiveDifferences`, for the
+change test alone, as it needs the scale of the baseline). The first few requests of a run can still raise an alarm
+before it is. Longer cycles are not known: see `tests/bench/guard/alarm_dependence.py`.
 
 An alarm *clears* after `clear_after` requests on which freshly funded bets lost wealth; then a new test begins. A
 budget alarm also ends if no request of its kind comes any more (`gone_after`): nothing could clear it then. A change
@@ -38,6 +39,7 @@ import numpy as np
 from hemostat_calibration.alarm.baseline import (
     MEAN_FACTOR,
     MIN_BASELINE_REQUESTS,
+    MIN_SCALE,
     TAIL,
     Baseline,
     RequestSpread,
@@ -51,7 +53,13 @@ from hemostat_calibration.alarm.workload import Workload
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.elapsed import has_jumped
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.statistics.dependence import MIN_HISTORY, MIN_UNITS, BatchMeans, RecentInflation
+from hemostat_calibration.statistics.dependence import (
+    MIN_HISTORY,
+    MIN_UNITS,
+    BatchMeans,
+    RecentInflation,
+    SuccessiveDifferences,
+)
 
 MAX_KINDS = 128
 
@@ -222,7 +230,7 @@ class KindState:
     of the requests' mean divergences, until their v̂ is known. inflation: that v̂; infinite before. first: the time of
     the first of these requests. recent_level: the moving average of the levels since then, relative to the baseline's
     level. last: the time of its last request. recent: v̂ of levels since the baseline. recent_divergences: v̂ of
-    divergences since the first v̂ of these was known.
+    divergences since the first v̂ of these was known. differences: v̂ of the latest few scores since the baseline.
     """
 
     budget: RunningTest | None = None
@@ -239,6 +247,7 @@ class KindState:
     last: float = 0.0
     recent: RecentInflation = field(default_factory=RecentInflation)
     recent_divergences: RecentInflation = field(default_factory=RecentInflation)
+    differences: SuccessiveDifferences = field(default_factory=SuccessiveDifferences)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -426,14 +435,19 @@ def _update_change(alarm: Alarm, state: KindState, request: RequestSpread, now: 
         return replace(alarm, baselines=number), learned
     relative, seen = request.level - baseline.level, state.recent_requests + 1
     moved = (relative - state.recent_level) / min(seen, RECENT_REQUESTS)
+    # Without this request: a bet whose stake depended on what it bets on would be no bet.
+    # And with the least scale it is not known how much independent requests differ.
+    before = state.differences.value if baseline.scale > MIN_SCALE else 1.0
+    (score,) = baseline.scores(np.array([request.level]), np.array([float(request.tokens)])).tolist()
     state = replace(
         state,
         recent_level=state.recent_level + moved,
         recent_requests=seen,
         recent=state.recent.update(relative),
+        differences=state.differences.update(score),
     )
     alarm = replace(alarm, recent=alarm.recent.update(relative))
-    recent = max(state.recent.value, alarm.recent.value)
+    recent = max(state.recent.value, alarm.recent.value, before)
     running = alarm.change
     if running is None or _cleared(running, settings):
         alarm, running = _begin_change(alarm)

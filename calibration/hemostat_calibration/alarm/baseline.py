@@ -23,8 +23,9 @@ nothing is known: `TAIL` is the probability that any g is there.
 
 Requests that depend on each other say less: with v̂ the variance inflation of sums of levels
 (`statistics.dependence`; of one in s requests v̂/s is enough), the product is raised to the power 1/v̂, and so is every
-bet, before strategies are mixed. For the baseline's own evidence v̂ is frozen with it; bets use the larger one of that
-and v̂ of recent requests (`statistics.dependence.RecentInflation`), as dependence may begin later.
+bet, before strategies are mixed. For the baseline's own evidence v̂ is frozen with it. Dependence may begin later: bets
+use the largest one of that v̂, v̂ of recent requests (`statistics.dependence.RecentInflation`) and v̂ of the few requests
+before this one (`SuccessiveDifferences`).
 
 The *tolerance* c ≥ 1: a score bets upwards as if every spread had been smaller by the factor c, and downwards as if it
 had been larger. So whatever multiplies the spreads of a kind by something between 1/c and c is no evidence.
@@ -154,12 +155,25 @@ class Baseline:
         >>> factors[:, CLEARING].max(axis=1).round(1).tolist()
         [-0.2, 2.8]
         """
-        width, allowed = self.scale * np.sqrt(1.0 + self.half_tokens / tokens), math.log(tolerance)
+        width, allowed = self._width(tokens), math.log(tolerance)
         distance = levels - self.centre
         gains = _ramps((distance - allowed) / width, (distance + allowed) / width)[:, None, :] / self.limits
         factors = [np.log(1.0 - stake + stake * gains) for stake in STAKES]
         result: Floats = np.concatenate(factors, axis=2) / max(self.inflation, inflation)
         return result
+
+    def scores(self, levels: Floats, tokens: Floats) -> Floats:
+        """Returns the scores of requests in units of the scale, float64 [R], from levels and tokens, both [R].
+
+        >>> baseline = fit_baseline(np.array([[math.sin(n), 50, 0.0] for n in range(150)]))
+        >>> baseline.scores(np.array([0.0, 1.0]), np.array([50.0, 50.0])).round(1).tolist()
+        [-0.1, 1.0]
+        """
+        return (levels - self.centre) / self._width(tokens)
+
+    def _width(self, tokens: Floats) -> Floats:
+        width: Floats = self.scale * np.sqrt(1.0 + self.half_tokens / tokens)
+        return width
 
 
 def _ramps(upward: Floats, downward: Floats) -> Floats:

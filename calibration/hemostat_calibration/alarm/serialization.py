@@ -23,11 +23,16 @@ from hemostat_calibration.alarm.change import ChangeTest
 from hemostat_calibration.alarm.outlier_engine import OutlierTest, Unit, init, update
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.state_codec import decode, encode
-from hemostat_calibration.statistics.dependence import RECENT_LAG, BatchMeans, RecentInflation
+from hemostat_calibration.statistics.dependence import (
+    RECENT_LAG,
+    BatchMeans,
+    RecentInflation,
+    SuccessiveDifferences,
+)
 
-SCHEMA = 8
-OLDER_SCHEMAS = (7,)
-"""The schema of the alarm without v̂ of recent requests."""
+SCHEMA = 9
+OLDER_SCHEMAS = (7, 8)
+"""The schemas of the alarm without v̂ of recent requests, and without v̂ by successive differences."""
 ENGINES_SCHEMA = 6
 
 T = TypeVar("T")
@@ -72,7 +77,7 @@ def begun_tests(data: bytes) -> int:
     """Returns the largest number of tests of any sort that a saved alarm, or test of the engines, had begun, of
     whatever schema; 0 where it is damaged.
 
-    >>> begun_tests(b'{"schema": 9, "state": {"budget_tests": 4, "change_tests": 2}}'), begun_tests(b"damaged")
+    >>> begun_tests(b'{"schema": 10, "state": {"budget_tests": 4, "change_tests": 2}}'), begun_tests(b"damaged")
     (4, 0)
     >>> begun_tests(b'{"schema": 3, "engines": {"is": "OddEngines", "fields": {"begun": 3}}}')
     3
@@ -137,6 +142,7 @@ def _arrays(alarm: Alarm) -> Checks:
         yield from _like(state.divergences, fresh.divergences, "divergences")
         yield from _recent_arrays(state.recent, "recent")
         yield from _recent_arrays(state.recent_divergences, "recent_divergences")
+        _require_differences(state.differences)
         if state.baseline is not None:
             yield "limits", state.baseline.limits, (len(LEVELS), len(LOG_WEIGHTS) // len(STAKES))
         if state.budget is not None:
@@ -162,6 +168,12 @@ def _recent_arrays(recent: RecentInflation, where: str) -> Checks:
     yield f"{where}.waiting", recent.waiting, (None,)
     yield from _like(recent.older, BatchMeans.of(1), f"{where}.older")
     yield from _like(recent.newer, BatchMeans.of(1), f"{where}.newer")
+
+
+def _require_differences(differences: SuccessiveDifferences) -> None:
+    finite = math.isfinite(differences.last) and 0.0 <= differences.ratio < math.inf
+    if not (finite and differences.units >= 0):
+        raise InvalidArgumentError(f"the successive differences are damaged: {differences}; begin anew")
 
 
 def _like(stored: object, fresh: object, where: str) -> Checks:

@@ -225,6 +225,54 @@ class RecentInflation:
         return RecentInflation(waiting[1:], older, newer, value)
 
 
+AVERAGED_DIFFERENCES = 8
+"""About so many of the latest differences make up the average of `SuccessiveDifferences`."""
+MAX_DIFFERENCE = 2.0
+"""The largest difference that counts, in standard deviations of a difference: one odd unit must not hide a run."""
+MAX_BY_DIFFERENCES = 16.0
+"""The largest v̂ by differences, so that a change to units that hardly differ is still found."""
+
+
+@dataclass(frozen=True, slots=True)
+class SuccessiveDifferences:
+    """v̂ of the latest few units of one series, from how little each differs from the unit before: it notices a run of
+    alike units within the run, before `RecentInflation` has enough units.
+
+    Half the mean square of the differences of successive units is the variance if they are independent, and 1/m of the
+    variance in runs of m equal ones: their ratio (von Neumann, "Distribution of the ratio of the mean square successive
+    difference to the variance", Annals of Mathematical Statistics 1941) is an estimate of 1/v. A change of the level is
+    one large difference and no more, so it does not hide itself in v̂.
+
+    units: so far. last: the latest one. ratio: the average, with weights that fall by 1/`AVERAGED_DIFFERENCES` with
+    each unit; 1 at the beginning.
+
+    >>> differences = SuccessiveDifferences()
+    >>> for unit in range(60):
+    ...     differences = differences.update(float(1.4 * np.sin(1e6 * (unit // (1 if unit < 30 else 15)) ** 2)))
+    ...     if unit == 29:
+    ...         before = differences.value
+    >>> before < 2.0, differences.value > 4.0
+    (True, True)
+    """
+
+    units: int = 0
+    last: float = 0.0
+    ratio: float = 1.0
+
+    def update(self, score: float) -> SuccessiveDifferences:
+        """Add one unit: its figure in standard deviations of independent units, finite."""
+        if not self.units:
+            return SuccessiveDifferences(1, score, self.ratio)
+        square = min(0.5 * (score - self.last) ** 2, MAX_DIFFERENCE**2)
+        ratio = self.ratio + (square - self.ratio) / AVERAGED_DIFFERENCES
+        return SuccessiveDifferences(self.units + 1, score, ratio)
+
+    @property
+    def value(self) -> float:
+        """Returns v̂, between 1 and `MAX_BY_DIFFERENCES`."""
+        return min(max(1.0 / max(self.ratio, 1e-9), 1.0), MAX_BY_DIFFERENCES)
+
+
 MIN_HISTORY = 96
 """The least number of units of a kind before which its v̂ is not known: over more than a handful of units nothing could
 be seen."""

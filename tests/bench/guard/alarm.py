@@ -22,7 +22,7 @@ from hemostat.measurement.dependence import NO_CYCLE
 from hemostat.measurement.figures import MODELS
 from hemostat_calibration.alarm import BudgetTest, Settings, Workload, fit_baseline
 from hemostat_calibration.alarm.alarm import CHECK_EVERY, baseline_inflation
-from hemostat_calibration.alarm.baseline import LEVEL_WEIGHTS
+from hemostat_calibration.alarm.baseline import LEVEL_WEIGHTS, MIN_SCALE, Baseline
 from hemostat_calibration.alarm.betting import BET_FRACTIONS, amount, equal_weights, log_sum_exp
 from hemostat_calibration.statistics.confidence import MeanSequence
 from hemostat_calibration.statistics.dependence import (
@@ -32,6 +32,7 @@ from hemostat_calibration.statistics.dependence import (
     RECENT_LAG,
     RECENT_UNITS,
     BatchMeans,
+    SuccessiveDifferences,
 )
 
 from . import Row, count_row
@@ -172,6 +173,17 @@ def recent_inflations(levels: Array) -> Array:
     return result
 
 
+def difference_inflations(baseline: Baseline, rows: Array) -> Array:
+    """Returns what `SuccessiveDifferences` says before each request: rows [R, 3] -> [R]. 1 with the least scale."""
+    result, differences = np.ones(len(rows)), SuccessiveDifferences()
+    if baseline.scale <= MIN_SCALE:
+        return result
+    for at, score in enumerate(baseline.scores(rows[:, 0], rows[:, 1]).tolist()):
+        result[at] = differences.value
+        differences = differences.update(score)
+    return result
+
+
 def crossing(kinds: npt.NDArray[np.int64], rows: Array, settings: Settings = SETTINGS) -> int | None:
     """Position of the request with which the first change test alarms; kinds [R], rows [R, 3] in order of arrival."""
     factors, inflation = np.full((len(rows), *LEVEL_WEIGHTS.shape), np.nan), np.ones(len(rows))
@@ -181,7 +193,8 @@ def crossing(kinds: npt.NDArray[np.int64], rows: Array, settings: Settings = SET
         baseline = fit_baseline(rows[learned], 1.0 / (count * (count + 1)), v)
         factors[later] = baseline.log_factors(rows[later, 0], rows[later, 1], settings.tolerance) * v
         relative[later] = rows[later, 0] - baseline.level
-        inflation[later] = np.maximum(v, recent_inflations(relative[later]))
+        recent = np.maximum(recent_inflations(relative[later]), difference_inflations(baseline, rows[later]))
+        inflation[later] = np.maximum(v, recent)
     bets = np.flatnonzero(~np.isnan(factors[:, 0, 0]))
     if not len(bets):
         return None

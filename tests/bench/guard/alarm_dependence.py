@@ -19,6 +19,7 @@ from tests.bench.guard.alarm import (
     SETTINGS,
     SHORT,
     Array,
+    difference_inflations,
     log_evidence,
     normal_effects,
     real,
@@ -116,12 +117,13 @@ WORLDS: dict[str, tuple[World, int, float]] = {
     "day and night ± 0.1": (effects(day_and_night(0.1)), 4, math.nan),
 }
 """Name -> world, weeks that are tested, v of sums of effects. The rule was not made for the last six."""
-BEGINNING = {"runs of 20, effects 0.3": 20, "runs of 8, effects 0.3": 8}
+BEGINNING = {"runs of 20, effects 0.3": 20, "runs of 8, effects 0.3": 8, "runs of 40, effects 0.3": 40}
 """Dependence that begins after a baseline of independent requests: the length of the runs."""
 BEGINNING_WEEKS = 12
-BEGINNING_ALLOWED = 0.2
-"""False alarms in so many weeks. They come from the first runs: twenty alike requests that differ by more than the
-tolerance are a change, as far as anybody can see, until there were more of them."""
+BEGINNING_ALLOWED = 0.1
+"""False alarms in so many weeks. They come from the first few requests of the first runs."""
+ALIKE, ALIKE_ALLOWED = 0.15, 20
+"""A change after which requests are all alike: the effects before it, and the requests until it is found, median."""
 STRONG_CYCLE = 0.3
 """Of the logarithm of the spread, half of the difference between day and night."""
 
@@ -198,6 +200,7 @@ def lives_of(
         recent = np.full(len(later), v)
         if goes_on and dependence:
             recent = np.maximum(recent, recent_inflations(later[:, 0] - usual.level))
+            recent = np.maximum(recent, difference_inflations(usual, later))
         factors = usual.log_factors(later[:, 0], later[:, 1], SETTINGS.tolerance) * v / recent[:, None, None]
         over = np.flatnonzero(log_evidence(factors, recent) >= -math.log(SETTINGS.change_alpha))
         result.append(Life(begun, over[0] + 1.0 - after if len(over) else math.inf))
@@ -236,6 +239,7 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
         yield count_row(case, alarms(within), lives, SETTINGS.alpha)
         yield found_row(name, world, lives, seed, FOUND_INDEPENDENT if v == 1.0 else FOUND_DEPENDENT)
     yield from beginning_rows(max(lives // 5, 20), seed)
+    yield alike_row(lives, seed)
     cycle = effects(day_and_night(STRONG_CYCLE))
     lived = lives_of(cycle, lives, seed, 4 * WEEK)
     begun = median([life.begun for life in lived])
@@ -265,6 +269,15 @@ def beginning_rows(lives: int, seed: int) -> Iterator[Row]:
         before = alarms(beginning(length, lives, seed, BEGINNING_WEEKS, goes_on=False))
         text = "for comparison: v̂ of the baseline alone"
         yield Row(f"the same, v̂ of the baseline alone, {name}: alarms", f"{before} of {lives}", text, True)
+
+
+def alike_row(lives: int, seed: int) -> Row:
+    """Returns how soon a doubled spread is found if requests hardly differ any more: v̂ must not hide it."""
+    before, later = effects(lambda rng, n: normal_effects(rng, n, ALIKE)), effects(lambda _, n: np.zeros(n))
+    lived = lives_of(later, lives, seed, 20 * HOUR, DOUBLED, learned=3 * DAY, learned_from=before)
+    found = median([life.alarm for life in lived])
+    case = f"the spread doubles, effects {ALIKE} before and none afterwards: median requests until the alarm"
+    return Row(case, f"{found:.0f}", f"<= {ALIKE_ALLOWED}", bool(found <= ALIKE_ALLOWED))
 
 
 def alarms(lived: list[Life]) -> int:

@@ -62,10 +62,11 @@ def test_the_simulations_bet_as_the_test_does():
     n = int(later[0])
     usual = fit_baseline(rows[:n], 0.5, v)
     test, recent = ChangeTest(worlds.SETTINGS.change_alpha, worlds.SETTINGS.tolerance), RecentInflation()
+    before = worlds.difference_inflations(usual, rows[n:])
     for at, (level, tokens, contrast) in enumerate(rows[n:]):
         recent = recent.update(level - usual.level)
         request = RequestSpread(level, int(tokens), contrast)
-        test = test.update(usual, request, worlds.SECONDS * at, recent.value)
+        test = test.update(usual, request, worlds.SECONDS * at, max(recent.value, before[at]))
     assert test.crossing is not None
     assert worlds.crossing(kinds, rows) == n + test.wealth.requests - 1
 
@@ -115,3 +116,13 @@ def test_recent_v_is_that_of_the_alarm():
 def test_dependence_that_begins_after_the_baseline_would_alarm_if_v_stopped_there():
     assert dependent.alarms(dependent.beginning(20, 20, 0, 4, goes_on=False)) >= 12
     assert dependent.alarms(dependent.beginning(20, 20, 0, 4)) <= most(20, dependent.BEGINNING_ALLOWED)
+
+
+def test_the_first_runs_after_a_baseline_would_alarm_if_successive_requests_were_not_compared(monkeypatch):
+    assert dependent.alarms(dependent.beginning(20, 60, 0, 1)) <= 3
+    monkeypatch.setattr(dependent, "difference_inflations", lambda _, rows: np.ones(len(rows)))
+    assert dependent.alarms(dependent.beginning(20, 60, 0, 1)) >= 10
+
+
+def test_a_change_to_requests_that_hardly_differ_is_found():
+    assert dependent.alike_row(20, 0).holds
