@@ -270,7 +270,7 @@ def test_middleware_image_serves(buildah: Buildah, middleware: str) -> None:
         }
         answer, end = run("python", "-c", SERVES, port, admin, **environment).splitlines()[-2:]
     assert json.loads(answer)["choices"]
-    assert end == "65532 ['hemostat.db']"
+    assert end == "65532 ['hemostat.db', 'hemostat.db.lock']"
 
 
 @pytest.mark.timeout(600)
@@ -283,7 +283,7 @@ def test_engine_image_adds_only_the_plugin(buildah: Buildah) -> None:
         run("python", "-c", "import hemostat_engine")
         listing = 'from importlib.metadata import distributions as d; print(*(p._path.name for p in d()), sep="\\n")'
         after = set(run("python", "-c", listing).splitlines())
-    assert after - before == {f"hemostat-{__version__}.dist-info"}
+    assert after - before == {f"hemostat_vllm-{__version__}.dist-info"}
     assert before <= after
     assert len(before) > 1
 
