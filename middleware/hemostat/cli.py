@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.metadata
 import os
@@ -33,8 +34,11 @@ LABORATORY = ("demo", "doctor", "compress", "adapt")
 
 
 def commands() -> dict[str, ModuleType]:
-    """Returns the module of every installed command by its name."""
-    added = {entry.name: entry.load() for entry in importlib.metadata.entry_points(group=GROUP)}
+    """Returns the module of every installed command by its name. A distribution that is damaged adds none."""
+    added: dict[str, ModuleType] = {}
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        with contextlib.suppress(ImportError, AttributeError):
+            added[entry.name] = entry.load()
     known = {name: added.pop(name) for name in LABORATORY if name in added}
     return BUILT_IN | known | added
 
@@ -81,7 +85,7 @@ def _parser(arguments: Sequence[str]) -> ArgumentParser:
 def _unknown(named: str, available: list[str]) -> str:
     if named in LABORATORY:
         advice = install_command("lab", ["hemostat-lab"])
-        return f"{named} is a command of the laboratory, which is not installed; {advice}"
+        return f"{named} is a command of the laboratory, which is not installed, or damaged; {advice}"
     near = difflib.get_close_matches(named, [*available, *LABORATORY], 1)
     hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(available)}"
     shown = f"unknown command {named!r}" if named.isalnum() else "unknown command"

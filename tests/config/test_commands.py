@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -44,6 +45,18 @@ def test_usage_errors_are_one_line_with_exit_code_2(
     assert err.startswith("hemostat: ")
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_a_laboratory_that_cannot_be_loaded_takes_its_own_commands_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = importlib.metadata.EntryPoint("doctor", "hemostat_lab.no_such_module", cli.GROUP)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [damaged])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    assert "doctor" not in capsys.readouterr().out
+    assert cli.main(["doctor"]) == 2
+    assert "is not installed, or damaged; pip install" in capsys.readouterr().err
 
 
 def test_help_and_version_need_neither_torch_nor_vllm() -> None:

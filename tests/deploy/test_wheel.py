@@ -104,7 +104,7 @@ def test_a_command_of_the_laboratory_says_what_to_install(environment: dict[str,
         result = run(["hemostat", name, "--help"], environment, tmp_path)
         assert result.returncode == 2
         assert result.stderr == (
-            f"hemostat: {name} is a command of the laboratory, which is not installed; "
+            f"hemostat: {name} is a command of the laboratory, which is not installed, or damaged; "
             "pip install ./middleware/lab, in the folder of Hemostat's sources\n"
         )
     assert "doctor" not in run(["hemostat", "--help"], environment, tmp_path).stdout
