@@ -1,6 +1,6 @@
 """Hatch's build hook that compiles the relay's hot path with mypyc; off unless HATCH_BUILD_HOOKS_ENABLE=1.
 
-pyproject.toml names the modules (`tool.hatch.build.targets.wheel.hooks.custom`). The wheel then holds, beside each
+pyproject.toml names the modules (`tool.hatch.build.targets.wheel.hooks.custom`). The wheel then holds, next to each
 module's source, an extension module that Python prefers on import, and one shared library that all of these use. They
 are made in a temporary folder: a source tree with extension modules in it would keep on running old code after an edit.
 For the same reason an editable install is never compiled.

@@ -450,7 +450,8 @@ def shown(value: str) -> str:
 
 
 def meaning(metric: str, label: str) -> Values | str | None:
-    """What the page says about a label of this metric."""
+    """Returns the page's text about a label of this metric: a text for each of its values, one text for all of them,
+    or None if the page says nothing."""
     if label == "reason" and metric in (names.SHADOW_REQUESTS, names.SAMPLED_REQUESTS, names.SAMPLED_TOKENS):
         return {reason: text for reasons in SHADOW_REASONS.values() for reason, text in reasons.items()}
     by_metric = LABELS[label]

@@ -241,7 +241,7 @@ def alerts() -> str:
 
 
 def readable(summary: str) -> str:
-    """Without Prometheus' templates.
+    """Returns the summary of an alert with plain names in place of Prometheus' templates.
 
     >>> readable("The store of {{ $labels.instance }} refuses, in {{ $value | humanizePercentage }}")
     'The store of INSTANCE refuses, in VALUE'

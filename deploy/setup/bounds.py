@@ -1,6 +1,6 @@
 """`make test-newest` and `make test-oldest`: Hemostat without vLLM, at both ends of what pyproject.toml allows.
 
-`make setup` installs the versions that vLLM pins; whoever installs the wheel beside no vLLM gets others. The wheel is
+`make setup` installs the versions that vLLM pins; whoever installs the wheel without vLLM gets others. The wheel is
 installed with EXTRAS into an environment of its own, outside of the repository, and GROUPS of tests run there: all that
 needs no vLLM. newest: what pip resolves. oldest: exactly the lower bound of every direct dependency. When all have
 passed, the list of what was installed is written to deploy/setup/passed/, to be committed.
@@ -50,7 +50,8 @@ TOOLS = (
     "pytest-timeout",
     "pytest-xdist",
 )
-"""Of the extra `dev`: what the tests import. In no end of their bounds: they are not what is tested."""
+"""The packages of the extra `dev` that the tests import. They are installed at neither end of their bounds: they are
+not what is tested."""
 GROUPS = {
     "reference": ("tests/reference/test_transformers.py",),
     "noise floor": ("tests/scoring/test_noise_floor.py",),
@@ -78,7 +79,7 @@ GROUPS = {
     ),
     "store": ("tests/store/test_conformance.py", "tests/store/test_postgres.py"),
 }
-"""What is counted separately -> where its tests are."""
+"""The tests of each group whose results are counted separately, as paths."""
 
 Report = Callable[[str], None]
 
@@ -134,7 +135,8 @@ def bound(requirement: Requirement, operator: str) -> str:
 
 
 def beyond(outdated: str, wanted: Iterable[Requirement]) -> list[str]:
-    """Which direct dependencies have a release that their upper bound excludes, by `pip list --outdated` as JSON."""
+    """Returns the direct dependencies that have a release which their upper bound excludes, one line each. outdated:
+    the JSON of `pip list --outdated`."""
     latest = {row["name"].lower().replace("_", "-"): row["latest_version"] for row in json.loads(outdated)}
     return [
         f"{package.name} {latest[package.name]} is out, which pyproject.toml excludes (<{bound(package, '<')})"
@@ -148,7 +150,7 @@ def beyond(outdated: str, wanted: Iterable[Requirement]) -> list[str]:
 
 @dataclass(slots=True)
 class Outcome:
-    """Of a group of tests. reason: why there are no counts."""
+    """The outcome of a group of tests. reason: why there are no counts."""
 
     counts: versions.Counts = field(default_factory=versions.Counts)
     failures: list[tuple[str, str]] = field(default_factory=list)

@@ -6,7 +6,7 @@ hemostat_vllm-V-….whl      the plugin for vLLM, and what it shares with the pr
 hemostat_lab-V-….whl       the laboratory
 hemostat-V.tgz             the Helm chart
 hemostat-V.image.tar, …    the two images, for `docker load`, where buildah can get their base images
-hemostat-V.cdx.json        what the image installs beside Hemostat (SBOM, CycloneDX)
+hemostat-V.cdx.json        the packages that the image installs in addition to Hemostat (SBOM, CycloneDX)
 SHA256SUMS                 for `sha256sum --check`
 
 make dist ARGS="--build-arg BASE=registry.example.com/python:3.13-slim"     as for `buildah build`
@@ -109,7 +109,7 @@ class Distribution:
         self._missing: list[str] = []
 
     def make(self) -> list[str]:
-        """What could not be made, and why."""
+        """Makes everything. Returns what could not be made, with the reason, one line each."""
         shutil.rmtree(DIST, ignore_errors=True)
         DIST.mkdir(parents=True)
         LOG.write_text("")
@@ -207,7 +207,7 @@ class Distribution:
 
 
 def cannot_pull(image: str) -> str:
-    """Why buildah cannot get it; empty where it can, or has it."""
+    """Returns why buildah cannot get an image; "" if it can, or has it already."""
     pulled = subprocess.run(
         ["buildah", "pull", "--quiet", "--policy", "missing", image], capture_output=True, text=True, check=False
     )

@@ -1,6 +1,6 @@
 """`make setup`: creates .venv with Hemostat, vLLM and the tools. Standard library only.
 
-The Python that runs this file is that of the environment. Nothing is done if the environment was made from the same
+The Python that runs this file becomes the environment's. Nothing is done if the environment was made from the same
 inputs: all pyproject.toml, this file, HEMOSTAT_VLLM, the Python. After an interruption the environment is made again.
 
 HEMOSTAT_VLLM   the requirement for vLLM; by default vLLM's CPU build. On a machine with a CUDA GPU: `vllm`.
@@ -55,13 +55,13 @@ def key(root: Path, python: str, vllm: str) -> str:
 
 
 def is_current(environment: Path, wanted: str) -> bool:
-    """Whether the last set-up was completed with the same inputs."""
+    """Returns True if the last set-up was completed with the same inputs."""
     stamp = environment / ".hemostat-setup"
     return stamp.is_file() and stamp.read_text().strip() == wanted and (environment / "bin" / "python").exists()
 
 
 def was_interrupted(environment: Path) -> bool:
-    """Whether a set-up started and did not end: packages may be incomplete."""
+    """Returns True if a set-up started and did not end: packages may be incomplete."""
     return (environment / ".hemostat-installing").exists()
 
 
@@ -145,7 +145,8 @@ def install(
 
 
 def write_byte_code(environment: Path, log: Path, report: Callable[[str], None]) -> None:
-    """Of all packages, on all processors: pip would use one. Files that this Python cannot compile are left out."""
+    """Compiles all packages to byte code, on all processors: pip would use one. Files that this Python cannot compile
+    are left out."""
     command = [str(environment / "bin" / "python"), "-m", "compileall", "-q", "-j", "0", str(environment / "lib")]
     run(command, environment, log, report)
 

@@ -1,6 +1,6 @@
 """The versions of all packages that the tests last passed with: a list for each environment, in `passed/`.
 
-make passed                               write that of .venv, after `make test` has passed
+make passed                               write the list of .venv, after `make test` has passed
 .venv/bin/python deploy/setup/passed.py   what is newer in .venv; `make test` prints it where it fails
 """
 

@@ -49,8 +49,9 @@ VERSIONS = (
 )
 """The last patch release of each minor version, newest first; of the oldest, each release."""
 GROUPS = ("plugin", "wire", "engine", "adapters")
-"""What the table counts separately. plugin: the tests of `tests/engine` that use vLLM's types and no server; of those
-with a server: `tests/wire`, `tests/engine`, and of both those about adapters."""
+"""The groups of tests that the table counts separately. `plugin` has the tests of `tests/engine` that use vLLM's types
+and no server. Among the tests with a server, `wire` has the ones in `tests/wire`, `engine` the ones in `tests/engine`,
+and `adapters` the ones about adapters in both folders."""
 NEEDED_BYTES = 8 * 1024**3
 """An environment has about 5 GB (less with hard links); the tests write checkpoints."""
 LESS = {
@@ -82,14 +83,14 @@ class Row:
     version: str
     installed: bool = False
     tested: bool = False
-    """Whether the tests with a server ran to their end."""
+    """True if the tests with a server ran to their end."""
     reason: str = ""
-    """Why it could not be installed, or why the tests did not run to their end."""
+    """The reason why it could not be installed, or why the tests did not run to their end."""
     torch: str = ""
     transformers: str = ""
     commit: str = ""
     seconds: int = 0
-    """Of the tests, in seconds of wall-clock time."""
+    """The wall-clock time of the tests in seconds."""
     groups: dict[str, Counts] = field(default_factory=dict)
     failures: list[tuple[str, str]] = field(default_factory=list)
     """Test and the first line of its error, MAX_FAILURES at most."""
@@ -99,9 +100,9 @@ class Row:
 
 
 def read_junit(text: str, group: str = "") -> tuple[dict[str, Counts], list[tuple[str, str]]]:
-    """Counts by group and the failures of pytest's JUnit file. Raises SetupError if it is not one.
+    """Returns the counts by group and the failures in pytest's JUnit file. Raises SetupError if it is not one.
 
-    group: that of all its tests; by default each test's module decides.
+    group: the group of all its tests; by default each test's module decides.
     """
     try:
         root = ET.fromstring(text)  # noqa: S314 - written by our own pytest
@@ -258,7 +259,7 @@ def torch_requirement(pip_report: str) -> str:
 
 
 def pip_reason(log: str) -> str:
-    """Why pip could not install, in one line, from its output."""
+    """Returns the reason why pip could not install, in one line, from pip's output."""
     if missing := re.search(r"No matching distribution found for (\S+)", log):
         wanted = missing[1].rstrip(";")
         where = " (pip's index has no CPU builds of PyTorch; set TORCH_INDEX_URL)" if "+cpu" in wanted else ""
@@ -342,7 +343,7 @@ class Runner:
         row.installed = True
 
     def _unobtainable(self, version: str, log: Path) -> str:
-        """Why this vLLM or its PyTorch cannot be had; empty if both can. Takes seconds and installs nothing."""
+        """Returns why this vLLM or its PyTorch cannot be had; "" if both can. Takes seconds and installs nothing."""
         result = self._folder / f"{version}.metadata.json"
         result.unlink(missing_ok=True)
         look_up = ("install", "--dry-run", "--quiet", "--ignore-installed", "--no-deps")

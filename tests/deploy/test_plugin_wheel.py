@@ -50,7 +50,7 @@ class Environment:
         return set(self.run(program).split())
 
     def run(self, program: str) -> str:
-        """What a program prints that sees nothing of this checkout."""
+        """Returns what a program prints that sees nothing of this checkout."""
         command = [str(self.python), "-I", "-c", program]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stderr

@@ -10,11 +10,12 @@ import torch
 from hemostat_calibration.records import ExactDistances
 
 MAX_ELEMENTS = 1 << 24
-"""Of one float32 log-softmax (64 MiB)."""
+"""The number of elements of one float32 log-softmax (64 MiB)."""
 
 
 def exact_distances(reference: Any, model: Any) -> ExactDistances:
-    """Of the model from the reference, of their logits [n, V] at the same positions: torch tensors or numpy arrays."""
+    """Returns the distances of the model from the reference, from their logits [n, V] at the same positions: torch
+    tensors or numpy arrays. Raises ValueError if the shapes differ or are not [n, V]."""
     ours, theirs = (torch.as_tensor(logits) for logits in (reference, model))
     if ours.shape != theirs.shape or ours.ndim != 2:
         raise ValueError(f"logits have the shapes {list(ours.shape)} and {list(theirs.shape)}: both must be [n, V]")

@@ -1,4 +1,4 @@
-"""Which architectures of transformers are supported."""
+"""The architectures of transformers that are supported."""
 
 from __future__ import annotations
 

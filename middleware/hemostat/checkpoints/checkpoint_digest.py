@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 MAX_HASHED_BYTES = 64 * 1024 * 1024
-"""Of larger files, only evenly spaced samples enter the digest: hashing 100 GB would delay the start."""
+"""The size in bytes up to which a file is hashed as a whole. Only evenly spaced samples of larger files enter the
+digest: hashing 100 GB would delay the start."""
 SAMPLES = 64
 SAMPLE_BYTES = 1024 * 1024
 

@@ -35,7 +35,8 @@ class EmbeddingError(HemostatError):
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor is in a safetensors file. shape: as stored. start: of its bytes in the file."""
+    """The place of a tensor in a safetensors file. shape: the shape as stored. start: the offset of its first byte in
+    the file."""
 
     name: str
     file: Path
@@ -137,7 +138,7 @@ def _output(folder: Path, files: dict[str, Path]) -> tuple[str, Path]:
 
 
 def _tied(folder: Path) -> bool | None:
-    """Whether the input embedding is also the output embedding; None where the configuration does not say."""
+    """Returns True if the input embedding is also the output embedding; None if the configuration does not state it."""
     file = folder / "config.json"
     if not file.is_file():
         return None

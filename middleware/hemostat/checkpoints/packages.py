@@ -1,6 +1,8 @@
-"""Packages that a job needs beside Hemostat's own dependencies, and the extra of the distribution that brings them.
+"""Packages that a job needs in addition to Hemostat's own dependencies, and the extra of the distribution that brings
+them.
 
-The extras themselves: `pyproject.toml`. What the configuration needs (`tracing`, `postgres`) is checked there.
+`pyproject.toml` defines the extras. The packages that the configuration needs (`tracing`, `postgres`) are checked
+there.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ class MissingPackageError(HemostatError):
 
 
 def missing(extra: str) -> str:
-    """What of an extra is not installed, and how to install it, in one line; "" where nothing is missing.
+    """Returns the packages of an extra that are not installed, and the command that installs them, in one line; "" if
+    nothing is missing.
 
-    Without importing the packages, which takes seconds and memory.
+    The packages are not imported, which would take seconds and memory.
     """
     absent = [DISTRIBUTIONS.get(name, name) for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(absent)}; {install_command(extra, absent)}" if absent else ""

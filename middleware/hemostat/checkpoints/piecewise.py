@@ -35,7 +35,7 @@ class PiecewiseReader:
         self._takes = inspect.signature(model.forward).parameters
         self._keep_state = keep_state
         self._state: dict[str, Any] = {}
-        """What the next call gets, by the name of the argument; empty before the first piece."""
+        """The state that the next call gets, by the name of the argument; empty before the first piece."""
 
     def read(self, ids: torch.Tensor, keep: int | None = None, **arguments: Any) -> torch.Tensor:
         """Logits [B, keep, V] at the last `keep` positions of the next piece, ids [B, T]; None: at all T.

@@ -23,9 +23,9 @@ MIN_TOKENS = 100
 @dataclass(frozen=True, slots=True)
 class Text:
     """Token ids of a prompt [P] and of the text after it [T]. Statistics are taken at all positions, held-out figures
-    at those of the output.
+    at the positions of the output.
 
-    unit: the 16-byte key by which texts are split and counted: of the conversation, or of the prompt.
+    unit: the 16-byte key of the conversation, or of the prompt, by which texts are split and counted.
     """
 
     prompt: Ids
@@ -57,11 +57,12 @@ class Split:
 
 
 def split(texts: Iterable[Text], fraction: float, learn_tokens: int | None, held_out_tokens: int) -> Split:
-    """By the unit: about `fraction` of them are held out, always the same ones.
+    """Splits texts by their units: about `fraction` of the units are held out, always the same ones.
 
-    learn_tokens: of the texts to learn from, prompts included; None: all. held_out_tokens: of the outputs of held-out
-    texts. Where there are more, those whose keys come first in the order of a hash are taken, the last one in part: a
-    sample of all texts, whatever their order. AdaptError where a side is empty or too small.
+    learn_tokens: the largest number of tokens of the texts to learn from, prompts included; None: all.
+    held_out_tokens: the largest number of tokens of the outputs of held-out texts. If there are more, the texts whose
+    keys come first in the order of a hash are taken, the last one in part: a sample of all texts, whatever their
+    order. Raises AdaptError if a side is empty or too small.
     """
     learn: list[Text] = []
     held: list[Text] = []

@@ -1,4 +1,4 @@
-"""How figures are written, in the terminal and on the page."""
+"""The formats of figures in the terminal and on the page."""
 
 from __future__ import annotations
 

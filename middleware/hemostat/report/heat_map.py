@@ -17,7 +17,7 @@ CELL_HEIGHT = 26
 LEGEND_HEIGHT = 40
 LABEL_WIDTH = 160
 TEXT_OPACITY = 0.3
-"""Of the strongest cell that has text: text on it has a contrast of at least 4.5 to 1."""
+"""The opacity of the strongest cell that has text: text on it has a contrast of at least 4.5 to 1."""
 
 
 def heat_map(

@@ -14,9 +14,9 @@ from html import escape
 WIDTH, HEIGHT = 640, 280
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 48
 ROW_HEIGHT = 26
-"""Of a horizontal bar with its gap."""
+"""The height of a horizontal bar with its gap."""
 LABEL_WIDTH = 150
-"""Of the labels beside horizontal bars."""
+"""The width of the labels next to horizontal bars."""
 CHARACTER_WIDTH = 6.6
 """Approximate width of a character of a label."""
 
@@ -176,7 +176,7 @@ def _points(x: Sequence[float], y: Sequence[float]) -> str:
 
 
 def label_step(labels: Sequence[str], width: float) -> int:
-    """Every so many labels have room beside each other, at distances of `width`."""
+    """Returns n such that every nth label has room next to the other ones, at distances of `width`."""
     return max(1, math.ceil(max(map(len, labels)) * CHARACTER_WIDTH * 1.2 / width))
 
 

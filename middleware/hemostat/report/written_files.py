@@ -10,8 +10,9 @@ _READ_BYTES = 64 * 1024
 
 
 def other_content(path: Path, marker: bytes) -> str:
-    """Why `path` is not replaced, with the correction; "" where it may be: nothing is there, an empty file, no regular
-    file (/dev/stdout), or one that begins like those that the command writes, which all have `marker`."""
+    """Returns why `path` is not replaced, with the correction; "" if it may be replaced. It may be if there is
+    nothing, an empty file, or no regular file (/dev/stdout), or if the file begins like the files that the command
+    writes, which all have `marker`."""
     try:
         if not path.is_file():
             return ""

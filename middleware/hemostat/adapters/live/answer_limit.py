@@ -1,4 +1,5 @@
-"""How long a record may be for the judge: as long as its answer is expected in time, by how fast it has answered."""
+"""The limit on the length of a record for the judge: it may be as long as its answer is expected in time, given the
+speed of earlier answers."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ class AnswerLimit:
         return None if self._speed is None else int(self._speed * TARGET_SECONDS)
 
     def allows(self, tokens: int) -> bool:
-        """Whether a request of so many tokens, each counted for every pass over it, may be made."""
+        """Returns True if a request of so many tokens, each counted for every pass over it, may be made."""
         limit = self.max_tokens
         if self._speed is None or limit is None or tokens <= limit:
             return True

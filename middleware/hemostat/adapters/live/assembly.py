@@ -95,7 +95,8 @@ class Adapters:
         self._on_change()
 
     def _need_copies(self) -> None:
-        """What serves or is tested needs them, and they take a while to load."""
+        """Has the judge load its copies early if an adapter serves or is tested: it needs them, and they take a while
+        to load."""
         if self._profiles.lifecycle.adapter_versions():
             self.judge.need()
 
@@ -105,8 +106,8 @@ class Adapters:
         self._on_change()
 
     def _withdraw_above_limit(self) -> None:
-        """What serves keeps its place while the engines' slots are not known, or clients have taken them for a while;
-        it loses it where the engines were started with fewer."""
+        """Takes adapters out of service if the engines were started with fewer slots than adapters serve, or if
+        adapters are disabled. They keep their place while the slots are not known, or while clients have taken them."""
         if self._profiles.serving.mode != "auto":
             return
         limit, lifecycle = self.hosts.limit, self._profiles.lifecycle
@@ -150,7 +151,7 @@ class Adapters:
         self.judge.stop(why, unavailable=unavailable)
 
     def needs_hidden_states(self, unit: bytes) -> bool:
-        """Whether the reference's hidden states of this unit's answer are what its distances are computed from."""
+        """Returns True if this unit's distances are computed from the reference's hidden states of the answer."""
         return self.judge.wants_hidden_states and self._profiles.may_need_distances(unit)
 
     def status(self) -> dict[str, Any]:
@@ -165,7 +166,7 @@ class Adapters:
             yield from self.hosts.samples()
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
-        """What has to run, until cancelled."""
+        """Returns the loops that have to run until they are cancelled; none if adapters are disabled."""
         if not self._settings.adapter.enabled:
             return []
         return [self.learner.run(), self.judge.run(), self.hosts.run()]

@@ -47,7 +47,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def write_job(folder: Path, job: Job, texts: Sequence[Text], held_out: Sequence[bool]) -> None:
-    """Make a job of `texts`; those of `held_out` are judged on, not learned from. Raises OSError."""
+    """Writes a job of `texts`. A text whose `held_out` is True is judged on, not learned from. Raises OSError."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     tokens = io.BytesIO()
     np.savez(

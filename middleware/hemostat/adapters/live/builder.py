@@ -23,7 +23,7 @@ from hemostat.ipc.child_process import ONE_CORE, Child, ChildExited, completed
 COMMAND = (sys.executable, "-m", "hemostat_lab.adapters.build_process")
 """The laboratory's process; the job's folder and this process's id follow."""
 POLL_SECONDS = 0.25
-"""Between two looks at its memory."""
+"""The seconds between two looks at the memory of the process."""
 CHECK_SECONDS = 300.0
 """The process that checks a pair of checkpoints imports torch and reads both; a slow disk may take minutes."""
 STALLED_SECONDS = 3600.0
@@ -32,7 +32,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BuildFailure(StrEnum):
-    """Why no adapter came of a build; also values of the label `outcome` of `hemostat_adapter_builds_total`."""
+    """The reason why a build made no adapter; also a value of the label `outcome` of
+    `hemostat_adapter_builds_total`."""
 
     ENDED = "ended"
     """The process was killed, or crashed."""
@@ -45,7 +46,7 @@ class BuildFailure(StrEnum):
     REFUSED = "refused"
     """The process cannot make an adapter of these checkpoints or texts."""
     INVALID = "invalid"
-    """What it wrote is damaged, or is not about the checkpoints that serve."""
+    """The process's result is damaged, or is not about the checkpoints that serve."""
 
     @property
     def may_pass(self) -> bool:
@@ -116,7 +117,7 @@ class Build:
         self._folder: JobFolder | None = None
         self.peak_bytes = 0
         self._refusal = ""
-        """What the process says is wrong."""
+        """The process's own words about what is wrong; "" while it has said nothing."""
         self._heard_at = 0.0
         """When its last line came, monotonic seconds."""
 
@@ -170,7 +171,8 @@ class Build:
             self._progress(f"{line.stage} {line.done}/{line.total}" if line.total else line.stage)
 
     async def _watch(self, child: Child) -> None:
-        """Until it has ended. BuildFailed as soon as it takes too much memory, or makes no progress."""
+        """Waits until the process has ended. Raises BuildFailed as soon as it takes too much memory, or makes no
+        progress."""
         while not child.exited.is_set():
             self.peak_bytes = max(self.peak_bytes, result := memory_of(child.pid))
             if result > self._memory_bytes:

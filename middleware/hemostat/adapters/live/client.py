@@ -32,21 +32,22 @@ log = logging.getLogger("hemostat.adapters")
 BACKOFF = (0.5, 2.0, 10.0, 60.0)
 """Seconds before a build that ended is started again, by how often in a row it failed."""
 MAX_ATTEMPTS = 6
-"""Of a build; then more texts are waited for."""
+"""The number of attempts at a build; after them, more texts are waited for."""
 RETRY_TOKEN_GROWTH = 1.25
 """After a build of which nothing came, the next one is made when this many times more tokens are known."""
 RETRY_SECONDS = 900.0
 """After a build whose failure may pass (a killed process, a full disk), the next one is tried so much later."""
 RECHECK_SECONDS = 5.0
-"""How often a change of what is accepted is looked for while enough is known for a build."""
+"""The longest time in seconds until the learner looks again if an adapter of as many tokens would be accepted, while
+enough texts are known for a build."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterTarget:
-    """What adapters are made for.
+    """The models that adapters are made for.
 
-    model: served name of the compressed one. reference_digest: of the weights that the reference serves, where they
-    are a folder's; "" where that is not known.
+    model: the served name of the compressed model. reference_digest: the digest of the weights that the reference
+    serves, if they are in a folder; "" if it is not known.
     """
 
     model: str
@@ -75,7 +76,7 @@ class AdapterState(StrEnum):
 
 
 class BuildOutcome(StrEnum):
-    """What came of a build, where it is none of `BuildFailure`."""
+    """The outcome of a build that is not a `BuildFailure`."""
 
     PROPOSED = "proposed"
     NOT_ACCEPTED = "not_accepted"
@@ -109,23 +110,23 @@ class AdapterLearner:
         self._next = 0
         """Fewest tokens that are known for the next one."""
         self._not_before = -float("inf")
-        """By the clock: when the next one may begin."""
+        """The time, by the clock, before which no further build begins."""
         self._build: Build | None = None
         self.outcomes: Counter[str] = Counter()
         """Builds by outcome: `BuildOutcome`, `BuildFailure`."""
         self.restarts = 0
-        """Of the process that makes an adapter, after it had ended."""
+        """The number of times that the process which makes an adapter was started again after it had ended."""
         self.last_build: dict[str, Any] | None = None
         self._last_made: dict[str, Any] = {}
-        """What `last_build` said of the last build of which an adapter came."""
+        """The content of `last_build` after the last build that made an adapter; empty before."""
         self.state, self.detail = AdapterState.OFF, ""
         self.failing = ""
-        """Why no adapter can be made, or none was made by the last build; "" otherwise."""
+        """The reason why no adapter can be made, or why the last build made none; "" otherwise."""
 
     # --- called by the control process -----------------------------------------------------------------------------
 
     def learn_about(self, target: AdapterTarget) -> None:
-        """From now on; nothing changes where it is the target already."""
+        """Sets the target from now on; nothing changes if it is the target already."""
         if target == self._target:
             return
         before = self._target
@@ -157,7 +158,7 @@ class AdapterLearner:
 
     @property
     def tokens(self) -> int:
-        """That are kept."""
+        """The number of tokens that are kept."""
         return self._texts.tokens
 
     @property
@@ -172,7 +173,7 @@ class AdapterLearner:
         yield from self._samples_of_adapter()
 
     def _samples_of_adapter(self) -> Iterator[Sample]:
-        """Of the last one that was made; what its report does not say is left out."""
+        """Yields the metrics of the last adapter that was made, without the ones that its report does not state."""
         made = self._last_made
         rank = made.get("rank") if made.get("max_rank") is None else made["max_rank"]
         result = [
@@ -333,7 +334,7 @@ class AdapterLearner:
     # --- bookkeeping -----------------------------------------------------------------------------------------------
 
     def _show(self, state: AdapterState, detail: str) -> None:
-        """Of a build; not any more once it was stopped."""
+        """Shows the state of a build, unless it was stopped in the meantime."""
         if self._target is not None:
             self._set_state(state, detail)
 
@@ -365,4 +366,4 @@ SHOWN = (
     "notes",
     "held_out",
 )
-"""Of the build's report, in the status and in the proposal's event."""
+"""The members of the build's report that the status and the proposal's event show."""

@@ -10,7 +10,8 @@ from hemostat.checkpoints.texts import Text
 from hemostat_calibration.arrays import Ids
 
 MAX_TEXT_TOKENS = 2048
-"""Of a longer text, the newest ones are kept: the memory that a text needs grows with its length."""
+"""The largest number of tokens of one text. The newest ones of a longer text are kept: the memory that a text needs
+grows with its length."""
 
 
 class Texts:
@@ -28,7 +29,7 @@ class Texts:
         self._max_tokens = max_tokens
         self._texts: OrderedDict[bytes, Text] = OrderedDict()
         self.tokens = 0
-        """Of all texts that are kept."""
+        """The number of tokens of all texts that are kept."""
         self.known = 0
         """The same, with those that went for newer ones."""
 
@@ -61,7 +62,7 @@ class Texts:
         return next(iter(self._texts.values()))
 
     def _remove(self, unit: bytes) -> int:
-        """How many tokens the text had."""
+        """Removes the text of a unit, if there is one. Returns the number of its tokens, or 0."""
         text = self._texts.pop(unit, None)
         tokens = 0 if text is None else len(text)
         self.tokens -= tokens

@@ -35,7 +35,7 @@ MAX_REPORT_BYTES = 16 << 20
 
 
 class InvalidResult(HemostatError):
-    """What the build wrote cannot be used; the text is one line."""
+    """The result of a build cannot be used; the text is one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,8 @@ def delete_left_behind() -> int:
 
 
 def read_result(folder: Path, job: Job) -> Result:
-    """What the worker wrote, checked against the job and both checkpoints. InvalidResult."""
+    """Returns the worker's result, checked against the job and both checkpoints. Raises InvalidResult if it cannot be
+    used."""
     try:
         report = json.loads(_bytes(folder / build_messages.REPORT_FILE, MAX_REPORT_BYTES))
         profile = CalibrationProfile.from_bytes(_bytes(folder / build_messages.PROFILE_FILE, MAX_PROFILE_BYTES))

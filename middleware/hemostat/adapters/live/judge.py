@@ -40,7 +40,7 @@ BACKOFF = (0.5, 2.0, 10.0, 60.0)
 MAX_WAITING = 16
 """Records that wait; further ones are refused."""
 MAX_WAITING_BYTES = 256 * 1024 * 1024
-"""Of their hidden states."""
+"""The largest total size in bytes of the hidden states of the records that wait."""
 MAX_HELD = 8
 """Profiles that the judge holds; the ones that were used last stay."""
 MAX_ANSWER_SECONDS = 120.0
@@ -70,7 +70,8 @@ class JudgeState(StrEnum):
 
 
 class JudgeDropReason(StrEnum):
-    """Why a record got no distances: values of `hemostat_adapter_judge_dropped_total`."""
+    """The reason why a record got no distances: a value of the label `reason` of
+    `hemostat_adapter_judge_dropped_total`."""
 
     NOT_READY = "not_ready"
     """It is starting, or has ended."""
@@ -90,10 +91,10 @@ class JudgeDropReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class JudgeTarget:
-    """What is judged: both checkpoints, and the vocabulary that they share.
+    """The subject of the judge: both checkpoints, and the vocabulary that they share.
 
-    hidden_size: of the hidden states that come with the records; 0: there are none, and the reference is loaded, too.
-    reference_digest: of the weights that the reference serves; "" where that is not known.
+    hidden_size: the size of the hidden states that come with the records; 0: none come, and the reference is loaded,
+    too. reference_digest: the digest of the weights that the reference serves; "" if it is not known.
     """
 
     folders: CheckpointFolders
@@ -111,7 +112,7 @@ class _Waiting:
     """None: the judge ended first."""
     bytes: int = 0
     tokens: int = 0
-    """That models are run on, each counted for every pass over it."""
+    """The number of tokens that models are run on, each counted for every pass over it."""
 
 
 class AdapterJudge:
@@ -143,7 +144,7 @@ class AdapterJudge:
         """Id of the request that is being answered."""
         self._numbers = itertools.count()
         self.loaded: judge_messages.Ready | None = None
-        """Of the running process."""
+        """The running process's message that its copies are loaded; None before it."""
         self.state, self.detail = JudgeState.OFF, ""
         self.judged = 0
         """Records that got distances."""
@@ -152,7 +153,7 @@ class AdapterJudge:
     # --- called by the control process -----------------------------------------------------------------------------
 
     def judge_about(self, target: JudgeTarget) -> None:
-        """From now on; nothing changes where it is the target already."""
+        """Sets the target from now on; nothing changes if it is the target already."""
         if target != self._process.target:
             self._needed = False
             self._limit = AnswerLimit()  # another model has another speed
@@ -225,9 +226,10 @@ class AdapterJudge:
         return result
 
     async def logprobs(self, ids: Ids, version: str | None) -> npt.NDArray[np.float32]:
-        """Of each token of `ids` [n] after the first, by a version (None: the compressed model): float32 [n - 1], nats.
+        """Returns the log-probability in nats of each token of `ids` [n] after the first, float32 [n - 1]. version:
+        the adapter it is computed with; None: the compressed model alone.
 
-        JudgeUnavailable.
+        Raises JudgeUnavailable if the copies cannot answer, or do not know the version.
         """
         self.need()
         if self.state is not JudgeState.READY:

@@ -20,7 +20,8 @@ class Start(msgspec.Struct, tag="start", frozen=True):
     """Checkpoint folder; only its output embedding is read where there are hidden states."""
     vocab_size: int
     hidden_size: int
-    """Of the reference's hidden states that every `Judge` brings; 0: none, the reference is loaded, too."""
+    """The size of the reference's hidden states that every `Judge` brings; 0: they bring none, and the reference is
+    loaded, too."""
     device: str
 
 
@@ -45,7 +46,7 @@ class Judge(msgspec.Struct, tag="judge", frozen=True):
     output: bytes
     """int32 [T]"""
     versions: list[str]
-    """That it holds; `IDENTITY`: the compressed model itself."""
+    """The versions that the record is judged with; `IDENTITY` is the compressed model itself."""
     hidden: bytes
     """float32 [T, d]; empty: none"""
 
@@ -84,7 +85,7 @@ class Distances(msgspec.Struct, frozen=True, array_like=True):
 class Judged(msgspec.Struct, tag="judged", frozen=True):
     id: int
     distances: dict[str, Distances]
-    """By version."""
+    """The distances from the reference, by version."""
     emitted: bytes
     """float32 [T], the log-probability of each output token by the reference that the distances are from."""
 

@@ -1,4 +1,4 @@
-"""What `hemostat check` says about adapters at the upstream, as far as a server shows it from outside."""
+"""The findings of `hemostat check` about adapters at the upstream, as far as a server shows them from outside."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ ONE_API_SERVER = "and one API server (vLLM refuses that variable with --api-serv
 
 
 async def probe_adapters(server: VllmServer, model: str, settings: Settings) -> list[Finding]:
-    """Of `adapter.enabled`: what is missing of vLLM's arguments and environment. model: the served base model.
+    """Returns the findings about `adapter.enabled`: the arguments and environment that vLLM lacks. model: the served
+    base model.
 
-    vLLM's API server refuses what is asked for. Its engine is not asked to load anything: it would log a traceback.
+    The requests are such that vLLM's API server refuses them. Its engine is not asked to load anything: it would log a
+    traceback.
     """
     adapter = settings.adapter
     rank = adapter.rank * (4 if adapter.shared_out else 1)

@@ -58,13 +58,13 @@ class HostState(StrEnum):
     LOADING = "loading"
     PROBING = "probing"
     READY = "ready"
-    """At least one adapter may be asked for."""
+    """The server has at least one adapter that may be asked for."""
     UNUSABLE = "unusable"
     """None may be; `unusable` says why."""
 
 
 class AdapterProfiles(Protocol):
-    """What the host needs of the profiles."""
+    """The part of the profiles that the host needs."""
 
     def wanted(self) -> Sequence[str]:
         """Versions of adapters that should be loaded, most important first."""
@@ -78,7 +78,7 @@ class AdapterProfiles(Protocol):
 
 
 class LiveReports(Protocol):
-    """Of `hemostat.engines.registry.EngineRegistry`, or of the engines behind one address."""
+    """The live reports of `hemostat.engines.registry.EngineRegistry`, or of the engines behind one address."""
 
     def known(self, now: float) -> bool:
         """False while it is not known which of the engines that report is meant."""
@@ -159,7 +159,7 @@ class AdapterHost:
 
     @property
     def unusable(self) -> str:
-        """Why no adapter is used, in one line; "" while some may be."""
+        """The reason why no adapter is used, in one line; "" while some may be."""
         return self.detail if self.state is HostState.UNUSABLE else ""
 
     def status(self) -> dict[str, Any]:
@@ -307,11 +307,11 @@ class AdapterHost:
         self._loaded = self._own(adapters.ours)
 
     def _own(self, versions: Iterable[str]) -> frozenset[str]:
-        """Without those of another Hemostat that shares the server."""
+        """Returns the versions that are ours, without the versions of another Hemostat that shares the server."""
         return frozenset(v for v in versions if v in self._loaded or self._profiles.get(v) is not None)
 
     def _target(self, wanted: Sequence[str], room: slots.Room) -> tuple[str, ...]:
-        """What should be loaded: the most important that fit."""
+        """Returns the versions that should be loaded: the most important ones that fit."""
         usable = []
         for version in wanted:
             profile = self._profiles.get(version)
@@ -383,7 +383,8 @@ class AdapterHost:
     async def _load(
         self, server: VllmServer, version: str, profile: CalibrationProfile, base: str, prompts: Sequence[Sequence[int]]
     ) -> None:
-        """By the plugin's resolver; where there is none, from the shared folder. ReferenceFailure, OSError."""
+        """Loads an adapter through the plugin's resolver, or from the shared folder if there is no resolver. Raises
+        ReferenceFailure or OSError."""
         shared = self._settings.folder
         if self._way is not Way.FOLDER:
             try:

@@ -63,7 +63,7 @@ class AdapterHosts:
         self._writing = asyncio.Lock()
         self._running: dict[str, asyncio.Task[None]] = {}
         self.hosts: dict[str, AdapterHost] = {}
-        """By address."""
+        """The host of each engine's adapters, by address."""
         if len(settings.upstream.addresses) == 1:
             self.hosts[ONLY] = self._host(ONLY)
 
@@ -145,7 +145,7 @@ class AdapterHosts:
     # --- the hosts -------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Runs the steps until it is cancelled."""
         try:
             while True:
                 await self.step()
@@ -205,7 +205,8 @@ class AdapterHosts:
 
 
 def _summed(probes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of all engines: how many results of each kind, and the last detail that there is."""
+    """Returns the sums over all engines: the number of results of each kind for each probe, and the last detail that
+    there is."""
     result: dict[str, Any] = {}
     for report in probes:
         for probe, results in report.items():

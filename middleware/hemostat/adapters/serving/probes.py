@@ -1,4 +1,4 @@
-"""Which probes have passed since the server's last start, and the next one that is due."""
+"""The probes that have passed since the server's last start, and the next one that is due."""
 
 from __future__ import annotations
 
@@ -46,13 +46,14 @@ class Probes:
     def begin_anew(self) -> None:
         """The server was started again: nothing is known."""
         self.isolated_with: frozenset[str] | None = None
-        """All adapters at the server, beside which rows without one were found to be left alone; None: not known."""
+        """All adapters at the server when rows without an adapter were found to be left alone by rows with one; None:
+        not known."""
         self._failures = 0
         self._agreed: set[str] = set()
         self._errors: Counter[str] = Counter()
         self._backoff = Backoff(BACKOFF, random.random)
         self.problem = ""
-        """Why no adapter may be asked for until the server is restarted; "" where nothing is wrong."""
+        """The reason why no adapter may be asked for until the server is restarted; "" if nothing is wrong."""
 
     def forget(self, version: str) -> None:
         """It is unloaded."""
@@ -60,7 +61,8 @@ class Probes:
         self._errors.pop(version, None)
 
     def passed(self, versions: Sequence[str], loaded: frozenset[str]) -> list[str]:
-        """Those that passed both probes. loaded: all adapters at the server, those of clients included."""
+        """Returns the versions that passed both probes. loaded: all adapters at the server, including the clients'
+        own."""
         return [v for v in versions if v in self._agreed] if self.isolated_with == loaded and not self.problem else []
 
     def due(self, versions: Sequence[str], loaded: frozenset[str]) -> bool:

@@ -39,7 +39,7 @@ MAX_PROMPT_TOKENS = 48
 ROW_TOKENS = 16
 """Tokens of a row whose isolation is tested."""
 ADAPTER_TOKENS = 32
-"""Of a row with an adapter: it is in the batch for longer than those that are tested."""
+"""The number of tokens of a row with an adapter: it is in the batch for longer than the rows that are tested."""
 REPEATS = 2
 MAX_REPEATS = 8
 
@@ -52,8 +52,8 @@ class ModelCopy(Protocol):
     """Our own copy of the compressed model; implemented by whoever holds it."""
 
     async def logprobs(self, ids: Ids, version: str | None) -> Singles:
-        """Of each id after the first, given those before it, nats, [n - 1]; version: with this adapter. CopyUnavailable
-        while it cannot answer."""
+        """Returns the log-probability in nats of each id after the first, given the ids before it, [n - 1]. version:
+        the adapter it is computed with; None: none. Raises CopyUnavailable while the copy cannot answer."""
         ...
 
 
@@ -63,7 +63,7 @@ class Prober:
     def __init__(self, server: VllmServer) -> None:
         self._server = server
         self._texts: dict[str, list[Completed]] = {}
-        """By base model: how each prompt goes on, of the last isolation probe."""
+        """The continuation of each prompt in the last isolation probe, by base model."""
         self._prompts: dict[str, list[list[int]]] = {}
         self._secret = secrets.token_hex(8)
         self._count = 0
@@ -80,9 +80,11 @@ class Prober:
         return self._prompts[base]
 
     async def isolation(self, base: str, versions: Sequence[str], engines: int = 1) -> Verdict:
-        """Compare rows without an adapter alone, beside others of the same kind, and beside rows with adapters.
+        """Compares rows without an adapter alone, in a batch with others of the same kind, and in a batch with rows
+        with adapters.
 
-        engines: behind the address; which of them answers a request is not known, so there are as many more rows.
+        engines: the number of engines behind the address. It is not known which of them answers a request, so there
+        are as many times more rows.
         """
         repeats = min(REPEATS * max(1, engines), MAX_REPEATS)
         prompts = await self.prompts(base)
@@ -96,9 +98,10 @@ class Prober:
         return verdicts.isolation(moves(alone * repeats, noise), moves(alone * repeats, beside))
 
     async def agreement(self, base: str, version: str, copy: ModelCopy) -> Verdict:
-        """Compare the engine's log-probabilities, without and with an adapter, with those of our copy.
+        """Compares the engine's log-probabilities, without and with an adapter, with the log-probabilities of our
+        copy.
 
-        CopyUnavailable, too.
+        Raises CopyUnavailable if the copy cannot answer.
         """
         if base not in self._texts:
             prompts = await self.prompts(base)
@@ -124,7 +127,8 @@ class Prober:
         return [np.array(await self._server.prompt_logprobs(name, ids, cache_salt=self._salt())) for ids in texts]
 
     async def _rows(self, base: str, prompts: Sequence[Sequence[int]], beside: Sequence[str]) -> list[Completed]:
-        """One row for each prompt, all in one batch with as many others of the models `beside`."""
+        """Returns one row for each prompt, all from one batch with as many other rows, for which the other models are
+        asked in turn."""
         others = [
             asyncio.create_task(self._row(beside[n % len(beside)], ids, ADAPTER_TOKENS))
             for n, ids in enumerate(prompts)

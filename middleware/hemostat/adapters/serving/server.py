@@ -1,4 +1,5 @@
-"""What Hemostat asks of a vLLM server about adapters. Failures are `ReferenceFailure`, as in `reference.server`."""
+"""The requests about adapters that Hemostat sends to a vLLM server. Failures are `ReferenceFailure`, as in
+`reference.server`."""
 
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ _TOKEN_ID = "token_id:"  # noqa: S105  no secret
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """What /v1/models says.
+    """The answer of /v1/models.
 
-    base: served names of base models, in the server's order. ours: versions of Hemostat's adapters. others: names of
-    further adapters, which are the clients' own.
+    base: the served names of base models, in the server's order. ours: the versions of Hemostat's adapters. others:
+    the names of further adapters, which are the clients' own.
     """
 
     base: tuple[str, ...]
@@ -63,7 +64,7 @@ class _Completion(msgspec.Struct, frozen=True):
 
 
 def is_version(name: str) -> bool:
-    """Whether a served name is a version of a profile, as Hemostat's adapters are named."""
+    """Returns True if a served name is a version of a profile, as Hemostat's adapters are named."""
     return VERSION_PATTERN.fullmatch(name) is not None
 
 
@@ -86,7 +87,7 @@ async def touch(server: VllmServer, name: str, ids: Sequence[int]) -> None:
 
 
 async def load(server: VllmServer, name: str, path: str) -> None:
-    """From a folder that the server can read."""
+    """Has the server load an adapter from a folder that the server can read."""
     await server.text("POST", LOAD, {"lora_name": name, "lora_path": path})
 
 
@@ -95,7 +96,8 @@ async def unload(server: VllmServer, name: str) -> None:
 
 
 async def lora_enabled(server: VllmServer) -> bool | None:
-    """Whether the server was started with --enable-lora, as its own metrics say; None where they do not."""
+    """Returns True if the server was started with --enable-lora, as its own metrics show; None if they do not
+    show it."""
     try:
         result = await server.text("GET", "/metrics")
     except ReferenceFailure:

@@ -1,4 +1,4 @@
-"""How vLLM has to be started to serve adapters, and what a refusal says about how it was started."""
+"""The arguments that vLLM has to be started with to serve adapters, and the meaning of a refusal for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLUGIN = "HEMOSTAT_ADAPTERS=1"
 
 
 class Way(StrEnum):
-    """How an adapter gets to the engine."""
+    """The way in which an adapter gets to the engine."""
 
     RESOLVER = "resolver"
     """Hemostat's general plugin fetches it from the admin port."""
@@ -33,7 +33,7 @@ def flags(adapters: int, rank: int) -> str:
 
 
 def without_lora(rank: int) -> str:
-    """What to do about a vLLM that was started without --enable-lora.
+    """Returns the fix for a vLLM that was started without --enable-lora, in one line.
 
     >>> without_lora(20)
     'LoRA is not enabled: start vLLM with --enable-lora --max-loras 2 --max-lora-rank 32'
@@ -42,9 +42,9 @@ def without_lora(rank: int) -> str:
 
 
 def explain(failure: Exception, rank: int, way: Way | None, folder: Path | None) -> str:
-    """Why an adapter of this rank could not be loaded, and what to do, in one line.
+    """Returns why an adapter of this rank could not be loaded, and the fix, in one line.
 
-    way: how adapters were loaded so far. folder: `adapter.folder`.
+    way: the way in which adapters were loaded so far. folder: `adapter.folder`.
     """
     started = f"start vLLM with {flags(1, rank)}"
     if isinstance(failure, Refused):

@@ -1,4 +1,4 @@
-"""How many adapters fit at the engines, by what their ranks report: pure.
+"""The number of adapters that fit at the engines, from the reports of their ranks. Pure.
 
 Invariants:
 - One slot is always left free: with vLLM's own operations of the CPU, rows without an adapter read the last one.
@@ -74,7 +74,7 @@ def room(reports: Sequence[EngineReport], others: int, slots: int | None = None)
 
 
 def held_everywhere(reports: Sequence[EngineReport], versions: frozenset[str]) -> frozenset[str]:
-    """Those that every rank which reports its adapters holds; all of them where none does."""
+    """Returns the versions that are held by every rank which reports its adapters; all of them if no rank does."""
     for report in reports:
         if report.lora is not None:
             versions &= frozenset(report.adapters)

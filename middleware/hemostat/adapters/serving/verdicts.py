@@ -1,4 +1,4 @@
-"""What the numbers of the two probes say. Pure: numbers in, verdicts out; log-probabilities in nats.
+"""The verdicts of the two probes from their numbers. Pure; log-probabilities are in nats.
 
 The limits were set before the probes ran against a real engine and are generous to noise: what the probes have to
 find, rows with another model's weights or factors with a wrong scale, moves log-probabilities by tenths of a nat.
@@ -15,11 +15,13 @@ from hemostat.adapters.serving.server import Completed
 from hemostat_calibration.arrays import Floats
 
 NOISE_FACTOR = 3.0
-"""Of the noise that the same requests show without an adapter in the batch, by which isolated rows may differ."""
+"""The multiple of the noise by which isolated rows may differ. The noise is the difference that the same requests show
+without an adapter in the batch."""
 ISOLATION_NATS = 1e-3
 """Added to that, for engines whose rows do not differ at all."""
 WORST_FACTOR = 2.0
-"""Of the row that moves most: one contaminated row among many hardly changes the mean of all."""
+"""The multiple of the noise of the row that moves most: one contaminated row among many hardly changes the mean of
+all."""
 MIN_ROW_TOKENS = 4
 """A row of fewer tokens, whose text differs early, counts as so many in its mean."""
 MAX_NOISE_NATS = 0.05
@@ -33,8 +35,8 @@ our copy: 0.044 and 0.040 nats for an adapter whose effect is 0.61. On that mode
 from 1.1 on, one decoder layer without its corrections too, a single linear layer mostly not."""
 MIN_CORRELATION = 0.95
 SLOPES = (0.8, 1.25)
-"""Of the adapter's effect at the engine on its effect on our copy: a factor of 1 where it is applied once, by its own
-scale."""
+"""The range of the factor from the adapter's effect on our copy to its effect at the engine. It is 1 if the engine
+applies the adapter once, by its own scale."""
 ERRORS = 3.0
 """Standard errors of that factor which are allowed on top."""
 CLEAR_FACTOR = 5.0
@@ -44,17 +46,17 @@ of the same size with and without the adapter still leaves a correlation of 0.96
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Of a probe. detail: one line with the figures."""
+    """The verdict of a probe. detail: one line with the figures."""
 
     passed: bool
     detail: str
     base_differs: bool = False
-    """Of an agreement probe: engine and copy are not the same model even without an adapter."""
+    """True if an agreement probe found that engine and copy are not the same model even without an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """How far rows differ from the same rows alone.
+    """The differences of rows from the same rows alone.
 
     mean, largest: of |Δ log-probability| of the tokens that were chosen alone, nats. worst: the largest mean of one
     row. texts: rows whose tokens differ. rows: all of them.
@@ -101,9 +103,10 @@ def moves(alone: Iterable[Completed], beside: Iterable[Completed]) -> Moves:
 
 
 def isolation(noise: Moves, beside: Moves) -> Verdict:
-    """Whether rows without an adapter are left alone.
+    """Returns a verdict that passes if rows without an adapter are left alone.
 
-    noise: beside other rows without an adapter. beside: beside rows with adapters.
+    noise: the moves in a batch with other rows without an adapter. The second argument: the moves in a batch with rows
+    with adapters.
 
     Where rows do not differ at all without adapters, as on a CPU, a single one that is moved is found. Where they do,
     what can be found depends on it: at a noise of 0.02 nats on average one row of four that is moved by 0.2 always is,
@@ -127,7 +130,7 @@ def isolation(noise: Moves, beside: Moves) -> Verdict:
 
 
 def agreement(engine: tuple[Floats, Floats], copy: tuple[Floats, Floats], noise: float = 0.0) -> Verdict:
-    """Whether the engine with and without an adapter is the model that our copy is with and without it.
+    """Returns a verdict that passes if the engine, with and without an adapter, is the same model as our copy.
 
     Each pair: log-probabilities of the same tokens, without and with the adapter, float64 [n]. noise: mean |Δ| of the
     engine from itself, of tokens it has generated and computed again as a prompt.
