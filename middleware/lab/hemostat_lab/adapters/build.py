@@ -161,7 +161,7 @@ def judged(
     parts: Parts | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> tuple[Built, Judged]:
-    """With the figures on held-out `texts` in the report."""
+    """Returns the adapter with its figures on held-out `texts` in the report, and these figures."""
     result = judge(pair, built.layers, texts, parts or Parts(None), progress)
     report = built.report | {"held_out": result.summary(), "peak_mib": peak_mib()}
     return Built(built.profile, report, built.layers), result
@@ -216,7 +216,8 @@ def _won(corrections: Sequence[Correction], ranks: Sequence[int]) -> float | Non
 
 
 def _kinds(corrections: Mapping[str, Correction], layers: Mapping[str, LowRank]) -> dict[str, Any]:
-    """By the last part of the layers' names: mean rank, and what is won of the sum of their errors."""
+    """Returns the number of layers, the mean rank, and the part of the sum of the layers' errors that is won, by the
+    last part of the layers' names."""
     result: dict[str, Any] = {}
     for kind in dict.fromkeys(name.rpartition(".")[2] for name in corrections):
         names = [name for name in corrections if name.rpartition(".")[2] == kind]

@@ -35,9 +35,9 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_lab.models.work_folder import WorkFolder
 
 NICENESS = 10
-"""As the reference: building yields the processor to whatever serves clients. Beside a process of niceness 0 that is
-always busy, Linux gives 10 about a tenth of a core, and 19 a sixty-eighth, in which a build of one minute takes an
-hour."""
+"""The niceness of the process, as for the reference: building yields the processor to whatever serves clients. If a
+process of niceness 0 is always busy, Linux gives a niceness of 10 about a tenth of a core. It gives 19 a sixty-eighth,
+with which a build of one minute takes an hour."""
 
 
 def read_results(folder: Path) -> tuple[CalibrationProfile, dict[str, Any]] | None:

@@ -125,7 +125,8 @@ class TrainableAdapter:
         self.working_bytes = 0  # the model's own weights stay
 
     def start(self) -> dict[str, torch.Tensor]:
-        """As `LowRank.for_training`."""
+        """Returns the factors that training starts from, as `LowRank.for_training` scales them, by `name|a` and
+        `name|b`. Layers of rank 0 are left out."""
         result = {}
         for name, layer in self._start.items():
             if layer.rank:

@@ -1,4 +1,5 @@
-"""What an adapter recovers on texts that it was not made from, layer by layer: exact, at full vocabulary."""
+"""The part of the loss that an adapter recovers on texts that it was not made from, layer by layer: exact, at full
+vocabulary."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from hemostat_lab.models.skeleton import EXACT, WeightSource, set_factors
 
 HELD_OUT = "held-out texts"
 RESAMPLES = 2000
-"""Of the bootstrap over prompts."""
+"""The number of resamples of the bootstrap over prompts."""
 INTERVAL = (2.5, 97.5)
 """Percentiles."""
 _STREAMS = ("reference", "compressed", "adapted")

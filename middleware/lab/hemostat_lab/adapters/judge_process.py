@@ -45,7 +45,8 @@ Rows = Callable[[slice], Logits]
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a profile does. layers: of an adapter, else None. logits: the profile of another family, else None."""
+    """The effect of a profile. layers: the layers of an adapter, else None. logits: the profile of another family,
+    else None."""
 
     layers: Any = None
     logits: CalibrationProfile | None = None
@@ -218,7 +219,7 @@ class Copies:
 
 
 def log_probability(logits: Logits, ids: Ids) -> Floats:
-    """Of one id in each row, float64 [rows], from logits [rows, V]."""
+    """Returns the log-probability of one id in each row in nats, float64 [rows], from logits [rows, V]."""
     z = logits.astype(np.float64)
     z -= z.max(axis=1, keepdims=True)
     result: Floats = z[np.arange(len(z)), ids] - np.log(np.exp(z).sum(axis=1))
@@ -226,7 +227,7 @@ def log_probability(logits: Logits, ids: Ids) -> Floats:
 
 
 def model_bytes(model: Any) -> int:
-    """Of the parameters and buffers, each counted once."""
+    """Returns the size in bytes of the parameters and buffers, each counted once."""
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 

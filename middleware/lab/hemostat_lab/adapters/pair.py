@@ -133,11 +133,11 @@ class CheckpointPair:
         return self._scales[layer]
 
     def notes_of(self, layer: str) -> list[str]:
-        """What was noted of a decoder layer: nothing, as long as its scales are not known."""
+        """Returns the notes about a decoder layer; none, as long as its scales are not known."""
         return self._notes_of.get(layer, [])
 
     def restore_notes(self, layer: str, notes: list[str]) -> None:
-        """What an earlier process has noted of a decoder layer that need not be looked at again."""
+        """Takes over the notes of an earlier process about a decoder layer that need not be looked at again."""
         self._notes_of[layer] = notes
         for text in notes:
             self._note(text)
@@ -188,9 +188,10 @@ class CheckpointPair:
         return ratio if bool((ratio.isfinite() & (ratio > 0)).all()) else None
 
     def _explains(self, ratio: torch.Tensor, readers: list[str]) -> bool:
-        """Whether the layers that read a norm's output were multiplied by its scales: then the error is smaller.
+        """Returns True if the layers that read a norm's output were multiplied by its scales: then the error is
+        smaller.
 
-        Whatever rows were divided by, as those of up_proj are for down_proj, is fitted on both sides.
+        Factors by which rows were divided, such as the rows of up_proj for down_proj, are fitted on both sides.
         """
         plain = moved = 0.0
         for name in readers:

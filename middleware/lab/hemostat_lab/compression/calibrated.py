@@ -29,22 +29,26 @@ from hemostat_lab.models.checkpoint_folders import CompressError
 REFITS = 2
 """Times that scales are fitted to integers, and integers to scales, after `gptq`."""
 SWEEPS = 2
-"""Of coordinate descent after `gptq`."""
+"""The number of sweeps of coordinate descent after `gptq`."""
 
 
 Rounding = Literal["nearest", "gptq", "descent"]
 
 
 class Calibration(msgspec.Struct, frozen=True):
-    """scales: equivalent scales that are moved into norms and layers before: by `awq`, `smooth`, or `none`.
-    rounding: `nearest`, `gptq`, or `descent`: coordinate descent and fitted scales after `gptq`.
-    guided: tokens are weighted by the gradients at the layer's outputs.
-    clip: how far each scale clips: where Σ_j E[x_j²] ΔW_ij² is least over its weights (`inputs`), or Σ_j E[(g_i x_j)²]
-    ΔW_ij² (`kl`), with the inputs x and the gradients g, at the layer's outputs, of the log-likelihood of tokens drawn
-    from the model. Half of the latter is the second-order KL of the change, by the diagonal of the Fisher information
-    (Martens 2020, arXiv 1412.1193; as a weight for quantization: Kim et al. 2023, SqueezeLLM, arXiv 2306.07629): unlike
-    `inputs`, large inputs to which the loss is not sensitive, such as those of attention sinks, do not count. It is of
-    the dense model, before `scales` are moved.
+    """The way in which errors are measured and weights are rounded.
+
+    scales: the equivalent scales that are moved into the norms and layers before, by `awq`, `smooth`, or `none`.
+    rounding: `nearest`, `gptq`, or `descent`: coordinate descent and fitted scales after `gptq`. guided: tokens are
+    weighted by the gradients at the layer's outputs.
+
+    clip: the point at which each scale clips. It is the one where a sum over the scale's weights is least: Σ_j E[x_j²]
+    ΔW_ij² (`inputs`), or Σ_j E[(g_i x_j)²] ΔW_ij² (`kl`). x are the inputs, and g the gradients, at the layer's
+    outputs, of the log-likelihood of tokens drawn from the model. Half of the second sum is the second-order KL of the
+    change, by the diagonal of the Fisher information (Martens 2020, arXiv 1412.1193; as a weight for quantization: Kim
+    et al. 2023, SqueezeLLM, arXiv 2306.07629). Unlike `inputs`, it does not count large inputs to which the loss is
+    not sensitive, such as the inputs of attention sinks. The Fisher information is measured on the dense model, before
+    `scales` are moved.
     """
 
     rounding: Rounding = "nearest"
@@ -68,9 +72,9 @@ CALIBRATIONS = {
 class Calibrated:
     """A method of the frame.
 
-    formats: of the layers that are quantized, by name. packed: those of them that are stored so (None: all); the others
-    are stored dense, rounded. sparse: the layers that are pruned first, with the part of the weights that is dropped;
-    these are rounded to nearest, which keeps zeros.
+    formats: the formats of the layers that are quantized, by name. packed: the layers among them that are stored
+    packed (None: all); the others are stored dense, rounded. sparse: the layers that are pruned first, with the part
+    of the weights that is dropped; these are rounded to nearest, which keeps zeros.
     """
 
     needs_texts = True
@@ -158,10 +162,10 @@ def calibrated_weight(
     rounding: Rounding,
     fisher: torch.Tensor | None = None,
 ) -> torch.Tensor | Quantized:
-    """The weight of one linear layer, pruned, quantized, or both, with errors compensated on its inputs.
+    """Returns the weight of one linear layer, pruned, quantized, or both, with errors compensated on its inputs.
 
-    stored: [outputs, inputs], in the source's dtype, which is that of the scales. weight_format: None where it is only
-    pruned. What is pruned is rounded to nearest, which keeps zeros. fisher: Σ (g_i x_j)², [outputs, inputs], for
+    stored: [outputs, inputs], in the source's dtype, in which the scales are stored, too. weight_format: None if it is
+    only pruned. A pruned weight is rounded to nearest, which keeps zeros. fisher: Σ (g_i x_j)², [outputs, inputs], for
     `Calibration.clip`.
     """
     if sparse is not None:

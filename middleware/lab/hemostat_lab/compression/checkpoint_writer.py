@@ -33,17 +33,18 @@ if TYPE_CHECKING:
     from hemostat_lab.models.second_moments import Progress as StepProgress
 
 SCHEMES = ("w4a16", "int3", "w8a8", "prune10", "prune30", "prune50")
-"""Without data. w4a16: int4 weights, symmetric, groups of 64 inputs, rounded to nearest. int3: the same with 3 bits,
-written dense. w8a8: int8 weights per output channel, int8 activations scaled per token at run time. pruneNN: the NN %
-of every layer's weights with the smallest magnitude are set to zero. All linear layers except the head."""
+"""The schemes that need no data; they change all linear layers except the head. `w4a16` has int4 weights, symmetric,
+in groups of 64 inputs, rounded to nearest. `int3` is the same with 3 bits, written dense. `w8a8` has int8 weights with
+one scale per output channel, and int8 activations scaled per token at run time. `pruneNN` sets the NN % of every
+layer's weights with the smallest magnitude to zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuildEnvironment:
-    """Of a run, without influence on its result.
+    """The environment of a run, which has no influence on its result.
 
-    work: folder for finished layers; None: one in the user's cache, removed at the end. device: of torch. overwrite:
-    replace another result of this package.
+    work: the folder for finished layers; None: one in the user's cache, which is removed at the end. device: torch's
+    name of the device. overwrite: replace another result of this package.
     """
 
     work: Path | None = None
@@ -127,7 +128,8 @@ def build_with_work(
     write: Callable[[Path, WorkFolder], None],
     environment: BuildEnvironment,
 ) -> None:
-    """As `build_folder`; `write` also gets the folder of finished work. CompressError where it cannot be written."""
+    """Builds the folder as `build_folder` does; `write` also gets the folder of finished work. Raises CompressError if
+    it cannot be written."""
 
     def write_folder(folder: Path) -> None:
         key = made_from | {"destination": str(destination.absolute()), "device": environment.device}

@@ -47,7 +47,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class SiteInputs:
-    """What the layers `after` read. hessian: Σ x xᵀ [inputs, inputs]. largest: max |x| [inputs]. rows: some x."""
+    """The inputs of the layers `after`. hessian: Σ x xᵀ [inputs, inputs]. largest: max |x| [inputs]. rows: some x."""
 
     hessian: torch.Tensor
     largest: torch.Tensor
@@ -110,7 +110,8 @@ def scale_layer(layer: LayerData, formats: Mapping[str, WeightFormat], find: Fin
 def awq_scale(
     weights: Mapping[str, torch.Tensor], inputs: SiteInputs, formats: Mapping[str, WeightFormat]
 ) -> torch.Tensor | None:
-    """By the error of rounding to nearest."""
+    """Returns the scales [inputs] with the least error of the outputs when weights are rounded to nearest; None if no
+    scales are better."""
     magnitude = inputs.hessian.diagonal().float().clamp_min(1e-20).sqrt()
     hessian = inputs.hessian.float()
 
@@ -127,7 +128,8 @@ def awq_scale(
 def smooth_scale(
     weights: Mapping[str, torch.Tensor], inputs: SiteInputs, formats: Mapping[str, WeightFormat]
 ) -> torch.Tensor | None:
-    """By the error of rounding weights and inputs."""
+    """Returns the scales [inputs] with the least error of the outputs when weights and inputs are rounded; None if no
+    scales are better."""
     of_weights = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0).clamp_min(1e-5)
     of_inputs = inputs.largest.float().clamp_min(1e-5)
     exact = {name: inputs.rows @ weight.T for name, weight in weights.items()}
@@ -198,7 +200,7 @@ def _moved(layer: LayerData, site: Site, scale: torch.Tensor) -> dict[str, torch
 
 
 def _inputs(layer: LayerData, name: str) -> SiteInputs:
-    """Of the linear layer `name`."""
+    """Returns the inputs of the linear layer `name`."""
     moments = WeightedMoments()
     largest: list[torch.Tensor] = []
     rows: list[torch.Tensor] = []

@@ -25,7 +25,8 @@ from hemostat_lab.models.skeleton import round_to_e2m1
 BLOCK = 128
 """Columns that are compensated among themselves before the rest of the weight is updated."""
 REFIT_NUMBERS = 1 << 24
-"""Of the systems of equations that are solved at once, for the scales of some rows: 128 MiB in float64."""
+"""The total size of the systems of equations that are solved at once, for the scales of some rows: 128 MiB in
+float64."""
 DAMPING = 0.01
 """Part of the mean of H's diagonal that is added to it."""
 
@@ -73,8 +74,8 @@ def damped(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class GptqFactor:
-    """What `gptq` needs of a damped H. order: columns by decreasing H_jj. upper: the upper Cholesky factor of the
-    inverse of H in this order."""
+    """The factor of a damped H that `gptq` needs. order: columns by decreasing H_jj. upper: the upper Cholesky factor
+    of the inverse of H in this order."""
 
     order: torch.Tensor
     upper: torch.Tensor
@@ -110,7 +111,8 @@ def gptq(weight: torch.Tensor, known: GptqFactor, grid: Grid) -> torch.Tensor:
 def descend(
     weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, steps: torch.Tensor, sweeps: int = 1
 ) -> torch.Tensor:
-    """Integers [outputs, inputs] whose error is at most that of `steps`. hessian: float64, with a positive diagonal."""
+    """Returns integers [outputs, inputs] whose error is at most the error of `steps`. hessian: float64, with a
+    positive diagonal."""
     exact = hessian.float()
     scales = grid.columns().T.contiguous()
     now = steps.T.contiguous().clone()

@@ -4,7 +4,8 @@ With each token drawn from the model's own prediction, as `output_gradients` doe
 of −log p is the second derivative of the divergence from the model. The gradient of one token with respect to the
 weight is g xᵀ, so that a sum over tokens is one product of two matrices. Tokens count as independent.
 
-One walk backwards through the model: the memory is that of one layer. Finished layers are stored in the run's parts.
+It takes one walk backwards through the model, with the memory of one layer. Finished layers are stored in the run's
+parts.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def measure_totals(run: Run) -> None:
 
 
 def stored_totals(run: Run, index: int) -> Totals:
-    """Of the decoder layer `index`; empty where nothing was measured."""
+    """Returns the sums of the decoder layer `index`; empty if nothing was measured."""
     return run.parts.get(_part(index)) or {}
 
 

@@ -1,4 +1,4 @@
-"""How a compressed layer is stored: in compressed-tensors' formats, GPTQ's or AWQ's, which vLLM loads."""
+"""The form in which a compressed layer is stored: compressed-tensors' formats, GPTQ's or AWQ's, which vLLM loads."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from hemostat_lab.models.stored_formats.stored_layer import StoredFormat, Stored
 FP4 = {"nvfp4": NVFP4_GROUP, "mxfp4": MXFP4_GROUP}
 """Kinds of E2M1 numbers, and the inputs that share a scale."""
 NVFP4_DIVISOR = 128.0
-"""What NVFP4's scales of groups are divided by. One for all layers, because vLLM has one for those that it fuses: E4M3
-then represents scales of groups whose largest weight is from 0.0008 to 21 without loss of precision."""
+"""The divisor of NVFP4's scales of groups. It is the same for all layers, because vLLM has one for the layers that it
+fuses. E4M3 then represents scales of groups whose largest weight is from 0.0008 to 21 without loss of precision."""
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "qweight", "qzeros", "scales", "g_idx")
 """Last parts of the names of tensors that take the place of `weight`."""
 
 
 class WeightFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of the weight of a linear layer, and of its inputs at run time.
+    """The format of the weight of a linear layer, and of its inputs at run time.
 
-    bits: of an integer, 8 with kind `float` (E4M3), or 4 with `nvfp4` and `mxfp4` (E2M1). group_size: inputs that share
-    a scale; None: one scale per output channel. inputs: how they are rounded by token at run time. layout: of the file;
-    `gptq` and `awq` hold integers.
+    bits: the bits of an integer; 8 with kind `float` (E4M3), or 4 with `nvfp4` and `mxfp4` (E2M1). group_size: the
+    number of inputs that share a scale; None: one scale per output channel. inputs: the rounding of inputs by token at
+    run time. layout: the layout of the file; `gptq` and `awq` hold integers.
     """
 
     bits: int
@@ -124,7 +124,8 @@ def _steps(quantized: Quantized) -> torch.Tensor:
 
 
 def _integers(quantized: Quantized) -> dict[str, torch.Tensor]:
-    """In GPTQ's layout or AWQ's; zero points are those of symmetric integers."""
+    """Returns the stored tensors in GPTQ's or AWQ's layout; all zero points are the middle of the range, as symmetric
+    integers have it."""
     bits = quantized.format.bits
     middle = highest_integer(bits) + 1
     steps = (_steps(quantized) + middle).to(torch.int32).T

@@ -68,7 +68,8 @@ class Source:
         return {name: (m.out_features, m.in_features) for name, m in self.skeleton.linears.items()}
 
     def parameter(self, name: str) -> torch.Tensor:
-        """By its name. CompressError where it is not finite: no method could make a useful layer of it."""
+        """Returns a parameter by its name. Raises CompressError if it is not finite: no method could make a useful
+        layer of it."""
         weight = weights_of(self.checkpoint)(name)
         if not bool(weight.isfinite().all()):
             raise CompressError(f"{name} holds values that are not finite: SOURCE is damaged; copy it again")
@@ -90,10 +91,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class LayerResult:
-    """What becomes of a decoder layer.
+    """The result for a decoder layer.
 
-    weights: by the name of a parameter; a tensor of the parameter's shape is stored dense, in the source's dtype.
-    Parameters that are missing stay as they are. report: of this layer, for JSON.
+    weights: the new weights by the name of a parameter; a tensor of the parameter's shape is stored dense, in the
+    source's dtype. Parameters that are missing stay as they are. report: the report on this layer, for JSON.
     """
 
     weights: Mapping[str, torch.Tensor | Quantized]
@@ -123,10 +124,11 @@ class Run:
     def measure_backwards(
         self, part: Callable[[int], str], measure: Callable[[int], Mapping[str, torch.Tensor]]
     ) -> None:
-        """Store what `measure` finds about each decoder layer, from the last to the first; what is stored is kept.
+        """Stores the result of `measure` for each decoder layer, from the last to the first; a result that is stored
+        already is kept.
 
-        part: the name under which that of a layer is stored, by its index. measure: passes the texts through the layer
-        backwards (`LayerWalk.measure`).
+        part: returns the name under which the result of a layer is stored, from its index. measure: passes the texts
+        through the layer backwards (`LayerWalk.measure`).
         """
         walk, count = self.texts_walk, len(self.skeleton.layers)
         for n in reversed(range(count)):
@@ -153,7 +155,7 @@ class LayerData:
         self._hidden = hidden
 
     def parameter(self, name: str) -> torch.Tensor:
-        """As it is loaded: in the source's dtype."""
+        """Returns a parameter as it is loaded: in the source's dtype."""
         weight: torch.Tensor = self.run.skeleton.model.get_parameter(name).detach()
         return weight
 
@@ -284,7 +286,7 @@ def _part(result: LayerResult, run: Run) -> dict[str, torch.Tensor]:
 
 
 def _outputs(data: LayerData, part: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Of the layer, which is loaded, with the weights of its part, as an engine computes them."""
+    """Returns the outputs of the layer, which is loaded, with the weights of its part, as an engine computes them."""
     formats = _formats(part)
     for name in data.run.skeleton.parameters_of(data.name):
         module = name.removesuffix(".weight")
@@ -303,7 +305,8 @@ def _outputs(data: LayerData, part: Mapping[str, torch.Tensor]) -> list[torch.Te
 
 
 def _hidden_before(run: Run, index: int) -> list[torch.Tensor]:
-    """Of the compressed model, before the layer `index`: stored, or computed again from the finished layers."""
+    """Returns the hidden states of the compressed model before the layer `index`: stored ones, or computed again from
+    the finished layers."""
     start, states = nearest_stored(run.parts, _hidden, index)
     if states is None:
         states, _ = run.texts_walk.embeddings()

@@ -24,7 +24,7 @@ class InputMoments:
 
     @cached_property
     def factor(self) -> GptqFactor:
-        """What `gptq` needs of `damped`."""
+        """Returns the factor of `damped` that `gptq` needs."""
         return GptqFactor.of(self.damped)
 
     @cached_property

@@ -14,7 +14,8 @@ from hemostat_lab.compression.frame import LayerData, LayerResult, Run
 from hemostat_lab.compression.rounding import GROUP_SIZE, e2m1_scale, fitted_scale, pruned, rounded, weight_groups
 
 Change = Callable[[str, torch.Tensor], "torch.Tensor | Quantized"]
-"""What becomes of the weight [outputs, inputs] of the linear layer of this name, as it is stored."""
+"""A function that returns the new weight of the linear layer of this name, given its weight [outputs, inputs] as it is
+stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ def round_to_nearest(weight_format: WeightFormat) -> Change:
 
 
 def nearest(name: str, weight: torch.Tensor, weight_format: WeightFormat) -> Quantized:
-    """By the weight alone. E4M3 has one scale per output channel: the largest weight becomes its largest number."""
+    """Rounds to nearest, by the weight alone. E4M3 has one scale per output channel: the largest weight becomes its
+    largest number."""
     if weight_format.kind == "float":
         largest = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         return Quantized(weight_format, weight.float(), largest / torch.finfo(torch.float8_e4m3fn).max)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint beside its weights."""
+"""The files of a checkpoint other than its weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from hemostat_lab.models.checkpoint_folders import MANIFEST
 
 REPORT = "hemostat-compression.json"
-"""How a checkpoint was compressed, and what that says of each layer."""
+"""The name of the file that states how a checkpoint was compressed, and the figures of each layer."""
 REPAIR = "repair"
 """The key in it of how it was repaired."""
 

@@ -21,9 +21,9 @@ Pattern = Literal["unstructured", "2:4", "rows"]
 DENSE_BITS = 16
 BITS = (2, 3, 4, 5, 6, 7, 8, DENSE_BITS)
 PACKED_BITS = (4, 8)
-"""What vLLM serves packed; layers of other widths are written dense, rounded."""
+"""The widths that vLLM serves packed; layers of other widths are written dense, rounded."""
 SCALE_BYTES = 2
-"""Of one scale: bfloat16 or float16, as the source; of 4-bit floats 1."""
+"""The bytes of one scale: bfloat16 or float16, as in the source. A scale of 4-bit floats takes 1."""
 FP4_GROUPS = {"nvfp4": 16, "mxfp4": 32}
 """Inputs that share a scale."""
 
@@ -31,11 +31,11 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of one linear layer.
+    """The plan of one linear layer.
 
-    bits: 2 to 8, or 16: not quantized. group_size: inputs that share a scale; None: one scale per output channel.
-    kind: integers, or 4-bit floats in groups of 16 (`nvfp4`) or 32 (`mxfp4`).
-    sparsity: part of the weights that is set to zero, 0 to below 1. pattern: of the zeros; `2:4` has sparsity 0.5.
+    bits: 2 to 8, or 16: not quantized. group_size: the number of inputs that share a scale; None: one scale per output
+    channel. kind: integers, or 4-bit floats in groups of 16 (`nvfp4`) or 32 (`mxfp4`). sparsity: the part of the
+    weights that is set to zero, 0 to below 1. pattern: the pattern of the zeros; `2:4` has sparsity 0.5.
     """
 
     bits: int
@@ -70,7 +70,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Read(msgspec.Struct, forbid_unknown_fields=True):
-    """As `Plan`; the layers are decoded one by one, so that an error can name the layer."""
+    """A plan as it is read. It is like `Plan`, but the layers are decoded one by one, so that an error can name the
+    layer."""
 
     schema: str
     version: int
@@ -134,10 +135,10 @@ def check_plan(plan: Plan, source: str, shapes: Mapping[str, tuple[int, int]]) -
 
 
 def stored_bytes(outputs: int, inputs: int, layer: LayerPlan) -> int:
-    """Of a weight [outputs, inputs] and its scales: `bits` per kept weight, `SCALE_BYTES` per scale.
+    """Returns the size of a weight [outputs, inputs] and its scales: `bits` per kept weight, `SCALE_BYTES` per scale.
 
-    A sparse weight also needs one bit per weight for where the zeros are (`rows`: nothing, its rows are absent). This
-    is the size in a format made for the width: widths that vLLM does not pack are written dense, and take more.
+    A sparse weight also needs one bit per weight for the places of the zeros (`rows`: nothing, its rows are absent).
+    This is the size in a format made for the width: widths that vLLM does not pack are written dense, and take more.
     """
     rows = outputs - round(outputs * layer.sparsity) if layer.pattern == "rows" else outputs
     weights = rows * inputs

@@ -39,25 +39,27 @@ from hemostat_lab.models.training import STEP_POSITIONS, TRIAL, Tensors, Trained
 from hemostat_lab.models.work_folder import WorkFolder
 
 RATES = (1e-3, 3e-4)
-"""Of Adam: the first step changes a pruned layer's weights by about so much of their root mean square."""
+"""The learning rates of Adam: the first step changes a pruned layer's weights by about so much of their root mean
+square."""
 RANK = 16
-"""Of the change of a pruned layer."""
+"""The rank of the change of a pruned layer."""
 PRUNED = 0.05
 """Least part of zeros of a layer that is pruned."""
 _VECTOR_STEP = 10.0
 """A vector changes so many times as fast, relative to its size."""
 _FACTOR_SIZE = 0.05
-"""Of the entries of the first factor, at the start; the second one is zero."""
+"""The standard deviation of the entries of the first factor at the start; the second factor is zero."""
 _RUN, _RUNS, _DISTINCT = 16, 4096, 15.0
-"""Of 16 weights in turn that are not zero, the mean number of distinct magnitudes is 15.5 where they were rounded to
-bfloat16 alone, and at most 14.8 where they were rounded to 8 or fewer bits in groups (normal weights)."""
+"""The test that tells pruned weights from weights rounded to a few bits. It takes the first 4,096 runs of 16 weights
+in turn that are not zero; a pruned weight has at least 15.0 distinct magnitudes in a run, on average. Normal weights
+have 15.5 if they were rounded to bfloat16 alone, and at most 14.8 if they were rounded to 8 or fewer bits in groups."""
 _PART = "repaired"
 _REPORT_KEY = "report"
-"""Beside the tensors of the part."""
+"""The name of the report among the tensors of the part."""
 _LEAST_SIZE = 0.01
-"""That of a tensor of zeros, such as a new bias, for steps."""
+"""The smallest root mean square that steps are relative to, for tensors of zeros such as a new bias."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Of safetensors, that vectors can have."""
+"""The dtypes that vectors can have, by their names in safetensors."""
 _HEADER_LENGTH = 8
 """Bytes before the header of a safetensors file: its length, little-endian."""
 
@@ -80,9 +82,9 @@ def write_repaired_copy(
     seed: int = 0,
     environment: BuildEnvironment | None = None,
 ) -> dict[str, Any]:
-    """Write a repaired copy of `compressed` to `destination`; the same bytes where it does not improve the fold.
+    """Writes a repaired copy of `compressed` to `destination`; the same bytes if the repair does not improve the fold.
 
-    Returns the report, which is also in the folder (`REPORT`), beside that of the compression. Does nothing when
+    Returns the report, which is also in the folder (`REPORT`), next to the report of the compression. Does nothing if
     `destination` already is that copy. Raises HemostatError.
     """
     environment = environment or BuildEnvironment()
@@ -156,13 +158,13 @@ def repair(
 
 
 class Repairable:
-    """What is trained of a compressed model: vectors, which are the weights of its norms and its biases (all parameters
-    with one dimension), by name, and factors of the change of pruned weights, by `name|a` [rank, inputs] and `name|b`
-    [outputs, rank].
+    """The parts of the compressed model that are trained, by name. Vectors are the weights of its norms and its
+    biases: all parameters with one dimension. Factors of the change of pruned weights are `name|a` [rank, inputs] and
+    `name|b` [outputs, rank].
 
-    Trained are relative changes, so that a step of Adam changes small tensors little. A vector is its start + change ·
-    `_VECTOR_STEP` · rms, the root mean square of its start; weights W, where they are not zero, are W + b a · rms /
-    (`_FACTOR_SIZE` · √`RANK`), with the rms of those that are not zero.
+    Relative changes are trained, so that a step of Adam changes small tensors little. A vector is its start + change ·
+    `_VECTOR_STEP` · rms, the root mean square of its start. Weights W that are not zero become W + b a · rms /
+    (`_FACTOR_SIZE` · √`RANK`), with the rms of the weights that are not zero.
 
     numbers: how many are trained. working_bytes: see `training.Trainable`.
     """
@@ -273,7 +275,8 @@ def write_repaired(compressed: Path, folder: Path, tensors: Mapping[str, torch.T
 
 
 def _replace_values(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Of a file in the safetensors format: its header tells where each tensor is."""
+    """Replaces values in a file in the safetensors format, whose header states the place of each tensor. Raises
+    CompressError if a tensor's dtype or shape does not fit."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(_HEADER_LENGTH), "little")
         header = json.loads(file.read(length))

@@ -30,7 +30,7 @@ def rounded(name: str, weight: torch.Tensor, bits: int, group_size: int | None) 
 
 
 def highest_integer(bits: int) -> int:
-    """Of signed integers of `bits` bits; the lowest one is -highest - 1."""
+    """Returns the highest of the signed integers of `bits` bits; the lowest one is -highest - 1."""
     return int(2 ** (bits - 1) - 1)
 
 
@@ -101,9 +101,9 @@ def _searched(
     snapped: Callable[[torch.Tensor], torch.Tensor],
     steps: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Of the scales `factors` · largest magnitude / `highest`, `snapped`, the best one of each group.
+    """Returns the best scale of each group among `factors` · largest magnitude / `highest`, `snapped`.
 
-    steps: what weights, given with their scales, are rounded to, in units of the scales.
+    steps: returns the numbers that weights, given with their scales, are rounded to, in units of the scales.
     """
     exact = groups.float()
     weights = None if importance is None else importance.unflatten(-1, groups.shape[1:])

@@ -13,7 +13,7 @@ import torch
 from hemostat_lab.models.checkpoint import INDEX
 
 MAX_FILE_BYTES = 5 << 30
-"""As transformers writes them."""
+"""The largest size of a file in bytes, as in transformers."""
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",

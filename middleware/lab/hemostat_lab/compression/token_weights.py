@@ -1,9 +1,9 @@
-"""How much each token matters to a linear layer: the mean squared gradient at the layer's outputs.
+"""The weight of each token for a linear layer: the mean squared gradient at the layer's outputs.
 
 The weighted second moment Σ w_t x_t x_tᵀ of a layer's inputs is then, averaged over the output channels, its block of
 the Fisher information (Kim et al. 2025, GuidedQuant, arXiv 2505.07004; here with one weight for all channels of a
-layer). The gradients are of −log p(y), y drawn from the model's own prediction. Weights are kept by token, so that
-second moments can be taken of inputs as the compressed model sees them.
+layer). The gradients are taken of −log p(y), with y drawn from the model's own prediction. Weights are kept by token,
+so that second moments can be taken of inputs as the compressed model sees them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Weights = Mapping[str, list[torch.Tensor]]
 
 
 def measure_token_weights(run: Run) -> None:
-    """Of every linear layer, by one walk backwards; stored in the run's parts. What is there already is kept."""
+    """Measures the token weights of every linear layer by one walk backwards, and stores them in the run's parts.
+    Weights that are there already are kept."""
 
     def measure(n: int) -> Mapping[str, torch.Tensor]:
         result: dict[str, list[torch.Tensor]] = {}
@@ -36,8 +37,8 @@ def measure_token_weights(run: Run) -> None:
 
 
 def token_weights(layer: LayerData) -> Weights:
-    """What `measure_token_weights` found for a decoder layer. Nothing for experts: which tokens a router sends to one
-    changes with what the layers before it compute."""
+    """Returns the weights that `measure_token_weights` found for a decoder layer, divided by their mean. Experts have
+    none: the tokens that a router sends to one change with the outputs of the layers before it."""
     kept = layer.run.parts.get(_part(layer.index))
     assert kept is not None, layer.name
     result: dict[str, list[torch.Tensor]] = {}
@@ -70,7 +71,8 @@ class WeightedMoments:
 
 
 def weighted_moments(layer: LayerData, names: Sequence[str], guide: Weights) -> WeightedMoments:
-    """Of what the linear layers `names` read; guide: weights of the tokens, by layer; else each token counts 1."""
+    """Returns the second moments of the inputs of the linear layers `names`. guide: weights of the tokens, by layer;
+    each token counts 1 for a layer without weights."""
     moments = WeightedMoments()
     batches = layer.run.texts_walk.batches
     numbers = {id(batch): number for number, batch in enumerate(batches)}

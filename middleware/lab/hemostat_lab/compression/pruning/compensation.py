@@ -19,15 +19,15 @@ import torch
 from hemostat_lab.compression.error_compensation import BLOCK
 
 STEPS = 10
-"""Of conjugate gradients."""
+"""The number of steps of conjugate gradients."""
 TOLERANCE = 3e-3
 """Relative size of a residual at which they end."""
 _TINY = torch.finfo(torch.float32).tiny
 
 Choose = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
-"""Which weights of a group of columns are kept, bool [out, group], from the updated weights [out, group], the entries
-(j, j), [group], of the inverses of the second moments without the columns to the left of j, and which columns they
-are."""
+"""A function that chooses the weights of a group of columns that are kept, bool [out, group]. Its arguments are the
+updated weights [out, group], the entries (j, j), [group], of the inverses of the second moments without the columns to
+the left of j, and the slice of these columns."""
 
 
 def shrunk(moments: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -104,7 +104,7 @@ def compensated(
         return (product if outputs is None else outputs @ product) * kept
 
     def product(vector: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """Of each problem: [out, 1], with gradients one number."""
+        """Returns the scalar product for each problem: [out, 1], or one number with gradients."""
         products = torch.linalg.vecdot(vector, other)
         return products[:, None] if outputs is None else products.sum()
 

@@ -1,7 +1,8 @@
-"""What a layer's linear layers read in the dense model, beside what they read behind pruned ones.
+"""The inputs of a layer's linear layers in the dense model, together with their inputs behind pruned ones.
 
-A pruned linear layer is fitted so that W' x̂, on its own input x̂, is W x, of the dense weight on the dense model's input
-x: it makes up for a part of what those before it lost (as Li et al. 2025, arXiv 2504.02692, do for rounding).
+A pruned linear layer is fitted so that W' x̂, on its own input x̂, is W x, where W is the dense weight and x the dense
+model's input. So it makes up for a part of the loss of the layers before it (as Li et al. 2025, arXiv 2504.02692, do
+for rounding).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from hemostat_lab.models.experts import is_expert
 
 @dataclass(slots=True)
 class PairedMoments:
-    """Of a linear layer's inputs, float64 [inputs, inputs]: second = Σ x̂ x̂ᵀ, gap = Σ (x − x̂) x̂ᵀ, of `tokens`."""
+    """The moments of a linear layer's inputs, float64 [inputs, inputs]: second = Σ x̂ x̂ᵀ, gap = Σ (x − x̂) x̂ᵀ, over
+    `tokens`."""
 
     second: torch.Tensor
     gap: torch.Tensor
@@ -28,8 +30,9 @@ class PairedMoments:
 
 
 class DenseInputs:
-    """Of one decoder layer: in memory, of all texts, in the model's dtype. Of an expert only `second` is known, and the
-    gap is 0: which tokens it reads changes with what the layers before it compute.
+    """The dense model's inputs to one decoder layer's linear layers: in memory, for all texts, in the model's dtype.
+    Only `second` is known for an expert, and the gap is 0: the tokens that it reads change with the outputs of the
+    layers before it.
 
     groups: by the first linear layer that reads a tensor, all that do, in the order in which they are computed.
     """
@@ -54,7 +57,8 @@ class DenseInputs:
         return stages.values()
 
     def moments(self, groups: Collection[str]) -> Mapping[str, PairedMoments]:
-        """With the weights that the layer has now. A group that no text reaches any more is left out."""
+        """Returns the moments with the weights that the layer has now, by group. A group that no text reaches any more
+        is left out."""
         result: dict[str, PairedMoments] = {}
         dense = {group: iter(self._dense.pop(group, ())) for group in groups}
 

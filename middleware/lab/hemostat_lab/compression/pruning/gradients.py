@@ -1,7 +1,6 @@
-"""What pruning needs of the dense model: the second moments of the gradients at its layers' outputs, and how much each
-layer is predicted to lose. One walk backwards: the memory is that of one layer. Finished layers are stored in the run's
-parts.
-"""
+"""The measurements of the dense model that pruning needs: the second moments of the gradients at its layers' outputs,
+and the loss that is predicted for each layer. They take one walk backwards, with the memory of one layer. Finished
+layers are stored in the run's parts."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ def measure_gradients(run: Run) -> dict[str, float]:
 
 
 def stored_gradients(run: Run, index: int) -> Gradients:
-    """Of the decoder layer `index`."""
+    """Returns the measurements of the decoder layer `index`; empty if nothing is stored."""
     return run.parts.get(_gradients(index)) or {}
 
 

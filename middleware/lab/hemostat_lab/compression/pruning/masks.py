@@ -1,4 +1,4 @@
-"""Which weights of one layer are kept."""
+"""The choice of the weights of one layer that are kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Pattern(StrEnum):
-    """Which weights can be dropped together."""
+    """The sets of weights that can be dropped together."""
 
     UNSTRUCTURED = "unstructured"
     TWO_OF_FOUR = "2:4"

@@ -24,7 +24,8 @@ from hemostat_lab.models.activations import Moments
 
 @dataclass(frozen=True, slots=True)
 class PruneOptions:
-    """As on the command line. sparsity: the part of the weights of all linear layers but the head that is dropped."""
+    """The options of pruning, as on the command line. sparsity: the part of the weights of all linear layers but the
+    head that is dropped."""
 
     sparsity: float
     pattern: Pattern = Pattern.UNSTRUCTURED

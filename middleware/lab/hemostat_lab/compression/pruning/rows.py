@@ -22,9 +22,9 @@ from hemostat_lab.models.skeleton import CopyLinear, Skeleton
 class Units:
     """Units of one kind in a decoder layer.
 
-    writers: the linear layers of which a unit has rows. reader: the one of which it has columns. width: rows, and
-    columns, of a unit. weights: of a unit, without those of `shared`. shared: layers of which `sharing` consecutive
-    units read the same rows.
+    writers: the linear layers of which a unit has rows. reader: the one of which it has columns. width: the number of
+    rows, and of columns, of a unit. weights: the number of weights of a unit, without the weights of `shared`. shared:
+    layers of which `sharing` consecutive units read the same rows.
     """
 
     writers: tuple[str, ...]
@@ -37,7 +37,7 @@ class Units:
 
 
 def find_units(skeleton: Skeleton, layer: str) -> list[Units]:
-    """Those of a decoder layer. CompressError where its linear layers have no known names."""
+    """Returns the units of a decoder layer. Raises CompressError if its linear layers have no known names."""
     linears = skeleton.linears_of(layer)
     all_units: list[Units] = []
     for name in linears:
