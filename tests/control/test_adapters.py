@@ -4,6 +4,7 @@ reference and an engine that compute tiny checkpoints."""
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -234,6 +235,27 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
         assert status_json(plane)["adapter"]["state"] == "off"
         assert status_json(plane)["adapter"]["judge"]["state"] == "off"
         assert REST_KIND not in w.told[-1].serving_by_kind
+
+
+async def test_without_the_laboratory_no_process_starts_and_the_status_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *more: None if name == "hemostat_lab" else find(name, *more)
+    )
+    monkeypatch.setattr(Adapter, "min_tokens", 20)
+    async with world(tmp_path, monkeypatch) as w:
+        await w.requests(10)
+        plane, status = w.one, status_json(w.one)["adapter"]
+        for part in (status, status["judge"]):
+            assert part["state"] == "unavailable"
+            assert "not installed: hemostat-lab; pip install" in part["detail"]
+        assert status["builds"] == {"refused": 1}
+        assert plane.adapters.judge.loaded is None
+        assert status_json(plane)["requests"]["scored"] == 10
+    said = [entry.getMessage() for entry in caplog.records if "hemostat-lab" in entry.getMessage()]
+    assert len(said) == 2, "one line for the process that makes adapters, one for the copies"
 
 
 def test_the_pair_is_worth_correcting(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hemostat.adapters.live.folders import CheckpointFolders, FolderError, find_
 from hemostat.adapters.live.judge import AdapterJudge, JudgeTarget, JudgeUnavailable
 from hemostat.adapters.serving.hosts import AdapterHosts
 from hemostat.adapters.serving.probing import CopyUnavailable
+from hemostat.checkpoints import packages
 from hemostat.config.schema import Settings
 from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.registry import EngineRegistry
@@ -128,6 +129,8 @@ class Adapters:
             self._stop("calibration is off")
         elif pair is None or info is None or serving.model is None:
             self._stop("the reference is not ready")
+        elif problem := packages.missing("lab"):
+            self._stop(f"{problem}, where the control process runs", unavailable=True)
         else:
             try:
                 folders = self._folders(pair, info)
