@@ -18,6 +18,7 @@ Further modules:
     breaks          adapts the times that the alarm keeps after a clock was set
     logit_spread    the figure of the change test
     outlier_engine  the test that names an outlier among several engines
+    report          the states of tests and kinds, for metrics and the console
     placement       where the next figure falls among those before it
 """
 
@@ -25,17 +26,12 @@ from hemostat_calibration.alarm.alarm import (
     EFFECTIVE_SHARE,
     Alarm,
     AlarmTest,
-    KindReading,
     Observation,
-    Reading,
     Settings,
     count,
     init,
-    kind_readings,
-    readings,
     rebase,
     update,
-    weighted_spread_ratio,
     with_settings,
 )
 from hemostat_calibration.alarm.baseline import Baseline, RequestSpread, fit_baseline, request_spread
@@ -44,6 +40,7 @@ from hemostat_calibration.alarm.breaks import after_break
 from hemostat_calibration.alarm.budget import BudgetTest
 from hemostat_calibration.alarm.change import ChangeTest
 from hemostat_calibration.alarm.logit_spread import spread
+from hemostat_calibration.alarm.report import KindReading, Reading, kind_readings, readings, weighted_spread_ratio
 from hemostat_calibration.alarm.serialization import begun_tests, load, read, save
 from hemostat_calibration.alarm.workload import Workload
 

@@ -16,7 +16,8 @@ def after_break(alarm: Alarm, time_break: TimeBreak) -> Alarm:
     ago as before. What baselines have learned, and evidence, stay.
 
     >>> import numpy as np
-    >>> from hemostat_calibration.alarm.alarm import Observation, Settings, init, kind_readings, update
+    >>> from hemostat_calibration.alarm.alarm import Observation, Settings, init, update
+    >>> from hemostat_calibration.alarm.report import kind_readings
     >>> alarm = update(init(Settings()), "chat", Observation(5.0, np.full(8, 0.1), np.full(8, 0.1)))
     >>> kind_readings(after_break(alarm, TimeBreak(now=1.7e9, lost=1.7e9 - 9.0, anew=True)))[0].since
     1700000000.0
