@@ -511,6 +511,24 @@ async def test_drain_lets_requests_in_progress_end_and_accepts_no_new_ones() -> 
         assert await draining
 
 
+async def test_drain_leaves_time_for_one_more_request_however_long_a_connection_was_idle() -> None:
+    """A client of a pool sends its next request at any moment, and not only just after an answer."""
+    async with relaying(answering([])) as (relay, _, connect):
+        client = await connect()
+        await client.send(GET)
+        assert (await client.response()).get(b"connection") == []
+        (inside,) = relay.clients
+        inside.since -= 20.0
+        draining = asyncio.create_task(relay.drain(5))
+        await until(lambda: not relay.ready)
+        inside.sweep(asyncio.get_running_loop().time())
+        await client.send(GET)
+        answer = await client.response()
+        assert (answer.status, answer.get(b"connection")) == (200, [b"close"])
+        assert await draining
+        await client.close()
+
+
 async def test_drain_gives_up_after_its_time() -> None:
     waiting = Waiting()
     async with relaying(waiting.script) as (relay, _, connect):

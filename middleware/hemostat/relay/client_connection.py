@@ -560,7 +560,11 @@ class ClientConnection(asyncio.Protocol):
                 self._refuse(BadRequest(408, f"the request head took more than {limits.head_seconds:g} s"))
             elif not self._buffer:
                 context = self._context
-                if waited > (context.idle_drain_seconds if context.draining else limits.idle_seconds):
+                if context.draining:
+                    # A client may send a request at any moment, however long it has sent none.
+                    if now - max(self.since, context.draining_since) > context.idle_drain_seconds:
+                        self.transport.close()
+                elif waited > limits.idle_seconds:
                     self.transport.close()
         elif self.state is _READING_BODY and not self.reading_paused and waited > limits.body_seconds:
             if self._body_bytes < limits.body_bytes_per_second * waited:

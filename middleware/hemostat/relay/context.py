@@ -45,8 +45,11 @@ class RelayContext:
     """It is True if clients may load and unload adapters at the upstream."""
     draining: bool = False
     """It is True if the response to the request in progress, or to one more, closes each connection."""
+    draining_since: float = 0.0
+    """The event-loop time at which the relay began to drain."""
     idle_drain_seconds: float = 0.0
-    """The time after which a connection without a request is closed while the relay drains, see `Relay.drain`."""
+    """The time from then on, or from the end of a later request, after which a connection without a request is closed,
+    see `Relay.drain`."""
     access_log: AccessLog | None = None
     client_limits: ClientLimits | None = None
     """The limits of what one client may send; None if no limit is set."""

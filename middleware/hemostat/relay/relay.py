@@ -160,6 +160,7 @@ class Relay:
         about to; its response closes the connection. Returns False if some requests have not ended.
         """
         self._context.draining = True
+        self._context.draining_since = self._loop.time()
         self._context.idle_drain_seconds = idle_seconds
         await self._accept_waiting()
         for server in self._servers:

@@ -23,7 +23,7 @@ log = logging.getLogger("hemostat.serve")
 MODULE = "hemostat.relay.main"
 DRAIN = signal.SIGUSR1
 """The signal by which a relay learns that it was replaced: it lets its requests end, and leaves idle connections a
-moment for one more. SIGTERM closes idle connections at once.
+moment for one more. After SIGTERM this moment is shorter.
 """
 MAX_REPLACED = 4
 """The largest number of times that relays may be replaced while earlier ones still drain; beyond it the oldest are
