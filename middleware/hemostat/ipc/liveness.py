@@ -40,8 +40,8 @@ async def beat() -> None:
     """
     output = sys.stdout.fileno()
     while True:
-        if select.select((), (output,), (), 0.0)[1]:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it may be closed
+            if select.select((), (output,), (), 0.0)[1]:
                 os.write(output, BEAT)
         await asyncio.sleep(BEAT_SECONDS)
 
