@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, SOURCES
 
 EXTRAS = ("compressed_tensors", "jinja2", "opentelemetry.sdk", "psycopg", "torch", "transformers", "vllm")
 PROGRAM = """
@@ -41,7 +41,7 @@ def test_import_without_extras(module: str) -> None:
 
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(str(ROOT / part) for part in ("middleware", "middleware/lab", "calibration"))
+    path = os.pathsep.join(str(ROOT / part) for part in SOURCES)
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
         env=os.environ | {"PYTHONPATH": path},

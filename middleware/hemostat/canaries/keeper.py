@@ -16,9 +16,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from hemostat.canaries.engine import (
-    STATES_KEY,
-)
+from hemostat.canaries.engine import STATES_KEY
 from hemostat.canaries.judge import Judge
 from hemostat.canaries.known import KnownEngines
 from hemostat.canaries.prompts import PromptFileError, load

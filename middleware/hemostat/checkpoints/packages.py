@@ -7,10 +7,8 @@ there.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 
-from hemostat.checkpoints.errors import one_line
 from hemostat.config.install_command import install_command
 from hemostat_calibration.errors import HemostatError
 
@@ -42,15 +40,3 @@ def require(extra: str) -> None:
     """Raises MissingPackageError."""
     if text := missing(extra):
         raise MissingPackageError(text)
-
-
-def problem(extra: str) -> str:
-    """As `missing`, and why a package cannot be imported, if so: a version or a system library that does not fit."""
-    if text := missing(extra):
-        return text
-    for name in EXTRAS[extra]:
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # noqa: BLE001  any package's own code
-            return f"{DISTRIBUTIONS.get(name, name)} cannot be imported ({one_line(error)}); {install_command(extra)}"
-    return ""

@@ -72,6 +72,7 @@ class Silence:
 def is_stopped(pid: int) -> bool:
     """Returns True if SIGSTOP or a debugger has stopped this process, and False if the system does not say."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in {"T", "t"}
+        # The name of the program, in parentheses, may have any bytes.
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in {b"T", b"t"}
     except OSError:
         return False

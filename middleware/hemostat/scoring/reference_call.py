@@ -20,9 +20,7 @@ from hemostat.reference.protocol import (
     ScoreRequest,
 )
 from hemostat.scoring.endings import NotScored
-from hemostat.scoring.record_builder import (
-    CaptureArrays,
-)
+from hemostat.scoring.record_builder import CaptureArrays
 from hemostat.scoring.routing import Route, ScoringNeeds
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Floats, Ids

@@ -26,9 +26,7 @@ from hemostat.ipc.messages import Capture
 from hemostat.metrics import names
 from hemostat.metrics.reasons import Unscored
 from hemostat.metrics.samples import Sample
-from hemostat.reference.protocol import (
-    ReferenceFailure,
-)
+from hemostat.reference.protocol import ReferenceFailure
 from hemostat.scoring.conditioning import ConditioningFailure, condition
 from hemostat.scoring.endings import NotScored
 from hemostat.scoring.engine_scores import EngineScorer

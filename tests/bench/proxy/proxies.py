@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 from tests.support import compiled
+from tests.support.paths import SOURCES
 
 from hemostat.hooks import Rewrite
 from hemostat.interception.intercepted_exchange import InterceptedExchange
@@ -35,8 +36,6 @@ from .load import (
     nginx_config,
 )
 
-SOURCES = ("middleware", "middleware/lab", "calibration")
-"""The folders of a checkout's packages. Earlier revisions have no laboratory of its own."""
 BY_PLUGIN = "hemostat 0.05, by plugin"
 BARE_RELAY = "bare relay"
 HEADS_RELAY = "bare relay, heads"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, SOURCES
 
 from hemostat_calibration.errors import HemostatError
 from hemostat_lab.demo import programs
@@ -76,9 +76,7 @@ def demo(tmp_path: Path, requests: int | None, trouble: str = "") -> subprocess.
         cwd=tmp_path,
         env=os.environ
         | {
-            "PYTHONPATH": os.pathsep.join(
-                str(ROOT / part) for part in ("", "middleware", "middleware/lab", "calibration")
-            ),
+            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", *SOURCES)),
             "STAND_IN_TROUBLE": trouble,
             "STAND_IN_RUN": str(tmp_path),
             "TMPDIR": str(tmp_path),

@@ -25,7 +25,9 @@ REPORT_FILE = "report.json"
 
 
 class JobOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """device: of torch. distil: train the adapter further. The others: `build.BuildOptions`."""
+    """The options of a build. device: of torch. distil: the adapter is trained further. The others are fields of
+    `BuildOptions` in the laboratory.
+    """
 
     rank: int = 16
     max_rank: int | None = None
@@ -38,7 +40,7 @@ class JobOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """reference, compressed: checkpoint folders. model: of the profile."""
+    """The job. reference, compressed: checkpoint folders. model: the served name that the profile is for."""
 
     reference: str
     compressed: str
@@ -62,6 +64,9 @@ def write_job(folder: Path, job: Job, texts: Sequence[Text], held_out: Sequence[
 
 
 def read_texts(path: Path) -> tuple[list[Text], list[Text]]:
+    """Returns the texts of a job that are learned from, and those that are judged on. A text that is too short for that
+    is left out. Raises AdaptError if the file is damaged.
+    """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             ids, prompts, lengths, held = (arrays[n] for n in ("ids", "prompt_lengths", "lengths", "held_out"))

@@ -21,6 +21,7 @@ import yaml
 from rich.console import Console
 from rich.live import Live
 
+from hemostat.commands.arguments import EXIT_INTERRUPTED
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import with_detail
 from hemostat_lab.demo import prompts, view
@@ -103,7 +104,7 @@ class _Demo:
             await self._main(scratch)
         except _StoppedError:
             self._say("stopped")
-            return 0 if self._options.requests is None else 130
+            return 0 if self._options.requests is None else EXIT_INTERRUPTED
         except HemostatError as failure:
             failed = True
             self._say(str(failure))
