@@ -111,7 +111,7 @@ def status_line(scene: Scene) -> str:
         f"sent {scene.traffic.sent}, ok {scene.traffic.ok}, failed {scene.traffic.failed}; "
         f"shadowed {requests.get('shadowed', 0)}, scored {requests.get('scored', 0)} choices "
         f"({scene.status.get('tokens_scored', 0)} tokens); "
-        f"KL in nats {interval(raw.get('kl_nats'))}, calibrated {interval(calibrated.get('kl_nats'))}; "
+        f"KL {interval(raw.get('kl_nats'))} nats, calibrated {interval(calibrated.get('kl_nats'))}; "
         f"total variation {number(raw.get('total_variation'))}; same top-1 {percent(raw.get('top1_agreement'))}; "
         f"{_served(profile)}{_recovered(scene.status)}"
     )
