@@ -195,6 +195,27 @@ def test_what_is_kept_of_clients_is_bounded() -> None:
     assert not world.comparison._clients
 
 
+@pytest.mark.parametrize("engines", [2, 3, 4, 8])
+def test_the_retries_last_until_an_engine_that_fails_all_its_requests_is_found(engines: int) -> None:
+    """However the requests happen to fall to the engines, no client sees an error of the one that fails."""
+    for seed in range(500):
+        draw, budget, requests, resent = random.Random(seed), RetryBudget(), [0] * engines, 0
+        comparison = FailureComparison(requests, 0.0)
+        for number in range(400):
+            engine = draw.randrange(engines)
+            requests[engine] += 1
+            if engine:
+                continue
+            assert budget.take(sum(requests) - resent), f"seed {seed}, request {number}"
+            resent += 1
+            requests[draw.randrange(1, engines)] += 1
+            comparison.failed(b"a", b"a", 0, requests, engines, started=number, now=number + 0.5, proven=True)
+            if comparison.odd(b"a", 0, requests, engines):
+                break
+        else:
+            pytest.fail(f"seed {seed}: not found")
+
+
 @given(st.lists(st.tuples(st.integers(0, 50), st.booleans()), max_size=200))
 def test_retries_are_a_tenth_of_the_requests(steps: list[tuple[int, bool]]) -> None:
     budget, requests, taken = RetryBudget(), 0, 0

@@ -20,9 +20,10 @@ RETRY_RATIO: Final = 0.1
 """The share of the requests that may be sent once more: engines that all fail because they have too much to do get 1.1
 times as much, not four times.
 """
-RETRY_BURST: Final = 10.0
+RETRY_BURST: Final = 20.0
 """The number of retries that are allowed before any request has earned one: when an engine ends, other engines can
-answer its first failed requests.
+answer its first failed requests. Of two engines, one that fails its requests is ejected after some twenty of them
+(`comparison.MAX_CHANCE`): no client sees an error until then.
 """
 
 
@@ -31,7 +32,7 @@ class RetryBudget:
 
     >>> budget = RetryBudget()
     >>> sum(budget.take(100) for _ in range(50)), sum(budget.take(130) for _ in range(50))
-    (10, 3)
+    (20, 3)
     """
 
     def __init__(self) -> None:
