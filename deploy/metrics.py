@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from hemostat.adapters.live.builder import BuildFailure
 from hemostat.adapters.live.client import BuildOutcome
-from hemostat.adapters.live.judge import JudgeDropReason
+from hemostat.adapters.live.judge import JUDGED, JudgeDropReason
 from hemostat.adapters.serving.probes import AGREEMENT, ERROR, FAILED, ISOLATION, PASSED, WAITING
 from hemostat.canaries.engine import BASELINE, ENGINES
 from hemostat.canaries.judge import EQUAL, EXCEEDED
@@ -25,7 +25,7 @@ from hemostat.measurement.thinking import CUT, ENDED, NONE, STOPPED
 from hemostat.metrics import names, reasons
 from hemostat.metrics.catalogue import GROUPS
 from hemostat.metrics.metric import Metric
-from hemostat.metrics.reasons import UNJUDGED, Unscored
+from hemostat.metrics.reasons import UNJUDGED, FailedPart, Unscored
 from hemostat.openai import routes
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay import outcomes
@@ -160,12 +160,17 @@ LABELS: dict[str, dict[str, Values | str]] = {
         }
     },
     "edge": {"": EDGES, names.OUTCOME_DIFFERENCE: {"mean": "the estimate", "low": "lower end", "high": "upper end"}},
-    "context": {
-        "": f"tokens before the scored one, of prompt and output: {', '.join(f'`{bucket}`' for bucket in CONTEXTS)}"
-    },
-    "position": {"": f"of the token in the output, from 0: {', '.join(f'`{bucket}`' for bucket in POSITIONS)}"},
-    "phase": {
+    "division": {
         "": {
+            "position": "by the position of the token in the output, from 0",
+            "context": "by the number of tokens before it, of prompt and output",
+            "phase": "by the phase of a reasoning model",
+        }
+    },
+    "place": {
+        "": {
+            ", ".join(POSITIONS): "positions",
+            ", ".join(CONTEXTS): "numbers of tokens",
             THINKING: "what the model writes before its answer, with the markers that enclose it",
             ANSWER: "what follows the thinking",
         }
@@ -273,6 +278,18 @@ LABELS: dict[str, dict[str, Values | str]] = {
             BuildFailure.REFUSED: "no adapter can be made of these checkpoints or texts; the status says why",
             BuildFailure.INVALID: "the result is damaged, or is not about the checkpoints that serve",
         },
+        names.ADAPTER_JUDGED: {
+            JUDGED: "the exact distances were computed",
+            JudgeDropReason.NOT_READY: "the copies are being loaded, or their process has ended",
+            JudgeDropReason.BUSY: "too many requests wait",
+            JudgeDropReason.ENDED: "the process of the copies ended while the request waited",
+            JudgeDropReason.NO_HIDDEN_STATES: "the reference's hidden states are missing",
+            JudgeDropReason.FAILED: "the copies could not compute them",
+            JudgeDropReason.OTHER_REFERENCE: "the copies' reference gives the tokens other log-probabilities than the "
+            "reference that scored them: see `adapter.reference`",
+            JudgeDropReason.TOO_LONG: "by how fast the copies have answered so far, the answer would take too long: "
+            "`max_tokens` of the judge's status",
+        },
         names.OUTCOME_DIFFERENCE: {
             **{outcome: outcome.meaning for outcome in Outcome},
             LENGTH: "the mean number of output tokens",
@@ -299,17 +316,6 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "shape": "the features do not match the tokens",
             "not_finite": "some features are not finite",
             "masked": "every row is masked",
-        },
-        names.ADAPTER_JUDGE_DROPPED: {
-            JudgeDropReason.NOT_READY: "the copies are being loaded, or their process has ended",
-            JudgeDropReason.BUSY: "too many requests wait",
-            JudgeDropReason.ENDED: "the process of the copies ended while the request waited",
-            JudgeDropReason.NO_HIDDEN_STATES: "the reference's hidden states are missing",
-            JudgeDropReason.FAILED: "the copies could not compute them",
-            JudgeDropReason.OTHER_REFERENCE: "the copies' reference gives the tokens other log-probabilities than the "
-            "reference that scored them: see `adapter.reference`",
-            JudgeDropReason.TOO_LONG: "by how fast the copies have answered so far, the answer would take too long: "
-            "`max_tokens` of the judge's status",
         },
         **dict.fromkeys((names.SAMPLED_REQUESTS, names.SAMPLED_TOKENS), f"as of `{names.SHADOW_REQUESTS}`, below"),
         names.PROFILE_DECISIONS: {
@@ -345,6 +351,13 @@ LABELS: dict[str, dict[str, Values | str]] = {
             ERROR: "the upstream did not answer, or with an error",
             WAITING: "the copy of the model did not answer",
         },
+    },
+    "part": {
+        "": {
+            FailedPart.CALIBRATION: "calibration could neither learn from a scored request nor judge by it",
+            FailedPart.OUTCOME: "the outcome of a response could not be judged",
+            FailedPart.TRACING: "a request could not be traced or logged",
+        }
     },
     "probe": {
         "": {

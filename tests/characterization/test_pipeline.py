@@ -177,7 +177,7 @@ FIGURES: dict[str, dict[tuple[str, ...], float]] = {
     "hemostat_output_tokens_total": {("treated",): 3400.0, ("control",): 1800.0},
     "hemostat_repetition_loops_total": {("treated",): 1.0, ("control",): 3.0},
     "hemostat_structured_outputs_total": {("treated", "json", "valid"): 7.0, ("control", "tool_call", "cut"): 1.0},
-    "hemostat_outcome_errors_total": {("",): 0.0},
+    "hemostat_internal_errors_total": {("outcome",): 0.0},
 }
 
 

@@ -229,7 +229,7 @@ async def test_a_bug_in_calibration_costs_no_measurement(tmp_path: Path, monkeyp
         monkeypatch.setattr(plane.profile_manager, "observe", bug)
         plane.pipeline.use_record(*scored())
         assert plane.measured.measurements.tokens == 3
-        assert plane.registry.get_sample_value("hemostat_calibration_errors_total") == 1
+        assert plane.registry.get_sample_value("hemostat_internal_errors_total", {"part": "calibration"}) == 1
 
 
 async def test_consumers_of_records_know_only_the_kinds_that_are_followed(

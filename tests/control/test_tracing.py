@@ -161,7 +161,7 @@ async def test_a_tracing_failure_does_not_affect_requests() -> None:
         client = await connect()
         await client.send(asking())
         assert (await client.response("POST")).status == 200
-        assert relay.counters.other["hemostat_tracing_errors_total"] == {(): 1.0}
+        assert relay.counters.other["hemostat_internal_errors_total"] == {("tracing",): 1.0}
 
 
 async def test_a_shadow_score_is_linked_to_its_request(receiver: Receiver, tmp_path: Path) -> None:

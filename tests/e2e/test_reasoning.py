@@ -87,7 +87,7 @@ def test_thinking_is_split_from_the_answer_and_counted_by_how_it_ended(stack: St
     phases = {row["place"]: row for row in status["places"]["phase"]}
     assert phases["thinking"]["tokens"] == TOKENS + 1 + TOKENS
     assert phases["answer"]["tokens"] == TOKENS - 1
-    assert stack.metric("hemostat_phase_kl_tokens_total", phase="answer") == TOKENS - 1
+    assert stack.metric("hemostat_place_kl_tokens_total", division="phase", place="answer") == TOKENS - 1
     never = status["thinking"]["arms"]["none"]["never_ended"]
     assert never["estimate"] == pytest.approx(2 / 3)
     assert json.dumps(status["coverage"]["not_scored"]) == "[]"

@@ -163,7 +163,7 @@ def test_an_adapters_gain_is_exact_and_of_held_out_records() -> None:
     (kind,) = measured.by_kind.report()
     assert (kind["profile"], kind["gain_nats"], kind["recovered"]) == (ADAPTER.version, gained, recovered)
     json.dumps([shown, kind], allow_nan=False)
-    assert values(measured.samples())[names.KIND_RECOVERED_DIVERGENCE_RATIO, KIND] == recovered["estimate"]
+    assert values(measured.samples())[names.RECOVERED_DIVERGENCE_RATIO, KIND] == recovered["estimate"]
 
 
 def test_infinite_divergences_are_counted_and_in_no_mean_of_the_kl() -> None:

@@ -56,7 +56,7 @@ def test_a_kind_has_its_own_figures_arms_and_gain() -> None:
         assert 0.0 < kind["recovered"]["estimate"] < 1.0
     gauges = values(measured.samples())
     assert gauges["hemostat_kind_gain_nats", LONG, "token"] == long["gain_nats"]["estimate"]
-    assert gauges["hemostat_kind_recovered_divergence_ratio", SHORT] == short["recovered"]["estimate"]
+    assert gauges["hemostat_recovered_divergence_ratio", SHORT] == short["recovered"]["estimate"]
     accepted = short["raw"]["draft_acceptance"]
     assert gauges["hemostat_kind_draft_acceptance_ratio", SHORT, "lower"] == accepted["lower"]
     assert gauges["hemostat_kind_draft_acceptance_ratio", SHORT, "upper"] == accepted["upper"]

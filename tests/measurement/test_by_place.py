@@ -36,9 +36,9 @@ def test_each_bucket_has_the_figures_of_its_tokens() -> None:
     assert list(report) == [name for name in POSITIONS if tokens[name]]
     result = values(measured.samples())
     for name, one in report.items():
-        assert one["tokens"] == result[names.POSITION_KL_TOKENS, name] == tokens[name]
+        assert one["tokens"] == result[names.PLACE_KL_TOKENS, "position", name] == tokens[name]
         assert one["kl_nats"]["estimate"] == pytest.approx(nats[name] / tokens[name])
-        assert result[names.POSITION_KL_NATS, name] == pytest.approx(nats[name])
+        assert result[names.PLACE_KL_NATS, "position", name] == pytest.approx(nats[name])
         assert one["kl_nats"]["ci95"] == [None, None], "too few requests to know how much they depend on each other"
 
 
@@ -58,13 +58,14 @@ def test_later_turns_of_a_conversation_count_in_the_counters_only() -> None:
     measured = ByPlace()
     measured.add(RECORDS[0], divergence(RECORDS[0]), fresh=False)
     assert measured.report()["position"] == []
-    assert sum(value for key, value in values(measured.samples()).items() if key[0] == names.POSITION_KL_TOKENS) == T
+    result = values(measured.samples())
+    assert sum(value for key, value in result.items() if key[:2] == (names.PLACE_KL_TOKENS, "position")) == T
 
 
 def test_every_series_is_there_from_the_start() -> None:
     result = values(ByPlace().samples())
-    assert {key[1] for key in result if key[0] == names.CONTEXT_KL_TOKENS} == set(CONTEXTS)
-    assert {key[1] for key in result if key[0] == names.PHASE_KL_NATS} == {"thinking", "answer"}
+    assert {key[2] for key in result if key[:2] == (names.PLACE_KL_TOKENS, "context")} == set(CONTEXTS)
+    assert {key[2] for key in result if key[:2] == (names.PLACE_KL_NATS, "phase")} == {"thinking", "answer"}
     assert set(result.values()) == {0.0}
 
 
@@ -87,8 +88,10 @@ def test_a_part_of_an_output_counts_by_place_alone() -> None:
     part = replace(RECORDS[0], position=500, context_tokens=900)
     measured.observe_part(part, divergence(part), fresh=True)
     changed = {key for key, value in values(measured.samples()).items() if before.get(key) != value}
-    assert {key[0] for key in changed} == {
-        *(names.POSITION_KL_NATS, names.POSITION_KL_TOKENS, names.CONTEXT_KL_NATS, names.CONTEXT_KL_TOKENS)
+    assert {key[:2] for key in changed} == {
+        (name, division)
+        for name in (names.PLACE_KL_NATS, names.PLACE_KL_TOKENS)
+        for division in ("position", "context")
     }
     assert measured.summary(None) == other.summary(None)
     assert measured.tokens == 0

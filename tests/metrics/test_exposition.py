@@ -32,8 +32,7 @@ CONTRACT = {
     "hemostat_top1_known_tokens_total": {"stage", "arm", "decoding"},
     "hemostat_covered_mass_ratio": {"model"},
     "hemostat_recovered_distribution_ratio": set(),
-    "hemostat_recovered_divergence_ratio": set(),
-    "hemostat_profile_rollbacks_total": set(),
+    "hemostat_recovered_divergence_ratio": {"kind"},
     "hemostat_profile_decisions_total": {"decision", "reason"},
 }
 """The names and labels that dashboards rely on."""

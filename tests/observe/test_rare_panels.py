@@ -35,14 +35,14 @@ def samples() -> Iterator[Sample]:
         yield Sample(names.ADAPTERS, (state,), 1)
     yield Sample(names.ADAPTER_PROBES, ("isolation", "failed"), count)
     yield Sample(names.ADAPTER_LOADS, ("refused",), count)
-    yield Sample(names.ADAPTER_JUDGED, (), count)
-    yield Sample(names.ADAPTER_JUDGE_DROPPED, ("busy",), count)
+    yield Sample(names.ADAPTER_JUDGED, ("judged",), count)
+    yield Sample(names.ADAPTER_JUDGED, ("busy",), count)
     yield Sample(names.ADAPTER_BUILDS, ("proposed",), count)
     for engine, odd in (("a:8000", 0.0), ("b:8000", 1.0)):
         yield Sample(names.ENGINE_OUTLIER, (engine,), odd)
     for phase, nats in (("thinking", 0.25), ("answer", 0.5)):
-        yield Sample(names.PHASE_KL_NATS, (phase,), nats * count)
-        yield Sample(names.PHASE_KL_TOKENS, (phase,), count)
+        yield Sample(names.PLACE_KL_NATS, ("phase", phase), nats * count)
+        yield Sample(names.PLACE_KL_TOKENS, ("phase", phase), count)
     for arm in ("control", "treated"):
         for end, requests in (("ended", 5), ("cut", 2), ("stopped", 1), ("none", 100)):
             yield Sample(names.THINKING_REQUESTS, (arm, end), requests * count)

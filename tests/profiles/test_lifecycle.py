@@ -90,7 +90,7 @@ def test_a_profile_that_becomes_harmful_is_rolled_back() -> None:
     assert event["version"] == version
     assert event["evidence"]["mean_gain"] < 0
     assert event["evidence"]["log_e"] >= event["evidence"]["needed"]
-    assert bench.profiles.lifecycle.rollbacks == 1
+    assert bench.decisions().count("roll_back") == 1
     assert bench.restart().profiles.serving.selected is None
 
 

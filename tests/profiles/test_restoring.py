@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 from tests.support.profile_bench import BIASED, EVEN, JUDGED, MODEL, Bench, contextual, harmful, helpful
+from tests.support.samples import values
 from tests.support.stores import DirectWrites
 from tests.support.world import V
 
@@ -61,7 +62,7 @@ def test_what_served_and_cannot_be_read_any_more_is_withdrawn_with_the_reason_on
     assert (event["version"], event["kind"], event["reason"]) == (version, REST_KIND, "lost")
     assert ("cannot be read" in event["why"]) == (data is not None)
     assert not again.profiles.serving.pinned
-    assert [sample.value for sample in again.profiles.samples() if sample.name == names.PROFILE_ROLLBACKS] == [1]
+    assert values(again.profiles.samples())[names.PROFILE_DECISIONS, "roll_back", "lost"] == 1
     assert again.restart(crash=True).decisions() == again.decisions()
     again.feed(BIASED, JUDGED[:5])
 

@@ -14,7 +14,7 @@ from tests.support.waiting import HANG_SECONDS, until
 
 from hemostat.hooks import Comparison
 from hemostat.ipc.messages import OutcomeReport
-from hemostat.metrics.names import OUTCOME_ERRORS
+from hemostat.metrics.names import INTERNAL_ERRORS
 from hemostat.openai.form import Form
 from hemostat.relay.answer_format import AnswerFormat
 from hemostat.relay.outcomes import OutcomeObserver
@@ -262,4 +262,4 @@ async def test_an_error_in_the_evaluation_does_not_reach_the_client(monkeypatch:
     body = chat_json("Paris.")
     reports, counted, got = await relayed(SpyHook(arm="treated", comparison=COMPARISON), answer(body))
     assert (reports, got) == ([], body)
-    assert counted[OUTCOME_ERRORS] == {(): 1}
+    assert counted[INTERNAL_ERRORS] == {("outcome",): 1}

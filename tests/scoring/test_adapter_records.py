@@ -195,7 +195,7 @@ def test_records_wait_for_their_distances_and_are_judged_in_their_order(tmp_path
     gained = pipeline.measured.gained(ADAPTER.version)
     assert gained is not None
     assert gained["requests"] == 4
-    assert values(pipeline.pipeline.samples())[names.RECOVERED_DIVERGENCE_RATIO,] > 0.5
+    assert values(pipeline.pipeline.samples())[names.RECOVERED_DIVERGENCE_RATIO, "all"] > 0.5
     assert pipeline.records is not None
     pipeline.records.close()
     lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]

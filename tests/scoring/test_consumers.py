@@ -87,7 +87,7 @@ async def test_a_consumer_that_fails_costs_the_others_nothing(tmp_path: Path, ca
             plane.pipeline.use_record(*scored())
         assert len(after.seen) == 1
         assert plane.measured.measurements.tokens == 3
-        assert plane.registry.get_sample_value(names.CALIBRATION_ERRORS) == 0
+        assert plane.registry.get_sample_value(names.INTERNAL_ERRORS, {"part": "calibration"}) == 0
         assert "Noting could not use the record of r" in caplog.text
 
 

@@ -8,7 +8,7 @@ from typing import Final
 from hemostat.ipc.ends import OUTCOMES
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
 from hemostat.metrics import names
-from hemostat.metrics.reasons import Outcome, RepeatReason, Unscored
+from hemostat.metrics.reasons import FailedPart, Outcome, RepeatReason, Unscored
 from hemostat.metrics.samples import AnySample, HistogramSample, Sample
 from hemostat.openai import routes
 from hemostat_calibration.records import Arm
@@ -25,8 +25,7 @@ INITIAL_SERIES: Final[dict[str, list[tuple[str, ...]]]] = {
     names.CLIENT_LIMITED_REQUESTS: [("rate",), ("concurrent",)],
     names.ACCESS_LOG_DROPPED_LINES: [()],
     names.REPEATED_REQUESTS: [(reason.value,) for reason in RepeatReason],
-    names.OUTCOME_ERRORS: [()],
-    names.TRACING_ERRORS: [()],
+    names.INTERNAL_ERRORS: [(FailedPart.OUTCOME.value,), (FailedPart.TRACING.value,)],
     names.CLOSED_CONNECTIONS: [("connections",), ("connections_per_client",)],
     names.RESPONSES_FINISHED: [(*arm, reason) for arm in _ARMS for reason in ("stop", "length")],
     names.OUTPUT_TOKENS: _ARMS,

@@ -66,19 +66,21 @@ class _Group:
         """Returns the figures of the places with a request, in the places' order."""
         return [{"place": label, **figure.summary()} for label, figure in self._figures.items() if figure.requests]
 
-    def samples(self, kl: str, tokens: str) -> Iterator[Sample]:
+    def samples(self, division: str) -> Iterator[Sample]:
         for label, (count, nats) in self._totals.items():
-            yield Sample(kl, (label,), nats)
-            yield Sample(tokens, (label,), count)
+            yield Sample(names.PLACE_KL_NATS, (division, label), nats)
+            yield Sample(names.PLACE_KL_TOKENS, (division, label), count)
 
 
 class ByPlace:
     """The figures by place. cycle: of the traffic."""
 
     def __init__(self, cycle: Cycle = NO_CYCLE) -> None:
-        self._position = _Group(POSITIONS, by_position, cycle)
-        self._context = _Group(CONTEXTS, by_context, cycle)
-        self._phase = _Group(PHASES, by_phase, cycle)
+        self._divisions = {
+            "position": _Group(POSITIONS, by_position, cycle),
+            "context": _Group(CONTEXTS, by_context, cycle),
+            "phase": _Group(PHASES, by_phase, cycle),
+        }
 
     def add(self, record: TokenRecord, raw: TokenDivergence, *, fresh: bool) -> None:
         """Adds a record of the compressed model itself; a record under a grammar is left out. fresh: it is an
@@ -86,25 +88,20 @@ class ByPlace:
         """
         if record.constraint:
             return
-        for group in (self._position, self._context, self._phase):
+        for group in self._divisions.values():
             group.add(record, raw, fresh=fresh)
 
     def forget(self) -> None:
         """Begins the figures of all places anew. Totals go on."""
-        for group in (self._position, self._context, self._phase):
+        for group in self._divisions.values():
             group.forget()
 
     def report(self) -> dict[str, Any]:
         """Returns the figures by `position`, `context` and `phase`, for the places with a request, in their order;
         JSON-ready.
         """
-        return {
-            "position": self._position.report(),
-            "context": self._context.report(),
-            "phase": self._phase.report(),
-        }
+        return {division: group.report() for division, group in self._divisions.items()}
 
     def samples(self) -> Iterator[Sample]:
-        yield from self._position.samples(names.POSITION_KL_NATS, names.POSITION_KL_TOKENS)
-        yield from self._context.samples(names.CONTEXT_KL_NATS, names.CONTEXT_KL_TOKENS)
-        yield from self._phase.samples(names.PHASE_KL_NATS, names.PHASE_KL_TOKENS)
+        for division, group in self._divisions.items():
+            yield from group.samples(division)

@@ -173,13 +173,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("kind", "weighting"),
         ),
         Metric(
-            names.KIND_RECOVERED_DIVERGENCE_RATIO,
-            "gauge",
-            "ratio",
-            "Fraction of KL(reference||compressed) that the profile removes, by kind, on the same tokens.",
-            ("kind",),
-        ),
-        Metric(
             names.KIND_DRAFT_ACCEPTANCE_RATIO,
             "gauge",
             "ratio",
@@ -187,49 +180,20 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("kind", "bound"),
         ),
         Metric(
-            names.POSITION_KL_NATS,
+            names.PLACE_KL_NATS,
             "counter",
             "nats",
-            f"Sum of KL(reference||compressed) over {names.POSITION_KL_TOKENS},"
-            " by position in the output: a lower bound.",
-            ("position",),
+            f"Sum of KL(reference||compressed) over {names.PLACE_KL_TOKENS}, by the place of the token in its text: a "
+            "lower bound.",
+            ("division", "place"),
         ),
         Metric(
-            names.POSITION_KL_TOKENS,
+            names.PLACE_KL_TOKENS,
             "counter",
             "tokens",
-            "Scored tokens with a finite KL(reference||compressed), by position in the output.",
-            ("position",),
-        ),
-        Metric(
-            names.CONTEXT_KL_NATS,
-            "counter",
-            "nats",
-            f"Sum of KL(reference||compressed) over {names.CONTEXT_KL_TOKENS},"
-            " by number of tokens before them: a lower bound.",
-            ("context",),
-        ),
-        Metric(
-            names.CONTEXT_KL_TOKENS,
-            "counter",
-            "tokens",
-            "Scored tokens with a finite KL(reference||compressed), by number of tokens before them.",
-            ("context",),
-        ),
-        Metric(
-            names.PHASE_KL_NATS,
-            "counter",
-            "nats",
-            f"Sum of KL(reference||compressed) over {names.PHASE_KL_TOKENS},"
-            " by phase of a reasoning model: a lower bound.",
-            ("phase",),
-        ),
-        Metric(
-            names.PHASE_KL_TOKENS,
-            "counter",
-            "tokens",
-            "Scored tokens with a finite KL(reference||compressed), by phase of a reasoning model.",
-            ("phase",),
+            "Scored tokens with a finite KL(reference||compressed), by their place in the text. A token counts once in "
+            "each division, so do not sum over divisions.",
+            ("division", "place"),
         ),
         Metric(
             names.THINKING_REQUESTS,
@@ -383,7 +347,9 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.RECOVERED_DIVERGENCE_RATIO,
             "gauge",
             "ratio",
-            "Fraction of KL(reference||compressed) that the profile removes, on the same tokens.",
+            "Fraction of KL(reference||compressed) that the profile removes, on the same tokens, by kind and of all "
+            'kinds together (kind="all").',
+            ("kind",),
         ),
         Metric(
             names.PROFILE_KIND_INFO,
@@ -415,7 +381,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "evidence (log scale; 1: proven).",
             ("kind",),
         ),
-        Metric(names.PROFILE_ROLLBACKS, "counter", "profiles", "Profiles rolled back."),
         Metric(names.PROFILE_DECISIONS, "counter", "decisions", "Decisions about profiles.", ("decision", "reason")),
         Metric(
             names.LEARNED_TOKENS,
@@ -475,14 +440,9 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.ADAPTER_JUDGED,
             "counter",
             "requests",
-            "Held-out requests whose exact distances were computed on copies of both models.",
-        ),
-        Metric(
-            names.ADAPTER_JUDGE_DROPPED,
-            "counter",
-            "requests",
-            "Held-out requests that were used without exact distances, by reason.",
-            ("reason",),
+            "Held-out requests by whether their exact distances were computed on copies of both models: judged, or why "
+            "they were used without.",
+            ("outcome",),
         ),
     ),
     "The engines": engines.UPSTREAM_METRICS,
@@ -535,10 +495,11 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     ),
     "Failures of Hemostat itself; all of these should stay 0": (
         Metric(
-            names.CALIBRATION_ERRORS,
+            names.INTERNAL_ERRORS,
             "counter",
             "requests",
-            "Scored requests that calibration could neither learn from nor judge by: a bug, see the log.",
+            "Requests for which a part of Hemostat failed, without an effect on the client: a bug, see the log.",
+            ("part",),
         ),
         Metric(names.STORE_ERRORS, "counter", "operations", "Reads and writes that the store refused."),
         Metric(
@@ -546,18 +507,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "counter",
             "requests",
             "Scored requests that could not be written to `records.path`, such as to a full disk; it is tried again.",
-        ),
-        Metric(
-            names.OUTCOME_ERRORS,
-            "counter",
-            "responses",
-            "Responses whose outcome could not be judged: a bug, see the log.",
-        ),
-        Metric(
-            names.TRACING_ERRORS,
-            "counter",
-            "requests",
-            "Requests that could not be traced or logged: a bug, see the log.",
         ),
     ),
 }

@@ -214,6 +214,17 @@ UNJUDGED: Final = tuple(reason for reason in Unscored if REQUEST in reason.count
 """The reasons that are known before a request goes upstream."""
 
 
+class FailedPart(StrEnum):
+    """The part of Hemostat that failed for a request: values of the label `part` of internal errors."""
+
+    CALIBRATION = "calibration"
+    """Calibration could neither learn from a scored request nor judge by it."""
+    OUTCOME = "outcome"
+    """The outcome of a response could not be judged."""
+    TRACING = "tracing"
+    """A request could not be traced or logged."""
+
+
 class RepeatReason(StrEnum):
     """The reason for which a request is sent again as the client wrote it: values of the label `reason` of repeated
     requests.

@@ -7,12 +7,10 @@ What serves changes only here, in one kind of traffic at a time. `judging` (evid
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hemostat.ipc.messages import rest_of
-from hemostat.metrics import names
-from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import MAX_ONE_PROFILE_BYTES, Catalogue, parameter_bytes
 from hemostat.profiles.decisions import Decision, EventLog, Reason, evidence_json, pooled_gain
 from hemostat.profiles.persistence import StateWriter
@@ -26,7 +24,7 @@ log = logging.getLogger("hemostat.calibration")
 
 
 class Lifecycle:
-    """Counts of promotions and rollbacks, each in one kind, are since this process started."""
+    """Decides nothing itself: it carries decisions out, and records them as events."""
 
     def __init__(
         self,
@@ -42,10 +40,6 @@ class Lifecycle:
         self._trials = trials
         self._events = events
         self._writer = writer
-        self.rollbacks = 0
-
-    def samples(self) -> Iterator[Sample]:
-        yield Sample(names.PROFILE_ROLLBACKS, (), self.rollbacks)
 
     # --- profiles held ---------------------------------------------------------------------------------------------
 
@@ -262,7 +256,6 @@ class Lifecycle:
 
     def _end_serving(self, kind: str, state: KindState) -> None:
         state.version, state.pinned, state.chosen = None, False, False
-        self.rollbacks += 1
         self._trials.unwatch(kind)
 
     def _serving_changed(self) -> None:

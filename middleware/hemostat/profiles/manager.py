@@ -257,7 +257,6 @@ class ProfileManager:
 
     def samples(self) -> Iterator[Sample]:
         """Yields the metrics of decisions, and of the profiles that serve or would, by kind."""
-        yield from self.lifecycle.samples()
         yield from self.events.samples()
         yield from self.report.samples()
 

@@ -14,6 +14,7 @@ from hemostat.hooks import Comparison
 from hemostat.ipc import ends
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.metrics import names
+from hemostat.metrics.reasons import FailedPart
 from hemostat.openai.routes import FORMS
 from hemostat.relay.context import RelayContext
 from hemostat.relay.http.fields import drop_fields, split_fields
@@ -50,7 +51,7 @@ class GenerationReport:
             self._span = tracing.start_request(self._route, received, self._request_id)
             headers = self._span.upstream_headers()
         except Exception:  # noqa: BLE001  an error in tracing must not affect the request
-            self._context.counters.add(names.TRACING_ERRORS, ())
+            self._context.counters.add(names.INTERNAL_ERRORS, (FailedPart.TRACING.value,))
             return
         request.drop(_TRACE_FIELDS)
         request.traceparent = True
@@ -67,7 +68,7 @@ class GenerationReport:
         try:
             self.observer.compare(body, json_in_words=comparison.json_in_words)
         except Exception:  # noqa: BLE001  an error in the evaluation must not affect the connection
-            self._context.counters.add(names.OUTCOME_ERRORS, ())
+            self._context.counters.add(names.INTERNAL_ERRORS, (FailedPart.OUTCOME.value,))
 
     def begin_response(self, head: ResponseHead) -> None:
         """Begins to evaluate a response. It can be evaluated only if it is not an error and not compressed.
@@ -97,7 +98,7 @@ class GenerationReport:
             if comparison is not None and ended.bad is not None:
                 self._report_outcome(comparison, ended)
         except Exception:  # noqa: BLE001  an error in the evaluation must not affect the connection
-            context.counters.add(names.OUTCOME_ERRORS, ())
+            context.counters.add(names.INTERNAL_ERRORS, (FailedPart.OUTCOME.value,))
         try:
             if context.log_requests:
                 self._log(ended, arm, status, outcome)
@@ -114,7 +115,7 @@ class GenerationReport:
                     },
                 )
         except Exception:  # noqa: BLE001  an error in tracing or logging must not affect the connection
-            context.counters.add(names.TRACING_ERRORS, ())
+            context.counters.add(names.INTERNAL_ERRORS, (FailedPart.TRACING.value,))
         return ended.usage_tokens
 
     def _report_outcome(self, comparison: Comparison, ended: ResponseOutcome) -> None:

@@ -24,7 +24,7 @@ from hemostat.measurement.by_model import OtherModels
 from hemostat.measurement.coverage import Coverage
 from hemostat.measurement.dependence import NO_CYCLE, Cycle
 from hemostat.metrics import names
-from hemostat.metrics.reasons import Unscored
+from hemostat.metrics.reasons import FailedPart, Unscored
 from hemostat.metrics.samples import Sample
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.protocol import Reference
@@ -183,10 +183,10 @@ class ScoringPipeline:
             yield Sample(names.REFERENCE_TOKENS, (), 0.0)
         if self.noise_floor is not None:
             yield from self.noise_floor.samples()
-        yield Sample(names.CALIBRATION_ERRORS, (), self.calibration.errors)
+        yield Sample(names.INTERNAL_ERRORS, (FailedPart.CALIBRATION.value,), self.calibration.errors)
         recovered = self._parts.measurements.recovered(self._parts.profiles.serving.reported) or {}
         if recovered.get("estimate") is not None:
-            yield Sample(names.RECOVERED_DIVERGENCE_RATIO, (), recovered["estimate"])
+            yield Sample(names.RECOVERED_DIVERGENCE_RATIO, ("all",), recovered["estimate"])
 
     def sample(self, requests_per_second: float) -> None:
         """Adapts the part of the requests that relays sample to what can be scored. Call it regularly."""

@@ -301,8 +301,8 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
             await asking
         assert live_judge.dropped["ended"] == offers
         result = values(live_judge.samples())
-        assert result[names.ADAPTER_JUDGE_DROPPED, "ended"] == offers
-        assert result[names.ADAPTER_JUDGE_DROPPED, "busy"] == 1
+        assert result[names.ADAPTER_JUDGED, "ended"] == offers
+        assert result[names.ADAPTER_JUDGED, "busy"] == 1
         await until(lambda: live_judge.state == "ready")
         assert pid() != running
         scored = record_of(1, folders=folders)
@@ -338,7 +338,7 @@ async def test_a_record_whose_answer_would_take_too_long_is_counted_and_not_aske
         assert live_judge.status()["max_tokens"] == tokens // 2
         assert not live_judge.offer(scored, prompt_of(1), (IDENTITY,), lambda _: None)
         assert live_judge.dropped["too_long"] == 1
-        assert values(live_judge.samples())[names.ADAPTER_JUDGE_DROPPED, "too_long"] == 1
+        assert values(live_judge.samples())[names.ADAPTER_JUDGED, "too_long"] == 1
         # A machine that was busy for a while is tried again.
         for _ in range(100):
             if live_judge.offer(scored, prompt_of(1), (IDENTITY,), lambda _: None):

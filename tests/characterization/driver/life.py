@@ -273,7 +273,7 @@ class Life:
             "learned": [told["learned_requests"], told["learned_tokens"]],
             "tests_begun": told["tests_begun"],
             "promotions": sum(n for (decision, _), n in manager.events.counts.items() if decision == "promote"),
-            "rollbacks": manager.lifecycle.rollbacks,
+            "rollbacks": sum(n for (decision, _), n in manager.events.counts.items() if decision == "roll_back"),
         }
         return {name: value for name, value in result.items() if value not in (None, [], {}, False, 0)}
 

@@ -49,6 +49,8 @@ MAX_REFERENCE_NATS = 0.25
 """Mean difference of the log-probabilities of a record's tokens between the reference that scored it and the judge's,
 up to which they are one model: repeated computations in bfloat16 differ by about 0.01, two sizes of one family by more
 than 0.5. Both are of the reference alone, so that which records are left out does not depend on any profile's gain."""
+JUDGED = "judged"
+"""The outcome of a record that got its distances."""
 
 Done = Callable[[Mapping[str, ExactDistances]], None]
 
@@ -70,8 +72,7 @@ class JudgeState(StrEnum):
 
 
 class JudgeDropReason(StrEnum):
-    """The reason why a record got no distances: a value of the label `reason` of
-    `hemostat_adapter_judge_dropped_total`."""
+    """The reason why a record got no distances: a value of the label `outcome` of `hemostat_adapter_judged_total`."""
 
     NOT_READY = "not_ready"
     """It is starting, or has ended."""
@@ -265,9 +266,9 @@ class AdapterJudge:
         self._process.wake()
 
     def samples(self) -> Iterator[Sample]:
-        yield Sample(names.ADAPTER_JUDGED, (), self.judged)
+        yield Sample(names.ADAPTER_JUDGED, (JUDGED,), self.judged)
         for reason, records in self.dropped.items():
-            yield Sample(names.ADAPTER_JUDGE_DROPPED, (reason,), records)
+            yield Sample(names.ADAPTER_JUDGED, (reason,), records)
 
     def status(self) -> dict[str, Any]:
         return {
