@@ -203,7 +203,7 @@ answered with 200 once it is in the store. 507: it applies, but is not stored ye
 
 def admin_routes() -> dict[tuple[str, str], str]:
     """(method, path) -> the text of the route."""
-    nothing: Any = SimpleNamespace(engines=None, profiles=SimpleNamespace(profile_bytes=None))
+    nothing: Any = SimpleNamespace(engines=SimpleNamespace(reports=None), profiles=SimpleNamespace(profile_bytes=None))
     routes = create_app(nothing, Tokens(), lambda: 0.0).routes
     return {
         (method, route.path): inspect.getdoc(route.endpoint) or ""

@@ -145,7 +145,7 @@ async def test_a_profile_is_imported_shown_fetched_and_taken_back(plane: Control
     answer = await client.post("/api/v1/engine/report", headers=AUTHORIZED, json=report)
     told = answer.json()
     assert len(told.pop("secrets")) == 2, "the present one and the next one"
-    assert told == {"hold": [version], "nonce_prefix": plane.engines.nonce_prefix}
+    assert told == {"hold": [version], "nonce_prefix": plane.engines.reports.nonce_prefix}
 
     nothing = await client.post("/api/v1/profiles/rollback", headers=AUTHORIZED)
     assert nothing.status_code == 400

@@ -28,7 +28,7 @@ from hemostat.admin.alerts import ALERTS
 from hemostat.admin.recent import LONG_SECONDS, LOST_SECONDS, MINUTE_SECONDS
 from hemostat.control.composition import Control
 from hemostat.engines.messages import EngineReport
-from hemostat.engines.registry import SILENCE_SECONDS
+from hemostat.engines.reports import SILENCE_SECONDS
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, EngineHealth, Stats, encode
 from hemostat.metrics.reasons import Unscored
 from hemostat.reference.pair import ReferenceState
@@ -208,7 +208,7 @@ async def test_of_several_engines_one_is_no_outage_and_all_are(
         await plane.report(stats(engine(A), engine(B, "ejected"), engine(C)), 0)
         await plane.report(stats(engine(A), engine(B, "ejected"), engine(C)), 1)
         assert plane.found() == [("HemostatEngineEjected", f"1 of 3 engines gets no requests: {B}")]
-        plane.one.upstreams.drained = frozenset([B])
+        plane.one.engines.drained = frozenset([B])
         assert plane.found() == []
         for relay in range(2):
             await plane.report(stats(engine(A, "ejected"), engine(B), engine(C, "ejected")), relay)
@@ -340,7 +340,7 @@ async def test_a_profile_that_failed_is_a_problem_until_its_engine_is_started_ag
 
         def report(boot: str, **counters: int) -> None:
             last = EngineReport(boot, 0, 1, [], 30, counters, "v1", "0", plugin=__version__)
-            plane.one.engines.report(last, plane.now)
+            plane.one.engines.reports.report(last, plane.now)
 
         report("a", profiles_failed=0, profiles_refused=2)
         report("b")
@@ -358,7 +358,7 @@ async def test_a_plugin_whose_version_does_not_fit_is_a_problem_until_its_engine
 
         def report(boot: str, version: str) -> None:
             last = EngineReport(boot, 0, 1, [], 30, {}, "v1", "0", plugin=version)
-            plane.one.engines.report(last, plane.now)
+            plane.one.engines.reports.report(last, plane.now)
 
         def found() -> list[str]:
             problems = plane.one.problems.look().problems

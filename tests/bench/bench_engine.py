@@ -37,7 +37,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.engines.registry import SILENCE_SECONDS
+from hemostat.engines.reports import SILENCE_SECONDS
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_engine.product import Product, multiplies_bfloat16, packs

@@ -116,9 +116,9 @@ async def test_a_replay_waits_for_low_load_and_for_the_budget(tmp_path: Path, mo
         bench.now += HOUR_SECONDS
         bench.outstanding[bench.names[0]] = 40
         # The average of an hour, in which there was nothing until now, is taken as it was before.
-        bench.canaries.schedule.turns[bench.names[0]].canaries.pace.look(0)
-        await bench.canaries.step()
-        engine = bench.canaries.schedule.turns[bench.names[0]]
+        bench.canaries.known.current[bench.names[0]].pace.look(0)
+        bench.canaries.step()
+        engine = bench.canaries.known.current[bench.names[0]]
         await asyncio.sleep(0.1)
         assert not engine.idle
         assert bench.asked() == [0]
@@ -126,10 +126,10 @@ async def test_a_replay_waits_for_low_load_and_for_the_budget(tmp_path: Path, mo
         await bench.settle()
         assert bench.asked() == [SEQUENCES]
 
-        assert engine.canaries.base is not None
-        spent = engine.canaries.pace._spent
+        assert engine.base is not None
+        spent = engine.pace._spent
         spent.append((bench.now, BUDGET_TOKENS))
-        engine.canaries.base.due = 0.0
+        engine.base.due = 0.0
         await bench.settle()
         assert bench.asked() == [0]
         await bench.settle(HOUR_SECONDS)
@@ -233,7 +233,7 @@ async def test_a_drained_engine_does_not_keep_the_others_from_another_path(tmp_p
     fakes = [FakeVllm(root="/models/a"), FakeVllm(root="/models/a")]
     async with world(tmp_path, *fakes) as bench:
         await bench.settle(FIRST_SECONDS)
-        bench.upstreams.drain(bench.names[0], ends=False)
+        bench.engines.drain(bench.names[0], ends=False)
         fakes[1].root = "/models/b"
         await bench.settle(HOUR_SECONDS)
         await bench.settle(1)
@@ -273,7 +273,7 @@ async def test_the_cause_is_looked_for_once_within_the_budget_and_is_in_the_stat
     async with world(tmp_path, *fakes, prompts=prompts) as bench:
         await bench.settle(FIRST_SECONDS)
         assert sorted(looked_for()) == [0, canary_cause.REPLAYS]
-        pace = bench.canaries.schedule.turns[bench.names[1]].canaries.pace
+        pace = bench.canaries.known.current[bench.names[1]].pace
         needed = 2 * bench.canaries.sets.base.tokens  # type: ignore[union-attr]
         fakes[1].noise = 0.3
         bench.now += HOUR_SECONDS

@@ -33,7 +33,7 @@ async def test_a_replay_that_fails_costs_what_was_sent(tmp_path: Path) -> None:
     fake = FakeVllm()
     async with world(tmp_path, fake) as bench:
         await bench.settle(FIRST_SECONDS)
-        pace, base = bench.canaries.schedule.turns[bench.names[0]].canaries.pace, bench.canaries.sets.base
+        pace, base = bench.canaries.known.current[bench.names[0]].pace, bench.canaries.sets.base
         assert base is not None
         bench.now += HOUR_SECONDS
         assert pace.left() == BUDGET_TOKENS
@@ -90,7 +90,7 @@ async def test_an_engine_that_cannot_be_asked_is_counted_and_asked_again_later_a
         await bench.settle(FIRST_SECONDS)
         for number, (name, (value, text)) in enumerate(faults.items(), 1):
             bench.asked()
-            http = bench.canaries.schedule.turns[bench.names[0]].canaries._server._client
+            http = bench.canaries.known.current[bench.names[0]]._server._client
             if name == "hang":
                 http.timeout = 0.2  # type: ignore[assignment]
             setattr(fakes[0], name, value)

@@ -55,12 +55,12 @@ async def test_nothing_is_asked_before_what_it_costs_is_stored(tmp_path: Path, m
         first.now += HOUR_SECONDS
         with monkeypatch.context() as away:
             away.setattr(DirectWrites, "has_written", lambda *_: False)
-            await first.canaries.step()
-            await until(lambda: first.canaries.schedule.turns[first.names[0]].canaries.pace.left() == 0)
+            first.canaries.step()
+            await until(lambda: first.canaries.known.current[first.names[0]].pace.left() == 0)
             await asyncio.sleep(0.1)
             assert first.asked() == [0], "the store is away"
             killed = first.again()
-            for engine in first.canaries.schedule.turns.values():
+            for engine in first.canaries.known.current.values():
                 assert engine.task is not None
                 engine.task.cancel()
         async with control_process(killed, first.now + 60.0) as bench:

@@ -60,7 +60,7 @@ async def test_relays_may_ask_for_an_adapter_once_it_is_loaded_and_probed(tmp_pa
         assert policy.adapters == {ADAPTER.version}
         assert ADAPTER.version in policy.acknowledged
         assert plane.profile_manager.serving.max_adapters == 1
-        assert ADAPTER.version in plane.engines._wanted, "engines keep it"
+        assert ADAPTER.version in plane.engines.reports._wanted, "engines keep it"
         engine = status_json(plane)["adapter"]["engine"]
         assert (engine["state"], engine["ready"]) == ("ready", [ADAPTER.version])
 
@@ -103,7 +103,7 @@ async def successor(
                 while True:
                     state = LoraState(lora.slots, lora.max_rank, lora.grouped, len(lora.loaded), lora.was_full)
                     report = EngineReport(boot, 0, 1, [], VOCAB, {}, "v1", "0.32.0", adapters=lora.loaded, lora=state)
-                    plane.engines.report(report, time.monotonic())
+                    plane.engines.reports.report(report, time.monotonic())
                     await asyncio.sleep(0.01)
 
             async with looping(plane.adapters.hosts.run(), plane.writer.run(), reports()):

@@ -17,7 +17,7 @@ from tests.support.waiting import until
 
 from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
-from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.reports import PluginReports
 from hemostat.ipc.messages import EngineHealth, Stats
 from hemostat.measurement.by_engine import ACTIVE_SECONDS
 
@@ -162,7 +162,7 @@ async def test_records_without_an_engine_count_nowhere(tmp_path: Path) -> None:
 
 
 async def test_each_engine_is_asked_for_the_versions_that_it_holds_itself(tmp_path: Path) -> None:
-    registry = EngineRegistry()
+    registry = PluginReports()
     engines = [PluginEngine(registry, "one"), PluginEngine(registry, "two")]
     for engine in engines:
         await engine.start()
@@ -170,11 +170,11 @@ async def test_each_engine_is_asked_for_the_versions_that_it_holds_itself(tmp_pa
     made = settings(upstream={"urls": [f"http://{name}" for name in names]})
     async with control(tmp_path, made) as plane:
         for engine in engines:
-            engine.registry = plane.engines
+            engine.registry = plane.engines.reports
         health = [EngineHealth(name, "up", False, 0, 0, 0, 0) for name in names]
         relay = await connect_relay(plane, tmp_path, 1, msgspec.structs.replace(relay_stats(), engines=health))
         engines[0].versions = {"one": ["a" * 32]}
-        task = asyncio.create_task(plane.addresses.run())
+        task = asyncio.create_task(plane.engines.run())
 
         def held() -> dict[str, frozenset[str]] | None:
             for engine in engines:

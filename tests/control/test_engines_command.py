@@ -11,11 +11,11 @@ import httpx
 import pytest
 from tests.support.admin_server import Served, served
 from tests.support.control import TOKEN, connect_relay, relay_stats
+from tests.support.engine_registry import healthy
 
 from hemostat import cli
 from hemostat.commands import admin_port
 from hemostat.control.composition import Control
-from hemostat.engines.upstreams import UpstreamEngine
 from hemostat.reference.pair import ReferenceState
 
 A, B = "10.0.0.1:8000", "10.0.0.2:8000"
@@ -25,8 +25,8 @@ A, B = "10.0.0.1:8000", "10.0.0.2:8000"
 def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     async def fill(control: Control, folder: Path) -> StreamWriter:
         control.monitor.state = ReferenceState.READY
-        engines = {A: UpstreamEngine(relays=2, up=2, outstanding=3, requests=70), B: UpstreamEngine(relays=2, up=1)}
-        control.upstreams.current = lambda: engines  # type: ignore[method-assign]
+        engines = {A: healthy(A, relays=2, up=2, outstanding=3, requests=70), B: healthy(B, relays=2, up=1)}
+        control.engines.current = lambda: engines  # type: ignore[method-assign]
         return await connect_relay(control, folder, 1, relay_stats())
 
     with served(tmp_path, fill) as running:
@@ -55,14 +55,14 @@ def test_it_shows_drains_and_resumes(instance: Served, capsys: pytest.CaptureFix
         B: "up for 1 of 2 relays 0 0 - - not known",
     }
     assert states(capsys, "--drain", B)[B].startswith("drained")
-    assert instance.do(lambda control: control.upstreams.drained) == {B}
+    assert instance.do(lambda control: control.engines.drained) == {B}
     assert states(capsys, "--resume", B, problem=ejected)[B].startswith("up")
-    assert instance.do(lambda control: control.upstreams.drained) == frozenset()
+    assert instance.do(lambda control: control.engines.drained) == frozenset()
 
 
 def test_engines_that_do_not_answer_are_named(instance: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    dead = {A: UpstreamEngine(relays=2)}
-    instance.do(lambda control: setattr(control.upstreams, "current", lambda: dead))
+    dead = {A: healthy(A, relays=2)}
+    instance.do(lambda control: setattr(control.engines, "current", lambda: dead))
     assert states(capsys, problem="critical: vLLM does not answer (since 20") == {A: "failing 0 0 - - 0"}
 
 

@@ -20,7 +20,7 @@ from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
 from hemostat.control.stored_state import MODELS_KEY
 from hemostat.engines.messages import EngineReport
-from hemostat.engines.registry import SILENCE_SECONDS
+from hemostat.engines.reports import SILENCE_SECONDS
 from hemostat.store.protocol import SetState
 
 
@@ -47,7 +47,7 @@ class Life:
         """By boot id, the weights that each live engine reports; others have been silent for long enough."""
         self.now += SILENCE_SECONDS + 1.0
         for boot, weights in engines.items():
-            self.one.engines.report(
+            self.one.engines.reports.report(
                 EngineReport(boot, 0, 1, [], 30, {}, "v1", "0", model=support.MODEL, weights=weights), self.now
             )
         self.one.do_periodic()

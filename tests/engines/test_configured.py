@@ -58,8 +58,8 @@ async def test_an_address_that_only_a_relay_names_is_never_contacted(
 ) -> None:
     configured, evil = [FakeEngine() for _ in range(count)], FakeEngine()
     async with contacted(configured, evil, tmp_path) as plane:
-        plane.engines.report(EngineReport("one", 0, 1, [], 100, {}, "v1", "0.32.0"), plane._clock())
-        loops = [asyncio.create_task(loop) for loop in (plane.addresses.run(), plane.canaries.run())]
+        plane.engines.reports.report(EngineReport("one", 0, 1, [], 100, {}, "v1", "0.32.0"), plane._clock())
+        loops = [asyncio.create_task(loop) for loop in (plane.engines.run(), plane.canaries.run())]
         try:
             await until(lambda: evil.asked or all(engine.asked for engine in configured))
         finally:
@@ -69,7 +69,7 @@ async def test_an_address_that_only_a_relay_names_is_never_contacted(
         assert [request.get(b"authorization") for request in evil.asked] == []
         assert configured[0].asked[0].get(b"authorization") == [b"Bearer the-key"], "what another server would get"
         names = [engine.name for engine in configured]
-        assert plane.addresses.current() == names
+        assert list(plane.engines.current()) == names
         assert [row["engine"] for row in status_json(plane)["upstream"]] == names
         assert status_json(plane)["engines"]["ignored_addresses"] == 1
         lines = [record.getMessage() for record in caplog.records if evil.name in record.getMessage()]
@@ -80,7 +80,7 @@ async def test_an_address_that_only_a_relay_names_is_never_contacted(
 async def test_a_capture_that_names_another_engine_is_scored_nowhere(tmp_path: Path) -> None:
     evil = FakeEngine()
     async with contacted([FakeEngine()], evil, tmp_path) as plane:
-        scorer = EngineScorer(plane.addresses, 4)
+        scorer = EngineScorer(plane.engines, 4)
         with pytest.raises(ReferenceFailure, match=f"{evil.name} is not an engine of the upstream"):
             await scorer.with_candidates(capture(engine=evil.name))
         await scorer.close()

@@ -40,8 +40,8 @@ async def test_relays_and_engines_get_them_and_nobody_else(tmp_path: Path, caplo
     made = settings(admin={"port": 0, "token": "secret", "engine_token": "engines"})
     async with control(tmp_path, made) as plane:
         now = plane._clock()
-        secrets = plane.engines.secrets.for_engines(now)
-        plane.engines.report(EngineReport("one", 0, 1, [], 100, {}, "v1", "0.32.0"), now)
+        secrets = plane.engines.reports.secrets.for_engines(now)
+        plane.engines.reports.report(EngineReport("one", 0, 1, [], 100, {}, "v1", "0.32.0"), now)
         plane.policy.publish()
         assert plane.link._policy is not None
         assert plane.link._policy.secret == secrets[0]
@@ -54,6 +54,6 @@ async def test_relays_and_engines_get_them_and_nobody_else(tmp_path: Path, caplo
             pages = [(await client.get(path)).text for path in ("/metrics", "/api/v1/status", "/api/v1/profiles")]
         text = "\n".join([*pages, str(status_json(plane)), caplog.text])
         assert not [secret for secret in secrets if secret in text]
-        plane.engines.secrets._rotates_at = now
+        plane.engines.reports.secrets._rotates_at = now
         plane.policy.publish()
         assert plane.link._policy.secret == secrets[1], "a rotation is a new policy"

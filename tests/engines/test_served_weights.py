@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 
 from hemostat.engines.messages import EngineReport, InvalidEngineMessage, decode_report
-from hemostat.engines.registry import SILENCE_SECONDS, EngineRegistry
-from hemostat.engines.served_weights import ServedWeights
+from hemostat.engines.reports import SILENCE_SECONDS, PluginReports, ServedWeights
 
 NAMES = frozenset(("m", "alias"))
 
 
 class Deployment:
     def __init__(self) -> None:
-        self.registry = EngineRegistry()
+        self.registry = PluginReports()
         self.served = ServedWeights(self.registry)
         self.now = 0.0
 

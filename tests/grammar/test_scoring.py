@@ -19,7 +19,7 @@ from tests.support.samples import values
 from tests.support.served_models import pair, served_models
 
 from hemostat.engines.messages import FREE, UNKNOWN, TapMessage, TapRun
-from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.reports import PluginReports
 from hemostat.ipc.messages import Capture
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
@@ -153,7 +153,7 @@ class Bench:
             anchor_sets=dict,
             needs_hidden_states=lambda unit: True,
         )
-        self.engines = EngineRegistry()
+        self.engines = PluginReports()
         self.now = 0.0
 
         def clock() -> float:

@@ -9,7 +9,7 @@ from tests.support.profile_bench import BIASED, EVEN, JUDGED, LEARNED, MODEL, Be
 from tests.support.world import V, World
 
 from hemostat.config.schema import Evidence
-from hemostat.engines.registry import MAX_HELD_VERSIONS
+from hemostat.engines.reports import MAX_HELD_VERSIONS
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.decisions import Reason
 from hemostat.profiles.serving import MAX_SERVING_VERSIONS

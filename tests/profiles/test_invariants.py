@@ -11,7 +11,7 @@ from tests.support.slow import examples
 from tests.support.world import V
 
 from hemostat.config.schema import Evidence
-from hemostat.engines.registry import MAX_HELD_VERSIONS
+from hemostat.engines.reports import MAX_HELD_VERSIONS
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.decisions import Reason
 from hemostat.profiles.serving import MAX_SERVING_VERSIONS

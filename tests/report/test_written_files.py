@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hemostat.adapters.serving.folder import MAX_VERSIONS, write
+from hemostat.adapters.serving.loading import MAX_VERSIONS, write
 from hemostat.cli import main
 from hemostat.commands.profile import PROFILE_MARKER
 from hemostat.report.written_files import other_content

@@ -37,7 +37,7 @@ class Engines:
     def current(self) -> Sequence[str]:
         return list(self.urls)
 
-    def server(self, name: str, timeout: float) -> VllmServer:
+    def connect(self, name: str, timeout: float) -> VllmServer:
         self.made.append(name)
         return VllmServer(self.urls[name], timeout=timeout)
 

@@ -13,14 +13,11 @@ from tests.support.fake_vllm import FakeVllm, running
 from tests.support.stores import DirectWrites
 from tests.support.waiting import until
 
-from hemostat.canaries.engine import STATES_KEY
+from hemostat.canaries.engine import STATES_KEY, EngineCanaries
 from hemostat.canaries.keeper import Canaries
-from hemostat.canaries.schedule import ServedEngines
 from hemostat.canaries.sets import BLOB_KEY
-from hemostat.engines.addresses import EngineAddresses
-from hemostat.engines.configured import ConfiguredEngines
 from hemostat.engines.registry import EngineRegistry
-from hemostat.engines.upstreams import UpstreamEngines
+from hemostat.engines.reports import PluginReports
 from hemostat.ipc.messages import EngineHealth
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat_calibration.canaries import MIN_SEQUENCES
@@ -41,17 +38,13 @@ class World:
         self.outstanding = dict.fromkeys(self.names, 0)
         self.written = stored or DirectWrites()
         made = settings(canaries={"file": folder / "prompts.txt"} | more, upstream={"urls": [f.url for f in fakes]})
-        configured = ConfiguredEngines(made.upstream, self.clock)
-        self.upstreams = UpstreamEngines(lambda: [self._health()], configured, self.written)
-        self.registry = EngineRegistry()
+        self.registry = PluginReports()
+        self.engines = EngineRegistry(
+            made.upstream, self.registry, lambda: [self._health()], self.written, self.clock, lambda: None
+        )
         self.canaries = Canaries(
             made,
-            ServedEngines(
-                EngineAddresses(made.upstream, configured, self.registry, lambda: self.names, self.clock, lambda: None),
-                self.registry,
-                self.upstreams,
-                self.clock,
-            ),
+            self.engines,
             ReferenceMonitor(
                 None,
                 made,
@@ -85,8 +78,9 @@ class World:
         """Time passes, and all that is due then is done."""
         self.now += seconds
         for _ in range(4):  # what is due, what follows at once, and twice more
-            await self.canaries.step()
-            await until(lambda: all(engine.idle for engine in self.canaries.schedule.turns.values()))
+            await self.engines.end_left()
+            self.canaries.step()
+            await until(lambda: all(engine.idle for engine in self.engines.parts(EngineCanaries).values()))
 
     def asked(self) -> list[int]:
         """Replayed sequences by engine, since the last time."""

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from hemostat.engines.messages import decode_answers, decode_report, decode_tap
-from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.reports import PluginReports
 
 TOKEN = "s3cret"
 
@@ -28,7 +28,7 @@ class EngineAdmin:
     """
 
     def __init__(self) -> None:
-        self.registry = EngineRegistry()
+        self.registry = PluginReports()
         self.lock = threading.Lock()
         self.files: dict[str, bytes] = {}
         self.status: int | None = None

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from tests.support.engine_registry import single_engine
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import VOCAB, FakeVllm, running
 from tests.support.loops import looping
@@ -20,11 +21,11 @@ from hemostat.adapters.serving import host as host_module
 from hemostat.adapters.serving import probes as probes_module
 from hemostat.adapters.serving import versions as versions_module
 from hemostat.adapters.serving.host import AdapterHost
+from hemostat.adapters.serving.loading import SharedFolder
 from hemostat.adapters.serving.probing import CopyUnavailable
 from hemostat.config.schema import Settings
 from hemostat.engines.messages import EngineReport, LoraState
-from hemostat.engines.registry import EngineRegistry
-from hemostat.reference.server import VllmServer
+from hemostat.engines.reports import PluginReports
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.arrays import Ids, Singles
 from hemostat_calibration.profiles.adapter import adapter_profile
@@ -93,7 +94,7 @@ class LoraWorld:
     lora: FakeLora
     profiles: FakeProfiles
     copy: FakeCopy
-    registry: EngineRegistry
+    registry: PluginReports
     host: AdapterHost
     boot: str | None = "boot"
     """None: no agent reports."""
@@ -142,16 +143,15 @@ async def lora_world(
     lora = lora or FakeLora()
     async with running(FakeVllm(lora=lora, **(fake or {}))) as server:
         settings = Settings.model_validate({"upstream": {"url": server.url}} | sections)
-        profiles, copy, registry = FakeProfiles(), FakeCopy(), EngineRegistry()
+        profiles, copy, registry = FakeProfiles(), FakeCopy(), PluginReports()
 
         def changed() -> None:
             world.changes += 1
 
         host = AdapterHost(
-            settings,
-            registry,
+            single_engine(server.url, registry),
             profiles,
-            connect=lambda: VllmServer(server.url, timeout=60.0),
+            None if settings.adapter.folder is None else SharedFolder(settings.adapter.folder),
             copy=copy if with_copy else None,
             base=lambda: server.model,
             clock=time.monotonic,

@@ -10,7 +10,7 @@ from tests.support.engines import FakeEngine
 from tests.support.relay import Request
 
 from hemostat.engines.messages import EngineReport, TapMessage, TapRun
-from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.reports import PluginReports
 
 ANSWER = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 15\r\n\r\n{"choices": []}'
 UNAUTHORIZED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n"
@@ -19,7 +19,7 @@ UNAUTHORIZED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n"
 class PluginEngine(FakeEngine):
     """boots: of the engines behind this address, which answer in turn; "" for one without the plugin."""
 
-    def __init__(self, registry: EngineRegistry, *boots: str) -> None:
+    def __init__(self, registry: PluginReports, *boots: str) -> None:
         super().__init__(self._tapped)
         self.registry = registry
         self.boots = list(boots)

@@ -12,7 +12,9 @@ from tests.support.running_vllm import RunningVllm
 from tests.support.waiting import until
 
 from hemostat.adapters.serving.host import AdapterHost, HostState
+from hemostat.adapters.serving.loading import SharedFolder
 from hemostat.config.schema import Settings
+from hemostat.engines.engine import Engine
 from hemostat.engines.messages import EngineReport
 from hemostat.reference.server import VllmServer
 from hemostat_calibration.adapters.correction import low_rank
@@ -101,11 +103,11 @@ async def hosting(
     engines = Engines(server)
     for version, profile in profiles.known.items():
         server.admin.files[version] = profile.to_bytes()
+    folder = Settings.model_validate({"upstream": {"url": server.url}, "adapter": adapter}).adapter.folder
     host = AdapterHost(
-        Settings.model_validate({"upstream": {"url": server.url}, "adapter": adapter}),
-        engines,
+        Engine("", engines, lambda timeout: VllmServer(server.url, timeout=timeout)),
         profiles,
-        connect=lambda: VllmServer(server.url, timeout=60.0),
+        None if folder is None else SharedFolder(folder),
         copy=copy,
         base=lambda: server.model,
         clock=time.monotonic,

@@ -15,7 +15,7 @@ from tests.support.taps import sent
 from tests.support.waiting import until
 
 from hemostat.engines.messages import TapMessage, TapRun
-from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.reports import PluginReports
 from hemostat.ipc.messages import Capture
 from hemostat.measurement.coverage import Coverage
 from hemostat.reference.pair import ServedModels
@@ -108,7 +108,7 @@ class Bench:
         self.markers: Markers | None = None
         self.records: list[TokenRecord] = []
         self.reference = FakeReference()
-        self.engines = EngineRegistry()
+        self.engines = PluginReports()
         self.breakers = Breakers()
         self.breaker = self.breakers.of("m")
         self.breaker.threshold, self.breaker.cooldown = 2, 10.0

@@ -370,7 +370,7 @@ def create_app(
     async def active() -> None:
         backend.ownership.require_active()
 
-    router = engine_router(backend.engines, backend.profiles.profile_bytes, now)
+    router = engine_router(backend.engines.reports, backend.profiles.profile_bytes, now)
     app.include_router(router, dependencies=[Depends(active)])
     return app
 

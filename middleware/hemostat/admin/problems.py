@@ -17,8 +17,8 @@ from hemostat.admin.configuration import Configuration
 from hemostat.admin.proxy_status import RecentRequests
 from hemostat.admin.recent import LONG_SECONDS, LOST_SECONDS, Growth, RelayGrowth
 from hemostat.canaries.keeper import Canaries
+from hemostat.engines.engine import Engine
 from hemostat.engines.registry import EngineRegistry
-from hemostat.engines.upstreams import UpstreamEngine, UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import OVERHEAD_BUCKETS
 from hemostat.measurement.measured import Measured
@@ -154,7 +154,6 @@ class Problems:
         ownership: OwnershipView,
         link: RelayLink,
         engines: EngineRegistry,
-        upstreams: UpstreamEngines,
         monitor: ReferenceMonitor,
         measured: Measured,
         canaries: Canaries,
@@ -169,8 +168,7 @@ class Problems:
     ) -> None:
         self._ownership = ownership
         self._link = link
-        self._engines = engines
-        self._upstreams = upstreams
+        self._engines, self._reports = engines, engines.reports
         self._monitor = monitor
         self._measured = measured
         self._canaries = canaries
@@ -229,10 +227,10 @@ class Problems:
         if not self._link.relays:
             yield Found("HemostatNoRelays", "No relay process is connected: whether requests are served is not known")
         engines = {
-            name: engine for name, engine in self._upstreams.current().items() if name not in self._upstreams.drained
+            name: engine for name, engine in self._engines.current().items() if name not in self._engines.drained
         }
-        down = {name: engine for name, engine in engines.items() if engine.up < engine.relays}
-        if engines and not any(engine.up for engine in engines.values()):
+        down = {name: engine for name, engine in engines.items() if engine.health.up < engine.health.relays}
+        if engines and not any(engine.health.up for engine in engines.values()):
             self._outage = True
             who = "vLLM does not answer" if len(engines) == 1 else f"None of the {len(engines)} engines answers"
             yield Found("HemostatUpstreamDown", f"{who}: {self._failed()}" if relays.figures.failed else who)
@@ -258,9 +256,9 @@ class Problems:
             least = max((edge for edge in OVERHEAD_BUCKETS if edge < p99), default=0.0)
             text = f"Hemostat adds {1000 * least:.0f} ms or more to one request in a hundred"
             yield Found("HemostatOverhead", f"{text}, of those of the last 5 minutes")
-        failing = {engine.boot_id for engine in self._engines.live(now) if engine.counters.get("profiles_failed")}
+        failing = {report.boot_id for report in self._reports.live(now) if report.counters.get("profiles_failed")}
         if failing:
-            which = f"{len(failing)} of {self._engines.live_engines(now)} engines"
+            which = f"{len(failing)} of {self._reports.live_engines(now)} engines"
             text = f"A profile failed in {which}, and is off there until vLLM restarts: see vLLM's log"
             yield Found("HemostatProfileFailed", text)
         if (why := self._adapters.hosts.unusable) is not None:
@@ -335,8 +333,8 @@ class Problems:
             why = "; ".join(f"{model} model: {failure}" for model, failure in meter.failing.items())
             text = "The noise floor cannot be measured, so that the excess KL is not known"
             yield Found("HemostatNoiseFloorUnknown", f"{text} ({why})")
-        if other := {version: engines for version, engines in self._engines.plugins(now).items() if not fits(version)}:
-            which = f"{sum(other.values())} of {self._engines.live_engines(now)} engines"
+        if other := {version: engines for version, engines in self._reports.plugins(now).items() if not fits(version)}:
+            which = f"{sum(other.values())} of {self._reports.live_engines(now)} engines"
             versions = ", ".join(map(shown, sorted(other)))
             text = f"The plugin does not fit Hemostat {__version__} in {which}"
             yield Found("HemostatPluginMisfit", f"{text}: its version there is {versions}")
@@ -377,5 +375,6 @@ class Problems:
             yield Found("HemostatShadowStarving", text)
 
 
-def _down(name: str, engine: UpstreamEngine) -> str:
-    return name if not engine.up else f"{name} (for {engine.relays - engine.up} of {engine.relays} relays)"
+def _down(name: str, engine: Engine) -> str:
+    health = engine.health
+    return name if not health.up else f"{name} (for {health.relays - health.up} of {health.relays} relays)"

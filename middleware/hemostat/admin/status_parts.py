@@ -10,9 +10,7 @@ import msgspec
 
 from hemostat.canaries.keeper import Canaries
 from hemostat.config.schema import Shadow
-from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.registry import EngineRegistry
-from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.messages import Stats
 from hemostat.learner.client import Learner
 from hemostat.measurement.measurements import Measurements
@@ -205,36 +203,34 @@ class EngineParts:
     """The engines: those that report, and those that requests go to."""
 
     registry: EngineRegistry
-    upstreams: UpstreamEngines
-    addresses: EngineAddresses
     canaries: Canaries
 
     def engines(self, now: float) -> EnginesStatus:
         return EnginesStatus(
-            live=self.registry.live_engines(now),
-            acknowledged=sorted(self.registry.acknowledged(now)),
-            counters=self.registry.counters(now),
-            ignored_addresses=len(self.upstreams.configured.ignored),
+            live=self.registry.reports.live_engines(now),
+            acknowledged=sorted(self.registry.reports.acknowledged(now)),
+            counters=self.registry.reports.counters(now),
+            ignored_addresses=len(self.registry.configured.ignored),
         )
 
     def upstream(self, figures: list[Report], now: float) -> list[UpstreamStatus]:
         """Returns the status of each engine. figures: the list from `measurement.by_engine`."""
         by_engine = {row["engine"]: row for row in figures}
-        held = self.addresses.shown(now)
+        held = self.registry.shown(now)
         return [
             UpstreamStatus(
                 engine=name,
-                relays=engine.relays,
-                up=engine.up,
-                drained=name in self.upstreams.drained,
-                outstanding=engine.outstanding,
-                requests=engine.requests,
-                resent=engine.resent,
-                ejections=engine.ejections,
+                relays=engine.health.relays,
+                up=engine.health.up,
+                drained=name in self.registry.drained,
+                outstanding=engine.health.outstanding,
+                requests=engine.health.requests,
+                resent=engine.health.resent,
+                ejections=engine.health.ejections,
                 figures=by_engine.get(name, {}),
                 holds=sorted(held[name]) if name in held else None,
             )
-            for name, engine in self.upstreams.current().items()
+            for name, engine in self.registry.current().items()
         ]
 
 

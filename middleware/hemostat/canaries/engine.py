@@ -1,16 +1,18 @@
-"""One engine's canaries: which models it serves, and what its last replays say."""
+"""One engine's canaries: which models it serves, when it is asked, and what its last replays say."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+
+import numpy as np
 
 from hemostat.canaries.client import CanaryClient
 from hemostat.canaries.pace import Pace, PaceState
 from hemostat.canaries.variants import Sign
-from hemostat.reference.server import VllmServer
+from hemostat.engines.engine import Engine
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.canaries import Comparison, Origin
 from hemostat_calibration.canary_cause import Verdict
@@ -19,6 +21,7 @@ STATES_KEY = "canary_engines"
 """The key of the engines' states in the store's blobs."""
 MAX_ADAPTERS = 8
 """The largest number of adapters of an engine that are asked, by name; further ones are not asked."""
+REQUEST_SECONDS = 60.0
 BASELINE, ENGINES = "baseline", "engines"
 """The names of what a replay is compared with: the baseline, and the other engines."""
 
@@ -87,24 +90,27 @@ class EngineStates:
 
 
 class EngineCanaries:
-    """Owns what is known of one engine."""
+    """Owns what is known of one engine, and when it is asked. Implements `engines.engine.EnginePart`."""
 
     def __init__(
         self,
-        name: str,
-        server: VllmServer,
+        engine: Engine,
         pace: Pace,
-        weights: Callable[[], str],
-        readings: Mapping[str, Reading] = MappingProxyType({}),
-        sign: Sign = dict,
+        readings: Mapping[str, Reading],
+        *,
+        sign: Sign,
+        clock: Callable[[], float],
+        on_end: Callable[[EngineCanaries], None],
     ) -> None:
-        """weights: the fingerprint that its plugin reports now. readings: of an earlier `state`. sign: see
-        `VariantClient`."""
-        self._sign = sign
-        self.name = name
+        """readings: of an earlier `state`. sign: see `VariantClient`. clock: monotonic seconds. on_end: called when the
+        engine has left."""
+        self.name = engine.name
         self.pace = pace
-        self._server = server
-        self._weights = weights
+        self._engine = engine
+        self._server = engine.connect(REQUEST_SECONDS)
+        self._sign = sign
+        self._clock = clock
+        self._on_end = on_end
         self.readings = dict(readings)
         """The readings by served name, the base model's first."""
         self.now = Origin("")
@@ -113,10 +119,33 @@ class EngineCanaries:
         """The reason why the last attempt could not tell, in one line."""
         self.differs = ""
         """The reason why its replays are not compared, in one line."""
+        self.up = False
+        self._boot = ""
+        self.listed_at = -np.inf
+        """The time when its models were listed, monotonic seconds."""
+        self.not_before = 0.0
+        """The time before which it is not asked, monotonic seconds."""
+        self.task: asyncio.Task[None] | None = None
+        """The work at this engine that was begun last."""
 
     @property
     def base(self) -> Reading | None:
         return next(iter(self.readings.values()), None)
+
+    @property
+    def idle(self) -> bool:
+        return self.task is None or self.task.done()
+
+    def look(self) -> None:
+        """Looks at the engine: one that comes back, or whose plugin reports another boot id, is asked at once."""
+        health, report = self._engine.health, self._engine.report(self._clock())
+        self.pace.look(health.outstanding)
+        up, boot = health.up > 0, "" if report is None else report.boot_id
+        if (up and not self.up) or (boot and self._boot and boot != self._boot):
+            self.listed_at, self.not_before = -np.inf, 0.0
+            for reading in self.readings.values():
+                reading.due = 0.0
+        self.up, self._boot = up, boot or self._boot
 
     async def list_models(self, wanted: str | None) -> None:
         """Asks which models it serves. wanted: the base model; None: the first. Raises ReferenceFailure."""
@@ -129,6 +158,10 @@ class EngineCanaries:
     def client(self, model: str) -> CanaryClient:
         return CanaryClient(self._server, model, self.pace.wait, self._weights, sign=self._sign)
 
+    def _weights(self) -> str:
+        report = self._engine.report(self._clock())
+        return "" if report is None else report.weights
+
     def state(self) -> EngineState:
         suspected = {name: reading.to_store() for name, reading in self.readings.items() if reading.suspected}
         return EngineState(self.pace.state(), suspected)
@@ -138,6 +171,11 @@ class EngineCanaries:
         self.readings = {name: Reading() for name in self.readings}
 
     async def close(self) -> None:
+        """Ends what is under way."""
+        self._on_end(self)
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.gather(self.task, return_exceptions=True)
         await self._server.close()
 
 

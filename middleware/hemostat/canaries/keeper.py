@@ -22,9 +22,10 @@ from hemostat.canaries.known import KnownEngines
 from hemostat.canaries.prompts import PromptFileError, load
 from hemostat.canaries.replay import FIRST_SECONDS, Replays
 from hemostat.canaries.report import CanaryReport
-from hemostat.canaries.schedule import Schedule, ServedEngines
+from hemostat.canaries.schedule import Schedule
 from hemostat.canaries.sets import BLOB_KEY, Sets
 from hemostat.config.schema import Settings
+from hemostat.engines.registry import EngineRegistry
 from hemostat.metrics.samples import Sample
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.store.protocol import StoreWrites
@@ -46,7 +47,7 @@ class Canaries:
     def __init__(
         self,
         settings: Settings,
-        engines: ServedEngines,
+        engines: EngineRegistry,
         monitor: ReferenceMonitor,
         writes: StoreWrites,
         *,
@@ -56,7 +57,7 @@ class Canaries:
     ) -> None:
         self._settings = settings.canaries
         self.sets = Sets(writes)
-        self.known = KnownEngines(writes, wall)
+        self.known = KnownEngines(engines, writes, wall)
         self._judge = Judge(self.known, writes, settings.canaries.tolerance_nats, clock, wall)
         self.replays = Replays(self.sets, self.known, self._judge, monitor, writes, clock=clock, wall=wall)
         self.schedule = Schedule(
@@ -112,14 +113,14 @@ class Canaries:
             return
         try:
             while True:
-                await self.step()
+                self.step()
                 await asyncio.sleep(TICK_SECONDS)
         finally:
             await self.schedule.close()
 
-    async def step(self) -> None:
+    def step(self) -> None:
         """Looks at the engines, and begins what is due there."""
-        await self.schedule.step()
+        self.schedule.step()
 
     def statements(self) -> Iterator[tuple[str, float]]:
         """Yields what is wrong now, one line each, and since when (Unix time)."""

@@ -15,6 +15,7 @@ from hemostat.canaries.engine import (
 )
 from hemostat.canaries.pace import HOUR_SECONDS, PaceState
 from hemostat.canaries.sets import SCHEMA
+from hemostat.engines.registry import EngineRegistry
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration import state_codec
 from hemostat_calibration.elapsed import TimeBreak
@@ -24,19 +25,23 @@ RECENT_SECONDS = 2 * HOUR_SECONDS
 
 
 class KnownEngines:
-    """Owns the canaries of the engines that are reported, and the stored states of the ones that were.
+    """Owns the stored states of engines that were reported, and stores them with the states of the ones that are.
 
-    `Schedule` begins and drops engines; `Replays` and `Judge` change their readings; all store what they changed by
-    `save`. wall: Unix time.
+    The canaries of an engine are a part of it. `Schedule` begins them; `Replays` and `Judge` change their readings; all
+    store what they changed by `save`. wall: Unix time.
     """
 
-    def __init__(self, writes: StoreWrites, wall: Callable[[], float]) -> None:
+    def __init__(self, engines: EngineRegistry, writes: StoreWrites, wall: Callable[[], float]) -> None:
+        self._engines = engines
         self._writes = writes
         self._wall = wall
-        self.current: dict[str, EngineCanaries] = {}
-        """The engines that are reported now, by name."""
         self._gone: dict[str, EngineState] = {}
         """The states of engines that are not reported now; each is kept for an hour."""
+
+    @property
+    def current(self) -> dict[str, EngineCanaries]:
+        """The canaries of the engines that have not left, by name."""
+        return self._engines.parts(EngineCanaries)
 
     def restore(self, stored: bytes) -> None:
         """Takes what an earlier run stored. Raises InvalidArgumentError."""
@@ -61,19 +66,13 @@ class KnownEngines:
         if self._gone or self.current:
             self.save()
 
-    def add(self, engine: EngineCanaries) -> None:
-        """Adds an engine that is reported now."""
-        self.current[engine.name] = engine
-
     def stored_state(self, name: str) -> EngineState:
         """Removes and returns what was stored of an engine that is reported again; nothing is known of a new one."""
         return self._gone.pop(name, EngineState(PaceState(), {}))
 
-    def drop(self, name: str) -> EngineCanaries:
-        """Keeps the state of an engine that is not reported any more, and returns its canaries, to be closed."""
-        engine = self.current.pop(name)
-        self._gone[name] = engine.state()
-        return engine
+    def keep(self, engine: EngineCanaries) -> None:
+        """Keeps the state of an engine that has left."""
+        self._gone[engine.name] = engine.state()
 
     def forget(self) -> None:
         """Forgets all readings: the set is replaced."""

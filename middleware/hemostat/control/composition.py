@@ -20,7 +20,6 @@ from hemostat.admin.problems import Problems
 from hemostat.admin.status import ProcessParts, StatusSource
 from hemostat.admin.status_parts import CalibrationParts, EngineParts, ScoringParts
 from hemostat.canaries.keeper import Canaries
-from hemostat.canaries.schedule import ServedEngines
 from hemostat.config.schema import Settings
 from hemostat.control import learned_state
 from hemostat.control.changes import Changes
@@ -33,14 +32,11 @@ from hemostat.control.policy import PolicyPublisher
 from hemostat.control.served_kinds import ServedKinds
 from hemostat.control.steady_clock import STATE_KEY, SteadyClock, boot_id, boot_time, sentence
 from hemostat.control.stored_state import StoredState
-from hemostat.engines.addresses import EngineAddresses
-from hemostat.engines.configured import ConfiguredEngines
 from hemostat.engines.registry import EngineRegistry
-from hemostat.engines.served_weights import ServedWeights
-from hemostat.engines.upstreams import UpstreamEngines
+from hemostat.engines.reports import PluginReports, ServedWeights
 from hemostat.ipc import relay_samples
 from hemostat.ipc.control_end import RelayLink
-from hemostat.ipc.messages import OutcomeReport
+from hemostat.ipc.messages import EngineHealth, OutcomeReport
 from hemostat.ipc.supervised import make_tracing
 from hemostat.learner import stored
 from hemostat.learner.client import Learner
@@ -128,23 +124,21 @@ class Control:
 
     def _connect_models(self, settings: Settings) -> None:
         """Connects the engines, and the references that their models are compared with."""
-        self.engines = EngineRegistry(nonce_prefix=secrets.token_hex(8))
-        self.weights = ServedWeights(self.engines)
-        self.configured_engines = ConfiguredEngines(settings.upstream, self._clock)
-        self.addresses = EngineAddresses(
+        self.engines = EngineRegistry(
             settings.upstream,
-            self.configured_engines,
-            self.engines,
-            lambda: list(self.upstreams.current()),
+            PluginReports(nonce_prefix=secrets.token_hex(8)),
+            self._relayed,
+            self.writer,
             self._clock,
             self.changes.notify,
         )
+        self.weights = ServedWeights(self.engines.reports)
         self.references = make_references(settings)
         self.compressed_scorer = make_compressed_scorer(settings)
         self._others: dict[str, ModelIdentity] = {}
         """The models by name that profiles are not for, as they were compared last."""
         self.engine_scorer = (
-            None if self.compressed_scorer is None else EngineScorer(self.addresses, settings.shadow.top_k)
+            None if self.compressed_scorer is None else EngineScorer(self.engines, settings.shadow.top_k)
         )
         self.monitor = ReferenceMonitor(
             self.references,
@@ -161,7 +155,7 @@ class Control:
         self._stored_learning = StoredLearning(self.writer)
         self.learner = Learner(settings.calibration, proposals, notify, storage=self._stored_learning, clock=clock)
         self.learned = LearnedState(proposals, self.writer, clock)
-        self.adapters = Adapters(settings, profiles, self.monitor, self.engines, self.addresses, notify, clock=clock)
+        self.adapters = Adapters(settings, profiles, self.monitor, self.engines, notify, clock=clock)
         self.subject = LearningSubject(profiles, self.monitor, self.learner, self.adapters)
 
     def _connect_scoring(self, settings: Settings, draw: Callable[[], float]) -> None:
@@ -169,7 +163,7 @@ class Control:
         self.pipeline = ScoringPipeline(
             settings,
             self.monitor,
-            self.engines,
+            self.engines.reports,
             CalibrationNeeds(settings.calibration, self.profile_manager, self.learner, self.adapters),
             ConsumerParts(
                 self.measured.measurements,
@@ -198,17 +192,16 @@ class Control:
         """Connects what relays send and receive, and what is stored."""
         pipeline = self.pipeline
         self.link = RelayLink(pipeline.receive, self._receive_outcome, pipeline.coverage.relayed, self._clock)
-        self.upstreams = UpstreamEngines(self.link.engines, self.configured_engines, self.writer)
         self.canaries = Canaries(
             settings,
-            ServedEngines(self.addresses, self.engines, self.upstreams, self._clock),
+            self.engines,
             self.monitor,
             self.writer,
             active=lambda: self.ownership.active,
             clock=self._clock,
             wall=self._wall,
         )
-        self.stored_state = StoredState(self.writer, self.profile_manager, self.measured, self.upstreams)
+        self.stored_state = StoredState(self.writer, self.profile_manager, self.measured, self.engines)
         self.policy = PolicyPublisher(
             settings,
             self.link,
@@ -220,8 +213,6 @@ class Control:
             self._clock,
             salt=lambda: self.stored_state.salt,
             adapters=self.adapters.hosts,
-            addresses=self.addresses,
-            upstreams=self.upstreams,
             outcomes=self.outcome_sampling,
             captures=pipeline.sampling,
         )
@@ -235,7 +226,7 @@ class Control:
             self.measured.alarms,
             self.canaries,
             self.subject,
-            self.upstreams,
+            self.engines,
             self.ownership,
             self.changes.notify,
         )
@@ -243,7 +234,6 @@ class Control:
             ownership=self.ownership,
             link=self.link,
             engines=self.engines,
-            upstreams=self.upstreams,
             monitor=self.monitor,
             measured=self.measured,
             canaries=self.canaries,
@@ -260,7 +250,7 @@ class Control:
             settings,
             ProcessParts(self.problems, self.ownership, self.link, self.configuration, data_port),
             ScoringParts(self.monitor, self.pipeline, self.records),
-            EngineParts(self.engines, self.upstreams, self.addresses, self.canaries),
+            EngineParts(self.engines, self.canaries),
             self.measured,
             CalibrationParts(profiles, self.learner, self.adapters.status),
             clock,
@@ -280,6 +270,9 @@ class Control:
             self.subject.update()
         self._look_at_other_models()
         self.changes.notify()
+
+    def _relayed(self) -> Iterator[list[EngineHealth]]:
+        return self.link.engines()
 
     def _identity(self, pair: ModelPair) -> ModelIdentity:
         return model_identity(pair, self.weights.of(pair.name, pair.names, self._clock()))
@@ -318,14 +311,14 @@ class Control:
             self.pipeline.samples,
             self.monitor.samples,
             self.measured.samples,
-            self.upstreams.samples,
+            self.engines.samples,
             self.canaries.samples,
             self.profile_manager.samples,
             self.learner.samples,
             self.adapters.samples,
             self.link.samples,
             *(() if self.records is None else (self.records.samples,)),
-            lambda: self.engines.samples(self._clock()),
+            lambda: self.engines.reports.samples(self._clock()),
             lambda: relay_samples.samples(self.link.total()),
         ]
 
@@ -395,8 +388,8 @@ class Control:
             self.ownership.watch(),
             self.writer.run(),
             self.learned.run(),
-            self.configured_engines.run(),
-            self.addresses.run(),
+            self.engines.configured.run(),
+            self.engines.run(),
             self.canaries.run(),
         ]
         if self.references is not None:

@@ -23,7 +23,7 @@ class ModelIdentity:
     reference: str = ""
     """The digest of the reference."""
     weights: str = ""
-    """The fingerprint of the compressed weights: `engines.served_weights.ServedWeights`."""
+    """The fingerprint of the compressed weights: `engines.reports.ServedWeights`."""
     probe: tuple[float, ...] = ()
     """The scores of fixed texts on the reference, if its digest does not say what its weights are
     (`reference.probed_scores`). It is compared within the noise of a server."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from hemostat.canaries.keeper import Canaries
 from hemostat.control.learning import LearningSubject
 from hemostat.control.ownership import Ownership
-from hemostat.engines.upstreams import UpstreamEngines
+from hemostat.engines.registry import EngineRegistry
 from hemostat.measurement.alarms import Alarms
 from hemostat.profiles.manager import ProfileManager
 from hemostat.store.protocol import NotKeptError
@@ -37,7 +37,7 @@ class OperatorActions:
         alarms: Alarms,
         canaries: Canaries,
         subject: LearningSubject,
-        upstreams: UpstreamEngines,
+        engines: EngineRegistry,
         ownership: Ownership,
         on_change: Callable[[], None],
     ) -> None:
@@ -45,7 +45,7 @@ class OperatorActions:
         self._alarms = alarms
         self._canaries = canaries
         self._subject = subject
-        self._upstreams = upstreams
+        self._engines = engines
         self._ownership = ownership
         self._on_change = on_change
 
@@ -72,7 +72,7 @@ class OperatorActions:
 
     async def drain(self, engine: str, *, ends: bool) -> None:
         """Lets the engine get no new requests, or, with `ends`, some again."""
-        await self._execute(lambda: self._upstreams.drain(engine, ends=ends))
+        await self._execute(lambda: self._engines.drain(engine, ends=ends))
 
     async def rebase(self, kind: str | None) -> dict[str, Any]:
         """Makes the kind (None: each) learn a new baseline. Returns the alarms' report."""

@@ -8,9 +8,7 @@ from typing import Protocol
 import msgspec
 
 from hemostat.config.schema import Settings
-from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.registry import EngineRegistry
-from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import Policy
 from hemostat.measurement.outcome_sampling import OutcomeSampling
@@ -58,8 +56,6 @@ class PolicyPublisher:
         clock: Callable[[], float],
         salt: Callable[[], bytes],
         adapters: LoadedAdapters,
-        addresses: EngineAddresses,
-        upstreams: UpstreamEngines,
         outcomes: OutcomeSampling,
         captures: CaptureSampling,
     ) -> None:
@@ -74,8 +70,6 @@ class PolicyPublisher:
         self._clock = clock
         self._salt = salt
         self._adapters = adapters
-        self._addresses = addresses
-        self._upstreams = upstreams
         self._outcomes = outcomes
         self._captures = captures
         self._last: Policy | None = None
@@ -94,7 +88,7 @@ class PolicyPublisher:
 
     def publish(self) -> None:
         """Sends relays the policy if it is not the last one that was sent; has engines hold what it names."""
-        self._engines.set_wanted([*self._adapters.hold, *self._profiles.engine_versions()])
+        self._engines.reports.set_wanted([*self._adapters.hold, *self._profiles.engine_versions()])
         now = self._clock()
         policy = self._policy(now)
         if self._waits_until is not None:
@@ -114,7 +108,7 @@ class PolicyPublisher:
         if policy.mode != "auto" or not stored.selected_by_kind:
             return True
         serving = set(stored.selected_by_kind.values())
-        engines = self._addresses.current() if policy.held_by_engine is not None else [""]
+        engines = self._engines.current() if policy.held_by_engine is not None else [""]
         held = bool(engines) and all(serving <= policy.held_at(engine) for engine in engines)
         return held and policy.serving_by_kind == stored.selected_by_kind
 
@@ -123,8 +117,8 @@ class PolicyPublisher:
         shadow, calibration, profiles = self.settings.shadow, self.settings.calibration, self._profiles
         served = self._monitor.served
         base = served.calibrated
-        by_engine = self._held_by_engine(now) if self._addresses.several else None
-        held = self._usable(self._engines.acknowledged(now), "") if by_engine is None else frozenset[str]()
+        by_engine = self._held_by_engine(now) if self._engines.several else None
+        held = self._usable(self._engines.reports.acknowledged(now), "") if by_engine is None else frozenset[str]()
         available = held.union(*(by_engine or {}).values())
         full = any(pair.reference is not None and pair.reference.full_vocabulary for pair in served.pairs)
         return Policy(
@@ -136,8 +130,8 @@ class PolicyPublisher:
             shadow_max_tokens=shadow.max_tokens,
             scoring=self._monitor.ready
             and any(pair.reference is not None and not self._breakers.open(pair.name, now) for pair in served.pairs),
-            tap=bool(self._engines.live(now)),
-            tap_tokens=self._engines.hands_out_answers(now),
+            tap=bool(self._engines.reports.live(now)),
+            tap_tokens=self._engines.reports.hands_out_answers(now),
             prefer_plugin=not self._answer_losses.paused(now),
             forced=profiles.serving.forced,
             serving_by_kind=profiles.serving.version_by_kind,
@@ -154,14 +148,14 @@ class PolicyPublisher:
             answered_name="" if base is None else base.name,
             adapter_names=self.settings.adapter.enabled,
             default_model=served.pairs[0].name if served.pairs else "",
-            nonce_prefix=self._engines.nonce_prefix,
-            secret=self._engines.secrets.current(now),
+            nonce_prefix=self._engines.reports.nonce_prefix,
+            secret=self._engines.reports.secrets.current(now),
             salt=self._salt(),
             client_header=self.settings.evidence.client_header,
             scored_again=self._monitor.scored_again,
-            grammars=full and self._engines.tells_sets(now),
+            grammars=full and self._engines.reports.tells_sets(now),
             treat_unjudged=calibration.treat_unjudged,
-            drained=self._upstreams.drained,
+            drained=self._engines.drained,
             outcome_fraction=self._outcomes.reported,
             openai_sampling_defaults=self.settings.upstream.openai_sampling_defaults,
         )
@@ -170,8 +164,8 @@ class PolicyPublisher:
         """Returns the usable versions by engine, without engines that hold none: they would apply identity to a treated
         request.
         """
-        held = self._addresses.held(now)
-        usable = {name: self._usable(held.get(name, frozenset()), name) for name in self._addresses.current()}
+        held = self._engines.held(now)
+        usable = {name: self._usable(held.get(name, frozenset()), name) for name in self._engines.current()}
         return {name: versions for name, versions in usable.items() if versions}
 
     def _usable(self, held: frozenset[str], name: str) -> frozenset[str]:

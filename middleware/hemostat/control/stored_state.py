@@ -7,8 +7,8 @@ import secrets
 from dataclasses import replace
 
 from hemostat.control.model_identity import ModelIdentity, from_json
-from hemostat.engines.upstreams import STATE_KEY as UPSTREAMS_STATE
-from hemostat.engines.upstreams import UpstreamEngines
+from hemostat.engines.registry import STATE_KEY as ENGINES_STATE
+from hemostat.engines.registry import EngineRegistry
 from hemostat.measurement.measured import Measured
 from hemostat.profiles.manager import ProfileManager
 from hemostat.store.protocol import Snapshot, StoreWrites
@@ -35,12 +35,12 @@ class StoredState:
         writes: StoreWrites,
         profiles: ProfileManager,
         measured: Measured,
-        upstreams: UpstreamEngines,
+        engines: EngineRegistry,
     ) -> None:
         self._writes = writes
         self._profiles = profiles
         self._measured = measured
-        self._upstreams = upstreams
+        self._engines = engines
         self.salt = secrets.token_bytes(SALT_BYTES)
         self._models: ModelIdentity | None = None
         """The models of this process; None until both are known."""
@@ -52,7 +52,7 @@ class StoredState:
         events = [event for event in snapshot.events if event.get("decision") != "alarm"]
         self._profiles.restoring.restore(snapshot.profiles, states, events)
         self._measured.restore(snapshot)
-        self._upstreams.restore(states.get(UPSTREAMS_STATE))
+        self._engines.restore(states.get(ENGINES_STATE))
         stored = states.get(MODELS_KEY)
         self._stored_models = None if stored is None else from_json(stored)
         self._restore_salt(states.get(SALT_KEY))

@@ -13,7 +13,7 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from starlette.requests import ClientDisconnect
 
 from hemostat.engines.messages import InvalidEngineMessage, decode_answers, decode_report, decode_tap
-from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.reports import PluginReports
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 
 MAX_REPORT_BYTES = 64 * 1024
@@ -23,7 +23,7 @@ BODY_SECONDS = 60.0
 
 
 def engine_router(
-    registry: EngineRegistry,
+    reports: PluginReports,
     load_profile: Callable[[str], bytes | None],
     now: Callable[[], float],
 ) -> APIRouter:
@@ -32,7 +32,7 @@ def engine_router(
 
     def own_requests() -> dict[str, Any]:
         """Returns how the requests of this middleware are recognized."""
-        return {"nonce_prefix": registry.nonce_prefix, "secrets": registry.secrets.for_engines(now())}
+        return {"nonce_prefix": reports.nonce_prefix, "secrets": reports.secrets.for_engines(now())}
 
     @router.post("/report")
     async def report(request: Request) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def engine_router(
         """
         body = await read_body(request, MAX_REPORT_BYTES)
         try:
-            versions = registry.report(decode_report(body), now())
+            versions = reports.report(decode_report(body), now())
             return {"hold": versions, **own_requests()}
         except InvalidEngineMessage as error:
             raise HTTPException(400, str(error)) from None
@@ -59,7 +59,7 @@ def engine_router(
         """Takes features and masks of sampled requests (msgpack)."""
         body = await read_body(request, MAX_TAP_BYTES)
         try:
-            registry.taps.add(decode_tap(body), now())
+            reports.taps.add(decode_tap(body), now())
         except InvalidEngineMessage as error:
             raise HTTPException(400, str(error)) from None
 
@@ -68,7 +68,7 @@ def engine_router(
         """Takes tokens and log-probabilities of sampled answers (msgpack); without any, the secrets are asked for."""
         body = await read_body(request, MAX_TAP_BYTES)
         try:
-            registry.add_answers(decode_answers(body), now())
+            reports.add_answers(decode_answers(body), now())
         except InvalidEngineMessage as error:
             raise HTTPException(400, str(error)) from None
         return own_requests()

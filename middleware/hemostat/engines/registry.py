@@ -1,191 +1,221 @@
-"""Keeps which engines report, which profiles every rank holds, and the engines' counters.
+"""The engines of the upstream: one registry, which owns which there are, from when each appears until it leaves.
 
-It is pure: the time is passed in (monotonic seconds). Invariants:
-- A version is acknowledged only while every rank of every live engine has lately reported that it holds it.
-- An engine is one boot id. A restarted engine has a new one, and the old one counts until it has been silent for long
-  enough, so that a rolling restart never acknowledges too much.
-- Engines, ranks, versions and counters are bounded.
+An engine appears when a relay reports it and the control process's own configuration has its address
+(`ConfiguredEngines`). It leaves when no connected relay reports it any more; then its parts end. One that returns is
+new here: what outlasts it, such as its drain or what its canaries have spent, is stored by whoever owns that.
+
+If the upstream has one address, one more engine stands for whatever answers there, also while no relay is connected
+(`only`). Adapters are loaded at it. With several addresses, they are loaded at each engine by itself (`serving`).
+
+Where more engines report that were found nowhere than addresses are left for them (several behind one address, as with
+data parallelism), each of these engines may be behind any address, and an address holds a version only if these engines
+hold it, too.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import asyncio
+import functools
+import json
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
 
-import msgspec
-
-from hemostat.engines.answer_buffer import AnswerBuffer
-from hemostat.engines.messages import EVENTS, AnswerMessage, EngineReport, InvalidEngineMessage
-from hemostat.engines.request_secrets import RequestSecrets
-from hemostat.engines.taps import TapBuffer
+from hemostat.config.schema import Upstream
+from hemostat.engines.configured import ConfiguredEngines
+from hemostat.engines.engine import Engine, EnginePart, Health, P
+from hemostat.engines.identification import Identification
+from hemostat.engines.reports import PluginReports
+from hemostat.ipc.messages import EngineHealth
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat_calibration.plugin_version import fits
+from hemostat.reference.protocol import FailureReason, ReferenceFailure
+from hemostat.reference.server import VllmServer
+from hemostat.store.protocol import StoreWrites
+from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.messages import shown_address
 
-SILENCE_SECONDS = 15.0
-"""A rank that has not reported for this long, and with it its engine, is gone."""
-MAX_ENGINES = 256
-MAX_HELD_VERSIONS = 8
-"""The largest number of versions that an engine is asked to hold (the plugin holds as many)."""
+log = logging.getLogger("hemostat.engines")
 
-
-@dataclass(slots=True)
-class _Rank:
-    report: EngineReport
-    reported_at: float
+STATE_KEY = "drained_engines"
+"""The key of the drained engines in the store's state, a JSON list of names."""
+ONLY = ""
+"""The name of the engine that stands for whatever answers at the only address."""
+TICK_SECONDS = 0.25
 
 
 class EngineRegistry:
-    """Owns the last report of every rank; `taps` owns the numbers of tapped requests, `answers` their answers.
+    """Owns the engines, and which of them are drained. Lives in the control process's event loop.
 
-    The registry is not thread-safe: it lives in the control process's event loop.
-
-    nonce_prefix: the beginning of the nonces of this middleware's requests: if several middlewares share an engine,
-    each gets its own taps and answers. It is "" if there is no such beginning.
+    reports: what plugins report. relayed: what each connected relay has last reported of the engines. clock: monotonic
+    seconds. on_change: called when it was found out which engine is at an address.
     """
 
-    def __init__(self, nonce_prefix: str = "") -> None:
-        self.nonce_prefix = nonce_prefix
-        self._engines: OrderedDict[str, dict[int, _Rank]] = OrderedDict()
-        self._wanted: tuple[str, ...] = ()
-        self._former: Counter[str] = Counter()
-        """The counters of engines that are gone."""
-        self.secrets = RequestSecrets()
-        self.taps = TapBuffer()
-        self.answers = AnswerBuffer()
-        self.newest = 0.0
-        """The time when an engine last reported that had not been known before."""
+    def __init__(
+        self,
+        upstream: Upstream,
+        reports: PluginReports,
+        relayed: Callable[[], Iterable[list[EngineHealth]]],
+        writes: StoreWrites,
+        clock: Callable[[], float],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.reports = reports
+        self.configured = ConfiguredEngines(upstream, clock)
+        """The addresses that relays are believed to send requests to, and that may be contacted."""
+        self.drained: frozenset[str] = frozenset()
+        """The names of the engines that get no new requests."""
+        self.only = Engine(ONLY, reports, functools.partial(self.connect, ONLY))
+        self._upstream = upstream
+        self._relayed = relayed
+        self._writes = writes
+        self._clock = clock
+        self._on_change = on_change
+        self._engines: dict[str, Engine] = {}
+        """The engines by name, also those that have left and whose parts have not ended yet."""
 
-    def set_wanted(self, versions: Iterable[str]) -> None:
-        """Sets the versions that every engine should hold, most important first; at most MAX_HELD_VERSIONS."""
-        self._wanted = tuple(dict.fromkeys(versions))[:MAX_HELD_VERSIONS]
+    # --- which engines there are -----------------------------------------------------------------------------------
 
-    def report(self, report: EngineReport, now: float) -> list[str]:
-        """Takes a rank's report; returns the versions that it should hold. Raises InvalidEngineMessage if ranks
-        disagree, or where an engine, which loads weights once, says that it has other ones than before."""
-        self._expire(now)
-        if report.boot_id not in self._engines:
-            self.newest = now
-        ranks = self._engines.setdefault(report.boot_id, {})
-        if any(rank.report.world_size != report.world_size for rank in ranks.values()):
-            raise InvalidEngineMessage(f"world_size is {report.world_size}: other ranks of this engine report another")
-        loaded = next((rank.report.weights for rank in ranks.values() if rank.report.weights), "")
-        if loaded and report.weights not in {"", loaded}:
-            raise InvalidEngineMessage("weights: not those that this engine has reported before")
-        ranks[report.rank] = _Rank(report, now)
-        while len(self._engines) > MAX_ENGINES:
-            self._forget(next(iter(self._engines)))
-        return list(self._wanted)
+    def current(self) -> dict[str, Engine]:
+        """Returns the engines that relays report now, by name, in the order in which they are configured."""
+        health: dict[str, Health] = {}
+        for report in self._relayed():
+            for entry in self.configured.known(report):
+                health.setdefault(entry.engine, Health()).update(entry)
+        return {name: self._engine(name, its) for name, its in health.items()}
 
-    def add_answers(self, message: AnswerMessage, now: float) -> None:
-        """Keeps the answers of this middleware's requests; an API server that does not know the prefixes yet sends each
-        middleware all answers."""
-        if self.nonce_prefix:
-            own = [answer for answer in message.answers if answer.nonce.startswith(f"{self.nonce_prefix}-")]
-            message = msgspec.structs.replace(message, answers=own)
-        self.answers.add(message, now)
+    def _engine(self, name: str, health: Health) -> Engine:
+        if (engine := self._engines.get(name)) is None:
+            identification = Identification(name, self.reports, self._alone, self._clock, self._on_change)
+            engine = self._engines[name] = Engine(name, identification, functools.partial(self.connect, name))
+            engine.add(identification)
+        engine.health = health
+        return engine
 
-    def hands_out_answers(self, now: float) -> bool:
-        """Returns True if every live engine hands out answers."""
-        live = self.live(now)
-        return bool(live) and all(report.answers for report in live)
+    def _alone(self) -> bool:
+        return len(self._upstream.addresses) == 1 and len(self._engines) == 1
 
-    def tells_sets(self, now: float) -> bool:
-        """Returns True if every live engine says which ids a grammar allows."""
-        live = self.live(now)
-        return bool(live) and all(report.sets for report in live)
+    @property
+    def several(self) -> bool:
+        """It is True if there may be more than one engine, so that it matters which engine reports."""
+        return len(self._upstream.addresses) > 1 or len(self.current()) > 1
 
-    def acknowledged(self, now: float) -> frozenset[str]:
-        """Returns the versions that every rank of every live engine holds; empty while any rank is missing or
-        silent."""
-        return self.held_by_all(self.boots(now), now)
+    def serving(self) -> list[Engine]:
+        """Returns the engines at which adapters are loaded, each by itself."""
+        return list(self.current().values()) if self.several else [self.only]
 
-    def held_by_all(self, boots: Iterable[str], now: float) -> frozenset[str]:
-        """Returns the versions that every rank of each of these engines holds; none if one is not complete, or if there
-        is none."""
-        held = [self._held(self._engines[boot], now) if boot in self._engines else frozenset() for boot in boots]
-        return frozenset.intersection(*held) if held else frozenset()
+    def parts(self, kind: type[P]) -> dict[str, P]:
+        """Returns the parts of this class, by the name of their engine, until they have ended."""
+        found = ((engine.name, engine.part(kind)) for engine in (self.only, *self._engines.values()))
+        return {name: part for name, part in found if part is not None}
 
-    def _held(self, ranks: Mapping[int, _Rank], now: float) -> frozenset[str]:
-        size = next(iter(ranks.values())).report.world_size
-        if len(ranks) < size or any(now - rank.reported_at > SILENCE_SECONDS for rank in ranks.values()):
-            return frozenset()
-        return frozenset.intersection(*(frozenset(rank.report.versions) for rank in ranks.values()))
+    # --- what they hold --------------------------------------------------------------------------------------------
 
-    def boots(self, now: float) -> frozenset[str]:
-        """Returns the engines that report."""
-        self._expire(now)
-        return frozenset(self._engines)
+    def held(self, now: float) -> dict[str, frozenset[str]]:
+        """Returns by address the versions that a request there may ask for."""
+        engines = self.current()
+        found = {name: boot for name, engine in engines.items() if (boot := self._boot(engine, now)) is not None}
+        unplaced = self.reports.boots(now) - set(found.values())
+        if len(unplaced) <= len(engines) - len(found):
+            unplaced = frozenset()
+        return {name: self.reports.held_by_all({boot} | unplaced, now) for name, boot in found.items()}
 
-    def known(self, now: float) -> bool:
-        """See `adapters.serving.host.LiveReports`: all that report are meant."""
-        return True
+    def _boot(self, engine: Engine, now: float) -> str | None:
+        identification = engine.part(Identification)
+        return None if identification is None else identification.boot(now)
 
-    def live(self, now: float) -> list[EngineReport]:
-        """Returns the last report of every live rank."""
-        self._expire(now)
-        return [rank.report for ranks in self._engines.values() for rank in ranks.values()]
+    def shown(self, now: float) -> dict[str, frozenset[str]]:
+        """Returns what each address holds, for operators: without an address while it is not known which engine is
+        there. Where there is one address, what all engines hold."""
+        return self.held(now) if self.several else dict.fromkeys(self.current(), self.reports.acknowledged(now))
 
-    def weights(self, models: Collection[str], now: float) -> Counter[str]:
-        """Returns the number of live engines that serve weights under one of these names, by the weights'
-        fingerprint."""
-        self._expire(now)
-        result: Counter[str] = Counter()
-        for ranks in self._engines.values():
-            reports = [rank.report for rank in ranks.values()]
-            result.update({report.weights for report in reports if report.weights and report.model in models})
-        return result
+    # --- requests of the control process's own ---------------------------------------------------------------------
 
-    def counters(self, now: float) -> dict[str, int]:
-        """Returns the sum of the engines' counters, with the counters of former engines, so that it never decreases.
+    def connect(self, name: str, timeout: float) -> VllmServer:
+        """Returns a client of the engine at this address; ONLY: of the only address in the settings.
 
-        The ranks of one engine see the same requests: the highest value of any rank counts for each counter.
+        Its requests carry the upstream's API key. So every contact with an address that a relay has named begins here,
+        and ReferenceFailure is raised where the address is not one of the configured upstream.
         """
-        self._expire(now)
-        total = Counter(self._former)
-        for ranks in self._engines.values():
-            total.update(_highest_counts(ranks))
-        return dict(total)
+        upstream = self._upstream
+        if name and not self.configured.knows(name):
+            raise ReferenceFailure(FailureReason.DOWN, f"{shown_address(name)} is not an engine of the upstream")
+        scheme, _, host = upstream.servers[0].partition("://")
+        return VllmServer(
+            f"{scheme}://{name or host}",
+            upstream.api_key,
+            timeout=timeout,
+            ca=upstream.ca,
+            host=host if name and upstream.resolves else None,
+        )
 
-    def plugins(self, now: float) -> Counter[str]:
-        """Returns how many live engines run each version of the plugin; "" is a version that a plugin does not say.
+    def signed(self, xargs: dict[str, Any]) -> dict[str, Any]:
+        """Returns the `vllm_xargs` of a request of the control process's own."""
+        return self.reports.secrets.signed(xargs, self._clock())
 
-        The ranks of one engine run one installation. While they disagree, the version of the first one counts.
+    # --- drains ----------------------------------------------------------------------------------------------------
+
+    def drain(self, engine: str, *, ends: bool = False) -> None:
+        """Lets the engine get no new requests from now on (or again some, with `ends`). Raises HemostatError for an
+        unknown one.
+
+        One that is drained may be gone meanwhile, so that its drain can be ended whatever relays report.
         """
-        self._expire(now)
-        return Counter(next(iter(ranks.values())).report.plugin for ranks in self._engines.values())
+        known = self.current().keys() | self.drained
+        if engine not in known:
+            raise HemostatError(
+                f"engine {engine[:100]!r} is not known; the engines are {', '.join(sorted(known)) or 'not known yet'}"
+            )
+        self.drained = self.drained - {engine} if ends else self.drained | {engine}
+        log.warning("engine %s is %s", engine, "not drained any more" if ends else "drained")
+        self.save()
 
-    def live_engines(self, now: float) -> int:
-        """Returns the number of engines that report."""
-        return len(self.boots(now))
+    def save(self) -> None:
+        """Queues a write of which engines are drained."""
+        self._writes.set_state(STATE_KEY, json.dumps(sorted(self.drained)))
 
-    def samples(self, now: float) -> Iterator[Sample]:
-        yield from self.taps.samples()
-        yield from self.answers.samples()
-        for version, count in sorted(self.plugins(now).items()):
-            yield Sample(names.ENGINE_PLUGINS, (version or "unknown", "yes" if fits(version) else "no"), count)
-        # 0 before the first one, so that the alert sees it increase.
-        for event, count in ({"profiles_failed": 0} | self.counters(now)).items():
-            yield Sample(names.ENGINE_EVENTS, (event,), count)
+    def restore(self, stored: str | None) -> None:
+        """Takes what an earlier run stored."""
+        try:
+            self.drained = frozenset(str(name) for name in json.loads(stored or "[]"))
+        except (ValueError, TypeError) as error:
+            log.error("stored drains of engines: %s; none is drained", error)
 
-    def _expire(self, now: float) -> None:
-        for boot_id, ranks in list(self._engines.items()):
-            # While only some ranks are silent, their engine stays and is incomplete, so that nothing is acknowledged.
-            if all(now - rank.reported_at > SILENCE_SECONDS for rank in ranks.values()):
-                self._forget(boot_id)
-        self.taps.expire(now)
-        self.answers.expire(now)
+    def samples(self) -> Iterator[Sample]:
+        for name, engine in self.current().items():
+            labels, health = (name,), engine.health
+            yield Sample(names.UPSTREAM_UP_RATIO, labels, health.up / health.relays)
+            yield Sample(names.UPSTREAM_DRAINED, labels, name in self.drained)
+            yield Sample(names.UPSTREAM_OUTSTANDING, labels, health.outstanding)
 
-    def _forget(self, boot_id: str) -> None:
-        self._former.update(_highest_counts(self._engines.pop(boot_id)))
+    # --- their lifetime --------------------------------------------------------------------------------------------
 
+    async def run(self) -> None:
+        """Ends the engines that leave, and finds out which engine is at which address, until it is cancelled."""
+        try:
+            while True:
+                await self.step()
+                await asyncio.sleep(TICK_SECONDS)
+        finally:
+            await self.end_parts(Identification)
 
-def _highest_counts(ranks: Mapping[int, _Rank]) -> Counter[str]:
-    """Returns the highest count of each known event. Names are a metric's labels, and are kept, so that unknown ones
-    are left out.
-    """
-    highest: Counter[str] = Counter()
-    for rank in ranks.values():
-        highest |= Counter({name: count for name, count in rank.report.counters.items() if name in EVENTS})
-    return highest
+    async def step(self) -> None:
+        """Ends the engines that have left, and begins the probes that are due."""
+        await self.end_left()
+        now = self._clock()
+        if not self.several or not self.reports.boots(now):
+            return
+        for engine in self.current().values():
+            if (identification := engine.part(Identification)) is not None:
+                identification.begin_probe(engine.connect, now)
+
+    async def end_left(self) -> None:
+        """Ends the engines that no relay reports any more."""
+        for name in self._engines.keys() - self.current().keys():
+            await self._engines.pop(name).close()
+
+    async def end_parts(self, kind: type[EnginePart], keep: Collection[Engine] = ()) -> None:
+        """Ends the parts of this class of all engines, without the engines of `keep`."""
+        for engine in [self.only, *self._engines.values()]:
+            if engine not in keep:
+                await engine.end(kind)

@@ -6,7 +6,7 @@ is the same as for measuring the noise floor: the engine prefills what it has ju
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Protocol
 
 import msgspec
@@ -22,11 +22,11 @@ REQUEST_SECONDS = 60.0
 
 
 class Engines(Protocol):
-    """The part of `hemostat.engines.addresses.EngineAddresses` that is used here."""
+    """The part of `hemostat.engines.registry.EngineRegistry` that is used here."""
 
-    def current(self) -> Sequence[str]: ...
+    def current(self) -> Collection[str]: ...
 
-    def server(self, name: str, timeout: float) -> VllmServer: ...
+    def connect(self, name: str, timeout: float) -> VllmServer: ...
 
 
 class EngineScorer:
@@ -53,7 +53,7 @@ class EngineScorer:
         for gone in self._servers.keys() - {name, *self._engines.current()}:
             await self._servers.pop(gone).close()
         if name not in self._servers:
-            self._servers[name] = self._engines.server(name, REQUEST_SECONDS)
+            self._servers[name] = self._engines.connect(name, REQUEST_SECONDS)
         return self._servers[name]
 
     async def close(self) -> None:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 
 from hemostat.engines.messages import TapAnswer
-from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.reports import PluginReports
 from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
 from hemostat.metrics.reasons import Unscored
@@ -43,7 +43,7 @@ class CaptureIntake:
     def __init__(
         self,
         queue: ShadowQueue,
-        engines: EngineRegistry,
+        engines: PluginReports,
         endings: EndingCounts,
         answer_losses: AnswerLosses,
         *,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from hemostat.config.schema import Settings
-from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.reports import PluginReports
 from hemostat.ipc.messages import Capture
 from hemostat.measurement.by_model import OtherModels
 from hemostat.measurement.coverage import Coverage
@@ -71,7 +71,7 @@ class ScoringPipeline:
         self,
         settings: Settings,
         monitor: ReferenceMonitor,
-        engines: EngineRegistry,
+        engines: PluginReports,
         needs: ScoringNeeds,
         parts: ConsumerParts,
         *,
@@ -118,7 +118,7 @@ class ScoringPipeline:
     def _make_scorer(
         self,
         settings: Settings,
-        engines: EngineRegistry,
+        engines: PluginReports,
         needs: ScoringNeeds,
         compressed_scorer: Reference | None,
         engine_scorer: EngineScorer | None,

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
+from tests.support.engine_registry import engine_registry
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, running
 from tests.support.lora_world import FakeCopy, FakeProfiles, adapter, hurry
@@ -17,9 +18,6 @@ from tests.support.waiting import until
 from hemostat.adapters.serving import hosts as hosts_module
 from hemostat.adapters.serving.hosts import AdapterHosts
 from hemostat.config.schema import Settings
-from hemostat.engines.addresses import EngineAddresses
-from hemostat.engines.configured import ConfiguredEngines
-from hemostat.engines.registry import EngineRegistry
 from hemostat.metrics import names
 
 ONE = adapter(1)
@@ -52,15 +50,10 @@ async def fleet(*loras: FakeLora) -> AsyncIterator[Fleet]:
         servers = [await stack.enter_async_context(running(FakeVllm(lora=lora))) for lora in loras]
         settings = Settings.model_validate({"upstream": {"urls": [server.url for server in servers]}})
         current = [server.url.removeprefix("http://") for server in servers]
-        registry, profiles = EngineRegistry(), FakeProfiles()
-        configured = ConfiguredEngines(settings.upstream, time.monotonic)
-        addresses = EngineAddresses(
-            settings.upstream, configured, registry, lambda: current, time.monotonic, lambda: None
-        )
+        profiles = FakeProfiles()
         hosts = AdapterHosts(
             settings,
-            registry,
-            addresses,
+            engine_registry(settings.upstream, lambda: current),
             profiles,
             copy=FakeCopy(),
             base=lambda: "fake",

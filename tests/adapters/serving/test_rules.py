@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hemostat.adapters.serving import folder as shared_folder
-from hemostat.adapters.serving import verdicts
+from hemostat.adapters.serving import loading, verdicts
 from hemostat.adapters.serving.server import Completed
 from hemostat.adapters.serving.slots import complete, held_everywhere, room
 from hemostat.adapters.serving.verdicts import Moves, moves
@@ -163,22 +162,22 @@ def test_a_version_s_folder_is_whole_or_absent(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            shared_folder.write(shared, A, FILES, ())
+            loading.write(shared, A, FILES, ())
     assert not (shared / A).exists()
-    shared_folder.write(shared, A, FILES, ())
+    loading.write(shared, A, FILES, ())
     assert {path.name: path.read_bytes() for path in (shared / A).iterdir()} == FILES
     (shared / A / "adapter_model.safetensors").write_bytes(b"half")
-    shared_folder.write(shared, A, FILES, ())
+    loading.write(shared, A, FILES, ())
     assert (shared / A / "adapter_model.safetensors").read_bytes() == b"weights"
 
 
 def test_old_folders_are_removed_and_those_in_use_stay(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
-    versions = [f"{n:032x}" for n in range(shared_folder.MAX_VERSIONS + 4)]
+    versions = [f"{n:032x}" for n in range(loading.MAX_VERSIONS + 4)]
     for n, version in enumerate(versions):
-        shared_folder.write(tmp_path, version, FILES, {versions[0]})
+        loading.write(tmp_path, version, FILES, {versions[0]})
         os.utime(tmp_path / version, (n, n))
     left = {path.name for path in tmp_path.iterdir()}
     assert {"theirs", versions[0], versions[-1]} <= left
     assert versions[1] not in left
-    assert len(left) <= shared_folder.MAX_VERSIONS + 3
+    assert len(left) <= loading.MAX_VERSIONS + 3

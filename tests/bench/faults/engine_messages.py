@@ -18,7 +18,7 @@ from tests.support.taps import sent
 from tests.support.wire import Wire, chat, policy
 
 from hemostat.engines.messages import EVENTS, MAX_POSITIONS, EngineReport, TapMessage, TapRun, decode_tap
-from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.reports import PluginReports
 from hemostat.openai.routes import CHAT
 from hemostat.scoring.record_builder import decode_capture
 from hemostat.scoring.tapped_answers import captures_from_tap
@@ -72,7 +72,7 @@ def tap_row() -> Row:
         TapRun("n", MAX_POSITIONS - 1, 1, {f"{next(versions):032x}": value for _ in range(16)}, None) for _ in range(60)
     ]
     body = msgspec.msgpack.encode(TapMessage("boot", runs))
-    registry = EngineRegistry()
+    registry = PluginReports()
     tracemalloc.start()
     registry.taps.add(decode_tap(body), 0.0)
     registry.taps.take("n", TOKENS)
@@ -84,7 +84,7 @@ def tap_row() -> Row:
 
 def names_row() -> Row:
     """Engines that come and go, each with 64 names of its own."""
-    registry = EngineRegistry()
+    registry = PluginReports()
     for number in range(ENGINES):
         counters = {f"x{number}_{name}": 1 for name in range(64)}
         registry.report(EngineReport(f"b{number}", 0, 1, [], 9, counters, "v1", ""), 20.0 * number)

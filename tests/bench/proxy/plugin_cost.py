@@ -26,7 +26,7 @@ from tests.support.fake_vllm import FakeVllm
 from hemostat.admin.hardening import server_settings
 from hemostat.engines.api import engine_router
 from hemostat.engines.messages import AnswerMessage, TapAnswer, decode_answers
-from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.reports import PluginReports
 from hemostat.interception.interceptor import Interceptor
 from hemostat.ipc.messages import Capture, MessageReader, encode
 from hemostat.scoring.limits import ShadowQueue
@@ -97,7 +97,7 @@ def measure(answers: Answers, given: TapAnswer, *, stream: bool, rounds: int = R
         by_plugin = observing(1.0, tap=True, tap_tokens=True, prefer_plugin=True)
         sampled = Interceptor(by_plugin, emit, lambda name, labels: None, nonce=lambda: NONCE)
         plain = Interceptor(observing(0.0), emit, lambda name, labels: None)
-        reader, queue, engines = MessageReader(), ShadowQueue(10), EngineRegistry()
+        reader, queue, engines = MessageReader(), ShadowQueue(10), PluginReports()
         awaited = AwaitedAnswers(engines.answers, 10, 4.0)
 
         def receive() -> None:
@@ -126,7 +126,7 @@ def measure(answers: Answers, given: TapAnswer, *, stream: bool, rounds: int = R
 def admin_port() -> Iterator[tuple[str, threading.Thread]]:
     """Its address, and the thread of its server."""
     app = FastAPI()
-    app.include_router(engine_router(EngineRegistry(), lambda _: None, time.monotonic))
+    app.include_router(engine_router(PluginReports(), lambda _: None, time.monotonic))
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, **server_settings()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -26,7 +26,7 @@ from fastapi import FastAPI
 from transformers import AutoModelForCausalLM
 
 from hemostat.engines.api import engine_router
-from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.reports import PluginReports
 from hemostat.engines.taps import TapResult
 from hemostat.reference.protocol import ScoreRequest
 from hemostat.reference.transformers import TransformersReference
@@ -119,7 +119,7 @@ async def engine(
 
     adapters: that may be asked for by `model: <version>`, of at most `max_lora_rank`; the plugin fetches them.
     """
-    registry = EngineRegistry()
+    registry = PluginReports()
     registry.set_wanted(profile.version for profile in (*profiles, *adapters))
     files = {profile.version: profile.to_bytes() for profile in (*profiles, *adapters)}
     # One slot more than adapters: see docs/operations.md.
@@ -154,7 +154,7 @@ async def engine(
 class Engine:
     """A running server."""
 
-    def __init__(self, url: str, registry: EngineRegistry) -> None:
+    def __init__(self, url: str, registry: PluginReports) -> None:
         self._url = url
         self._registry = registry
 

@@ -393,8 +393,8 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
             steady=lambda: clock.monotonic,
             draw=random.Random(7).random,
         )
-        control.engines.nonce_prefix = "0123456789abcdef"  # made up anew by every process
-        control.engines.secrets = RequestSecrets(lambda: "0123456789abcdef" * 2)
+        control.engines.reports.nonce_prefix = "0123456789abcdef"  # made up anew by every process
+        control.engines.reports.secrets = RequestSecrets(lambda: "0123456789abcdef" * 2)
         control.stored_state.salt = bytes(range(32))
         await control.start(made.calibration.force)
         relays = listen(control.link, folder / "control.sock")

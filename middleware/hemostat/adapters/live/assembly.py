@@ -14,7 +14,6 @@ from hemostat.adapters.serving.hosts import AdapterHosts
 from hemostat.adapters.serving.probing import CopyUnavailable
 from hemostat.checkpoints import packages
 from hemostat.config.schema import Settings
-from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.registry import EngineRegistry
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.decisions import Reason
@@ -67,7 +66,6 @@ class Adapters:
         profiles: ProfileManager,
         monitor: ReferenceMonitor,
         engines: EngineRegistry,
-        addresses: EngineAddresses,
         on_change: Callable[[], None],
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -81,7 +79,6 @@ class Adapters:
         self.hosts = AdapterHosts(
             settings,
             engines,
-            addresses,
             _HostedProfiles(settings, profiles),
             copy=_Copy(self.judge),
             base=lambda: monitor.served.calibrated_name,

@@ -16,26 +16,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Protocol
 
-from hemostat.adapters.serving import folder as shared_folder
 from hemostat.adapters.serving import slots
+from hemostat.adapters.serving.loading import Loader, SharedFolder
 from hemostat.adapters.serving.probes import Probes
 from hemostat.adapters.serving.probing import ModelCopy, Prober
-from hemostat.adapters.serving.server import Listed, listed, load, lora_enabled, max_loras, started, touch, unload
-from hemostat.adapters.serving.setting import Way, explain, without_lora
+from hemostat.adapters.serving.server import Listed, listed, lora_enabled, max_loras, started
+from hemostat.adapters.serving.setting import without_lora
 from hemostat.adapters.serving.versions import Versions, VersionState
-from hemostat.config.schema import Settings
+from hemostat.engines.engine import Engine
 from hemostat.engines.messages import EngineReport
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
-from hemostat.reference.server import Refused, VllmServer
+from hemostat.reference.server import VllmServer
 from hemostat_calibration.profiles.adapter import max_rank
-from hemostat_calibration.profiles.peft import peft_files
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 log = logging.getLogger("hemostat.adapters")
@@ -47,7 +45,6 @@ SOON_SECONDS = 0.5
 REQUEST_SECONDS = 60.0
 MAX_TIMEOUTS = 3
 """Lists of models in a row that did not come in time, after which the server counts as down."""
-LOAD_RESULTS = ("loaded", "refused", "failed")
 
 
 class HostState(StrEnum):
@@ -77,45 +74,29 @@ class AdapterProfiles(Protocol):
         ...
 
 
-class LiveReports(Protocol):
-    """The live reports of `hemostat.engines.registry.EngineRegistry`, or of the engines behind one address."""
-
-    def known(self, now: float) -> bool:
-        """False while it is not known which of the engines that report is meant."""
-        ...
-
-    def live(self, now: float) -> Sequence[EngineReport]:
-        """The last report of each of its ranks; none where it does not report."""
-        ...
-
-
 class AdapterHost:
-    """Lives in the control process's event loop.
+    """Lives in the control process's event loop. Implements `engines.engine.EnginePart`.
 
-    connect: makes a client of the engine. base: the served name of the model that profiles are for; "" while it is not
-    known. copy: our copy of that model, None where there is none: then only isolation is probed. clock: monotonic
-    seconds. on_change: called after every change of `ready`, `capacity`, `limit` or `hold`. writing: one writes to the
-    shared folder at a time.
+    engine: the adapters are a part of it. folder: see `Loader`. copy: our copy of the model that profiles are for, None
+    where there is none: then only isolation is probed. base: the served name of that model; "" while it is not known.
+    clock: monotonic seconds. on_change: called after every change of `ready`, `capacity`, `limit` or `hold`.
     """
 
     def __init__(
         self,
-        settings: Settings,
-        engines: LiveReports,
+        engine: Engine,
         profiles: AdapterProfiles,
+        folder: SharedFolder | None,
         *,
-        connect: Callable[[], VllmServer],
         copy: ModelCopy | None,
         base: Callable[[], str],
         clock: Callable[[], float],
         on_change: Callable[[], None],
-        writing: asyncio.Lock | None = None,
     ) -> None:
-        self._settings = settings.adapter
-        self._connect = connect
-        self._writing = writing or asyncio.Lock()
-        self._engines = engines
+        self._engine = engine
+        self._reports = engine.reports
         self._profiles = profiles
+        self._loader = Loader(folder, self._reports_adapters)
         self._base = base
         self._clock = clock
         self._on_change = on_change
@@ -130,10 +111,9 @@ class AdapterHost:
         """When the server began, where no engine reports."""
         self._slots: int | None = None
         """--max-loras, where no engine reports it."""
-        self._way: Way | None = None
         self._timeouts = 0
         self._versions = Versions()
-        self._loads: Counter[str] = Counter()
+        self._task: asyncio.Task[None] | None = None
         self.state = HostState.IDLE
         self.detail = ""
         """One line about the state, where there is more to say."""
@@ -150,9 +130,9 @@ class AdapterHost:
     def ready(self) -> frozenset[str]:
         """The versions that requests may ask for now."""
         now = self._clock()
-        if not self._ready or not self._engines.known(now):
+        if not self._ready or not self._reports.known(now):
             return frozenset()
-        reports = self._engines.live(now)
+        reports = self._reports.live(now)
         if slots.boots(reports) - self._boots or not slots.complete(reports) or slots.room(reports, 0).problem:
             return frozenset()
         return self._ready & slots.held_everywhere(reports, self._ready)
@@ -167,7 +147,7 @@ class AdapterHost:
         return {
             "state": self.state.value,
             "detail": self.detail,
-            "way": self._way.value if self._way is not None else None,
+            "way": self._loader.way.value if self._loader.way is not None else None,
             "capacity": self.capacity,
             "wanted": list(self._profiles.wanted()),
             "loaded": sorted(self._loaded),
@@ -181,8 +161,7 @@ class AdapterHost:
         counts = {"wanted": len(self._profiles.wanted()), "loaded": len(self._loaded), "ready": len(self.ready)}
         for state, count in counts.items():
             yield Sample(names.ADAPTERS, (state,), count)
-        for result in LOAD_RESULTS:
-            yield Sample(names.ADAPTER_LOADS, (result,), self._loads[result])
+        yield from self._loader.samples()
         yield from self._probes.samples()
 
     @property
@@ -196,10 +175,24 @@ class AdapterHost:
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
+    def keep_running(self) -> None:
+        """Begins `run`, if it is not running. Raises what it has raised."""
+        if self._task is not None and self._task.done():
+            ended, self._task = self._task, None
+            ended.result()  # as any other loop of the control process: its error ends it
+        if self._task is None:
+            self._task = asyncio.create_task(self.run())
+
+    async def close(self) -> None:
+        """Ends `run`."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
     async def run(self) -> None:
         """Until cancelled, or until the address is no engine of the upstream any more."""
         try:
-            server = self._connect()
+            server = self._engine.connect(REQUEST_SECONDS)
         except ReferenceFailure as failure:
             self._unreachable(failure)
             return
@@ -224,10 +217,10 @@ class AdapterHost:
             self._unreachable(failure)
             return POLL_SECONDS
         self._timeouts = 0
-        if not self._engines.known(self._clock()):
+        if not self._reports.known(self._clock()):
             self._set(HostState.WAITING, self.capacity, "it is not known yet which engine answers here")
             return SOON_SECONDS
-        reports = self._engines.live(self._clock())
+        reports = self._reports.live(self._clock())
         self._notice_restart(result, reports, None if reports else await started(server))
         if self._ready and not self._probes.passed(list(self._ready), result.ours | result.others):
             self._set(HostState.PROBING, self.capacity)  # another client has loaded or unloaded an adapter
@@ -299,12 +292,16 @@ class AdapterHost:
             if self._loaded:
                 log.warning("adapters: the upstream was restarted or has lost one; they are loaded and probed again")
             self._set(HostState.LOADING, self.capacity)
-            self._boots, self._slots, self._way = frozenset(), None, None
+            self._boots, self._slots = frozenset(), None
+            self._loader.begin_anew()
             self._versions.begin_anew()
             self._probes.begin_anew()
         self._started = began or self._started
         self._boots |= boots
         self._loaded = self._own(adapters.ours)
+
+    def _reports_adapters(self) -> bool:
+        return any(report.lora for report in self._reports.live(self._clock()))
 
     def _own(self, versions: Iterable[str]) -> frozenset[str]:
         """Returns the versions that are ours, without the versions of another Hemostat that shares the server."""
@@ -338,16 +335,10 @@ class AdapterHost:
         unloaded = False
         for version in sorted(mine):
             self._set(HostState.LOADING, self.capacity)
-            try:
-                await unload(server, version)
-            except ReferenceFailure as failure:
-                if not (isinstance(failure, Refused) and failure.status == 404):
-                    log.warning("adapter %s could not be unloaded: %s", version, failure)
-                    continue
-            unloaded = True
-            self._loaded -= {version}
-            self._probes.forget(version)
-            log.info("adapter %s is unloaded", version)
+            if await self._loader.unload(server, version):
+                unloaded = True
+                self._loaded -= {version}
+                self._probes.forget(version)
         return unloaded
 
     async def _load_next(
@@ -360,7 +351,7 @@ class AdapterHost:
         if version is None or profile is None:
             return False
         # A slot is freed once the last request that uses it has ended.
-        occupied = (set(report.adapters) - set(missing) for report in self._engines.live(now))
+        occupied = (set(report.adapters) - set(missing) for report in self._reports.live(now))
         if room.capacity is not None and max(map(len, occupied), default=0) >= room.capacity:
             return False
         if self.state is not HostState.UNUSABLE:  # a version that could not be loaded is tried again
@@ -368,45 +359,12 @@ class AdapterHost:
         isolated, self._probes.isolated_with = self._probes.isolated_with, None
         # Also after it was loaded: where several engines share the address, another request reaches the next one.
         self._versions.begin_load(version, now)
-        try:
-            await self._load(server, version, profile, base, await prober.prompts(base))
-        except (ReferenceFailure, OSError) as failure:
-            self._loads["refused" if isinstance(failure, Refused) else "failed"] += 1
-            self._failed(version, explain(failure, max_rank(profile), self._way, self._settings.folder))
+        if why := await self._loader.load(server, prober, profile, base, {*self._loaded, *self.hold}):
+            self._failed(version, why)
             self._probes.isolated_with = isolated
             return False
-        self._loads["loaded"] += 1
         self._versions.loaded(version)
-        log.info("adapter %s is loaded", version)
         return True
-
-    async def _load(
-        self, server: VllmServer, version: str, profile: CalibrationProfile, base: str, prompts: Sequence[Sequence[int]]
-    ) -> None:
-        """Loads an adapter through the plugin's resolver, or from the shared folder if there is no resolver. Raises
-        ReferenceFailure or OSError."""
-        shared = self._settings.folder
-        if self._way is not Way.FOLDER:
-            try:
-                await touch(server, version, prompts[0][:8])
-            except Refused as refused:
-                reports_adapters = any(report.lora for report in self._engines.live(self._clock()))
-                if refused.status != 404 or shared is None or self._way is Way.RESOLVER or reports_adapters:
-                    raise
-            else:
-                self._way = Way.RESOLVER
-                return
-        if shared is None:
-            raise OSError("it is not set")
-        files = peft_files(profile, base)
-        async with self._writing:
-            await asyncio.to_thread(shared_folder.write, shared, version, files, {*self._loaded, *self.hold})
-        try:
-            await load(server, version, str(shared / version))
-        except Refused as refused:
-            if "already been loaded" not in refused.detail:
-                raise
-        self._way = Way.FOLDER
 
     def _failed(self, version: str, why: str) -> None:
         if self._versions.failed(version, why):

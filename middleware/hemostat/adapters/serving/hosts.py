@@ -1,4 +1,4 @@
-"""`AdapterHosts`: adapters at every engine, one `AdapterHost` for each address that requests are sent to.
+"""`AdapterHosts`: adapters at every engine, one `AdapterHost` as a part of each engine that requests are sent to.
 
 A version that an engine refuses, or whose probe fails there, is not used at that engine; the others go on serving it.
 It is given up where no engine applies it.
@@ -12,19 +12,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from hemostat.adapters.serving.host import REQUEST_SECONDS, AdapterHost, AdapterProfiles, HostState
+from hemostat.adapters.serving.host import AdapterHost, AdapterProfiles, HostState
+from hemostat.adapters.serving.loading import SharedFolder
 from hemostat.adapters.serving.probing import ModelCopy
 from hemostat.config.schema import Settings
-from hemostat.engines.addresses import EngineAddresses
-from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.engine import Engine
+from hemostat.engines.registry import ONLY, EngineRegistry
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 log = logging.getLogger("hemostat.adapters")
 
-ONLY = ""
-"""Name of the host where there is one address."""
 TICK_SECONDS = 0.5
 
 
@@ -38,13 +37,12 @@ class _ProfilesAt:
 
 
 class AdapterHosts:
-    """Owns the hosts. registry: of all engines that report. Other arguments as of `AdapterHost`."""
+    """Begins and ends the hosts, and says what they say together. Other arguments as of `AdapterHost`."""
 
     def __init__(
         self,
         settings: Settings,
-        registry: EngineRegistry,
-        addresses: EngineAddresses,
+        engines: EngineRegistry,
         profiles: AdapterProfiles,
         *,
         copy: ModelCopy | None,
@@ -52,22 +50,23 @@ class AdapterHosts:
         clock: Callable[[], float],
         on_change: Callable[[], None],
     ) -> None:
-        self._settings = settings
-        self._registry = registry
-        self._addresses = addresses
+        self._engines = engines
+        path = settings.adapter.folder
+        self._folder = None if path is None else SharedFolder(path)
         self._profiles = profiles
         self._copy = copy
         self._base = base
         self._clock = clock
         self._on_change = on_change
-        self._writing = asyncio.Lock()
-        self._running: dict[str, asyncio.Task[None]] = {}
-        self.hosts: dict[str, AdapterHost] = {}
-        """The host of each engine's adapters, by address."""
         if len(settings.upstream.addresses) == 1:
-            self.hosts[ONLY] = self._host(ONLY)
+            self._begin(engines.only)
 
     # --- what others read ------------------------------------------------------------------------------------------
+
+    @property
+    def hosts(self) -> dict[str, AdapterHost]:
+        """The host of each engine's adapters, by the engine's name."""
+        return self._engines.parts(AdapterHost)
 
     @property
     def ready(self) -> frozenset[str]:
@@ -76,7 +75,8 @@ class AdapterHosts:
 
     def ready_at(self, name: str) -> frozenset[str]:
         """The same at one address, or at the only one."""
-        return self.hosts[name].ready if name in self.hosts else frozenset()
+        host = self.hosts.get(name)
+        return frozenset() if host is None else host.ready
 
     @property
     def unusable(self) -> str | None:
@@ -151,38 +151,31 @@ class AdapterHosts:
                 await self.step()
                 await asyncio.sleep(TICK_SECONDS)
         finally:
-            for name in list(self._running):
-                await self._end(name)
+            await self._engines.end_parts(AdapterHost)
 
     async def step(self) -> None:
-        """Begin and end hosts, so that there is one for each address."""
-        wanted = self._addresses.current() if self._addresses.several else [ONLY]
-        for gone in self.hosts.keys() - set(wanted):
-            await self._end(gone)
-        for name in wanted:
-            if name not in self.hosts:
-                self.hosts[name] = self._host(name)
-            if name not in self._running:
-                self._running[name] = asyncio.create_task(self.hosts[name].run())
-            if self._running[name].done():
-                self._running.pop(name).result()  # as any other loop of the control process: its error ends it
+        """Begins and ends hosts, so that each engine at which adapters are loaded has one."""
+        serving = self._engines.serving()
+        await self._engines.end_parts(AdapterHost, keep=serving)
+        for engine in serving:
+            (engine.part(AdapterHost) or self._begin(engine)).keep_running()
         for version in self._profiles.wanted():
             # The last engine that applied it may have left.
             self._given_up(version)
 
-    def _host(self, name: str) -> AdapterHost:
-        only = name == ONLY
-        return AdapterHost(
-            self._settings,
-            self._registry if only else self._addresses.at(name),
-            self._profiles if only else _ProfilesAt(self._profiles, lambda v, why: self._reject(name, v, why)),
-            connect=lambda: self._addresses.server(name, REQUEST_SECONDS),
+    def _begin(self, engine: Engine) -> AdapterHost:
+        name, profiles = engine.name, self._profiles
+        host = AdapterHost(
+            engine,
+            profiles if name == ONLY else _ProfilesAt(profiles, lambda v, why: self._reject(name, v, why)),
+            self._folder,
             copy=self._copy,
             base=self._base,
             clock=self._clock,
             on_change=self._on_change,
-            writing=self._writing,
         )
+        engine.add(host)
+        return host
 
     def _reject(self, name: str, version: str, why: str) -> None:
         if not self._given_up(version):
@@ -195,13 +188,6 @@ class AdapterHosts:
             return False
         self._profiles.reject(version, reasons[0])
         return True
-
-    async def _end(self, name: str) -> None:
-        self.hosts.pop(name, None)
-        task = self._running.pop(name, None)
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
 
 def _summed(probes: Sequence[dict[str, Any]]) -> dict[str, Any]:
