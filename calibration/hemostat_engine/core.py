@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,8 +28,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 
-from hemostat_engine import kv_precision, transform, xargs
+from hemostat_engine import transform, xargs
 from hemostat_engine.agent import Agent, Identity
+from hemostat_engine.kv_precision import KvPrecision
 from hemostat_engine.library import Counters, Library
 from hemostat_engine.masks import UNKNOWN, GrammarMasks, Masks
 from hemostat_engine.numbering import Numbering
@@ -43,8 +43,6 @@ from hemostat_engine.weights import LoadedWeights
 log = logging.getLogger("hemostat.engine")
 
 T = TypeVar("T")
-MIN_PRECISION_SECONDS = 5.0
-"""The least time between two looks at the KV cache."""
 MAX_TAPPED_CANDIDATES = 2
 """The largest number of held profiles that are evaluated for a tapped row in addition to the applied one."""
 
@@ -79,6 +77,13 @@ class Ranks:
     size: int = 1
     group: Any = None
     """A torch.distributed group of CPU tensors; None when size is 1."""
+    sharded: bool = False
+    """Every rank samples other requests of the batch, so that every rank taps; otherwise only rank 0 does."""
+
+    @property
+    def sampling(self) -> Ranks:
+        """The ranks that sample the same rows."""
+        return Ranks() if self.sharded else self
 
     def all_have(self, flags: list[bool]) -> list[bool]:
         """Returns for each flag whether it is set on every rank. Every rank must call it in the same step."""
@@ -123,39 +128,29 @@ class Core:
         self,
         *,
         device: torch.device,
-        vocab_size: int,
-        runner: str,
-        vllm_version: str,
-        boot_id: str,
+        identity: Identity,
         ranks: Ranks,
         settings: Settings,
-        tap_on_every_rank: bool = False,
         masks: GrammarMasks,
-        answers: bool = False,
-        sets: bool = False,
         weights: LoadedWeights | None = None,
         kv_layers: Callable[[], Iterable[Any]] = tuple,
     ) -> None:
-        """tap_on_every_rank: every rank samples other requests, so every rank taps; else only rank 0 does. answers,
-        sets: see `Identity`. weights: reported by rank 0. kv_layers: vLLM's attention layers."""
+        """identity: of this rank. Rank 0's boot id is used on all ranks. weights: reported by rank 0. kv_layers: vLLM's
+        attention layers."""
         self.device = device
         self.counters = Counters()
-        self.library = Library(vocab_size, device)
+        self.library = Library(identity.vocab_size, device)
         self.taps = Taps(self.counters)
         self.masks = masks
         self._device_counters = DeviceCounters(device, ("rows_masked", "rows_kl_clamped"), self.counters)
-        self._vocab_size = vocab_size
-        self._after_penalties = runner == "v2"
-        self._ranks = ranks
-        self._sampling = Ranks() if tap_on_every_rank else ranks
-        """The ranks that sample the same rows."""
+        self._vocab_size = identity.vocab_size
+        self._after_penalties = identity.runner == "v2"
+        self._ranks, self._sampling = ranks, ranks.sampling
         self._tap_failed = False
-        self._kv_layers = kv_layers
-        self._precision, self._precision_at = 0, -math.inf
+        self._kv_precision = KvPrecision(kv_layers)
         self._children = Numbering()
-        self._tapping = settings.admin_url is not None and (ranks.rank == 0 or tap_on_every_rank)
-        boot_id = ranks.broadcast(boot_id)
-        identity = Identity(boot_id, ranks.rank, ranks.size, vocab_size, runner, vllm_version, answers, sets)
+        self._tapping = settings.admin_url is not None and ranks.sampling.rank == 0
+        identity = replace(identity, boot_id=ranks.broadcast(identity.boot_id))
         reported = weights if ranks.rank == 0 else None
         self.agent = Agent(identity, settings, self.library, self.counters, self.taps, weights=reported)
         self.agent.start()
@@ -184,7 +179,7 @@ class Core:
             if binding is None and parameters[i] is not xargs.NO_PARAMETERS:
                 nonce = parameters[i].nonce if self._tapping else None
                 child = 0 if nonce is None else self._children.next(nonce)
-                forced = (self._kv_precision(),) if parameters[i].precision else parameters[i].forced
+                forced = (self._precision(),) if parameters[i].precision else parameters[i].forced
                 if max(forced, default=0) >= self._vocab_size:
                     forced = ()  # an id that the vocabulary does not have would end the engine
                 binding = Binding(profiles.get(i), nonce, child, not parameters[i].edited, forced)
@@ -192,18 +187,10 @@ class Core:
             bindings.append(binding if binding and (binding.profile or binding.nonce or binding.forced) else None)
         return bindings
 
-    def _kv_precision(self) -> int:
-        """Returns `kv_precision.code`, the same on all ranks. It is computed seldom, so that frequent requests for it
-        do not slow others down.
-        """
-        now = time.monotonic()
-        if self._sampling.rank == 0 and now - self._precision_at >= MIN_PRECISION_SECONDS:
-            try:
-                self._precision = kv_precision.code(self._kv_layers())
-            except Exception as error:  # noqa: BLE001 - whatever a cache looks like, vLLM goes on
-                log.error("the KV cache cannot be read: %s: %s", type(error).__name__, first_line(str(error)))
-            self._precision_at = time.monotonic()
-        return int(self._sampling.broadcast(str(self._precision)))
+    def _precision(self) -> int:
+        """Returns what `KvPrecision` says on rank 0, on all ranks."""
+        known = self._kv_precision.get(time.monotonic()) if self._sampling.rank == 0 else 0
+        return int(self._sampling.broadcast(str(known)))
 
     def _bound(self, params: Any) -> Binding | None:
         return getattr(params, _BINDING_ATTRIBUTE, None)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from hemostat_engine.retries import first_line
+
+log = logging.getLogger("hemostat.engine")
+
+MIN_SECONDS = 5.0
+"""The least time between two looks at the KV cache."""
 RUN = 1_024
 """The number of values that lie behind each other in memory: keys or values, whatever the layout, which differs between
 backends."""
@@ -21,6 +29,25 @@ RUNS = 128
 LOWEST = 0.1
 """The share of the runs that are below the one that counts: where keys alone were cast, half of them are."""
 STEPS_PER_BIT = 10
+
+
+class KvPrecision:
+    """Owns the last `code` of the layers. It is computed seldom, so that frequent requests for it do not slow others
+    down. layers: returns vLLM's attention layers."""
+
+    def __init__(self, layers: Callable[[], Iterable[Any]]) -> None:
+        self._layers = layers
+        self._code, self._looked_at = 0, -math.inf
+
+    def get(self, now: float) -> int:
+        """Returns `code` of the layers. now: monotonic seconds."""
+        if now - self._looked_at >= MIN_SECONDS:
+            try:
+                self._code = code(self._layers())
+            except Exception as error:  # noqa: BLE001 - whatever a cache looks like, vLLM goes on
+                log.error("the KV cache cannot be read: %s: %s", type(error).__name__, first_line(str(error)))
+            self._looked_at = time.monotonic()
+        return self._code
 
 
 def code(layers: Iterable[Any]) -> int:

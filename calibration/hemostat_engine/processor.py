@@ -20,6 +20,7 @@ import torch
 
 from hemostat_calibration.errors import HemostatError
 from hemostat_engine import answer_tap, forcing, xargs
+from hemostat_engine.agent import Identity
 from hemostat_engine.core import Binding, Core, Ranks
 from hemostat_engine.masks import masks
 from hemostat_engine.settings import Settings
@@ -49,14 +50,15 @@ def _interfaces() -> tuple[type, ...]:
     return tuple(result)
 
 
-def _ranks() -> Ranks:
+def _ranks(vllm_config: Any) -> Ranks:
     """Returns this worker's rank in its tensor-parallel group."""
     from vllm.distributed import parallel_state  # noqa: PLC0415 - only in workers
 
+    sharded = bool(getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False))
     if not parallel_state.model_parallel_is_initialized():
-        return Ranks()
+        return Ranks(sharded=sharded)
     group = parallel_state.get_tp_group()
-    return Ranks(group.rank_in_group, group.world_size, group.cpu_group)
+    return Ranks(group.rank_in_group, group.world_size, group.cpu_group, sharded)
 
 
 def _vllm_version() -> str:
@@ -79,20 +81,24 @@ def _attention_layers(vllm_config: Any) -> Iterable[Any]:
 
 
 def _core(vllm_config: Any, device: torch.device, vocab_size: int, runner: str) -> Core:
-    watched = masks.watch(runner)
-    return Core(
-        device=torch.device(device),
+    watched, ranks = masks.watch(runner), _ranks(vllm_config)
+    identity = Identity(
+        boot_id=uuid.uuid4().hex,
+        rank=ranks.rank,
+        world_size=ranks.size,
         vocab_size=vocab_size,
         runner=runner,
-        vllm_version=_vllm_version(),
-        boot_id=uuid.uuid4().hex,
-        ranks=_ranks(),
-        settings=Settings.from_environment(),
-        tap_on_every_rank=bool(getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False)),
-        masks=masks,
+        vllm=_vllm_version(),
         answers=_hands_out_answers(),
         # Of a draft that was rejected, it is not known which mask the token in its place was sampled from.
         sets=watched and getattr(vllm_config, "speculative_config", None) is None,
+    )
+    return Core(
+        device=torch.device(device),
+        identity=identity,
+        ranks=ranks,
+        settings=Settings.from_environment(),
+        masks=masks,
         weights=LoadedWeights.of(getattr(vllm_config, "model_config", None)),
         kv_layers=functools.partial(_attention_layers, vllm_config),
     )

@@ -29,6 +29,7 @@ def all_signed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def make_core() -> Iterator[Callable[..., Any]]:
     """Makes cores whose agent does not run: the test puts the profiles."""
     torch = pytest.importorskip("torch")
+    from hemostat_engine.agent import Identity
     from hemostat_engine.core import Core, Ranks
     from hemostat_engine.masks import GrammarMasks
     from hemostat_engine.settings import Settings
@@ -38,10 +39,7 @@ def make_core() -> Iterator[Callable[..., Any]]:
     def make(vocab_size: int = VOCAB_SIZE, tapping: bool = False, ranks: Ranks | None = None) -> Core:
         core = Core(
             device=torch.device("cpu"),
-            vocab_size=vocab_size,
-            runner="v1",
-            vllm_version="test",
-            boot_id="boot",
+            identity=Identity("boot", 0, 1, vocab_size, "v1", "test"),
             ranks=ranks or Ranks(),
             masks=GrammarMasks(watched=True),
             # A port that refuses connections, so that taps stay in the queue.

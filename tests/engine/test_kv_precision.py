@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hemostat_engine.kv_precision import STEPS_PER_BIT, code
+from hemostat_engine.kv_precision import MIN_SECONDS, STEPS_PER_BIT, KvPrecision, code
 
 SHAPE = (64, 3, 2, 16, 64)
 """Blocks, heads, keys and values, tokens of a block, head size."""
@@ -69,3 +70,19 @@ def test_of_an_engine_that_has_begun_keys_and_values_are_seen_in_every_layout() 
 def test_a_cache_that_is_not_there_or_holds_little_is_not_known(unknown: object) -> None:
     assert code([unknown]) == 0
     assert bits(unknown, layer()) == bits(layer())
+
+
+def test_requests_for_it_look_at_the_cache_seldom_and_a_cache_that_cannot_be_read_ends_nothing() -> None:
+    looks: list[int] = []
+
+    def layers() -> list[object]:
+        looks.append(1)
+        if len(looks) == 2:
+            raise RuntimeError("no such cache")
+        return []
+
+    precision, now = KvPrecision(layers), time.monotonic()
+    assert [precision.get(now) for _ in range(3)] == [0, 0, 0]
+    assert len(looks) == 1
+    assert precision.get(now + 2 * MIN_SECONDS) == 0
+    assert len(looks) == 2

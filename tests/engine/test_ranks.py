@@ -19,6 +19,7 @@ import torch.distributed as dist  # noqa: E402
 
 from hemostat_calibration.engine_keys import signed  # noqa: E402
 from hemostat_engine import transform  # noqa: E402
+from hemostat_engine.agent import Identity  # noqa: E402
 from hemostat_engine.core import Core, Ranks  # noqa: E402
 from hemostat_engine.masks import GrammarMasks  # noqa: E402
 from hemostat_engine.settings import Settings  # noqa: E402
@@ -32,10 +33,7 @@ def rank_main(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     core = Core(
         device=torch.device("cpu"),
-        vocab_size=VOCAB_SIZE,
-        runner="v1",
-        vllm_version="test",
-        boot_id=f"boot-of-{rank}",
+        identity=Identity(f"boot-of-{rank}", rank, 2, VOCAB_SIZE, "v1", "test"),
         ranks=Ranks(rank, 2, dist.group.WORLD),
         settings=Settings(admin_url="http://127.0.0.1:9"),
         masks=GrammarMasks(watched=True),

@@ -1,4 +1,4 @@
-"""Which engines there are, which answers at which address, and what requests to it may ask for."""
+"""The registry knows which engines there are, which answers at which address, and what requests to it may ask for."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Engine:
         self.reports = reports
         self.connect = connect
         self.health = Health()
-        """What relays report of it."""
+        """The figures that relays report of it."""
         self._parts: dict[type[EnginePart], EnginePart] = {}
 
     def report(self, now: float) -> EngineReport | None:

@@ -1,4 +1,4 @@
-"""What the engines' plugins report: which engines there are by their boot ids, which profiles every rank holds, and
+"""Keeps what the engines' plugins report: the engines by their boot ids, which profiles every rank holds, and
 counters.
 
 It is pure: the time is passed in (monotonic seconds). Invariants:
