@@ -23,11 +23,11 @@ from tests.support.samples import values
 from tests.support.waiting import until
 
 from hemostat.adapters.live import judge as judging
-from hemostat.adapters.live import judge_messages
-from hemostat.adapters.live.answer_limit import BACK_OFF, TARGET_SECONDS, AnswerLimit
+from hemostat.adapters.live import judge_messages, judge_requests
 from hemostat.adapters.live.folders import CheckpointFolders
 from hemostat.adapters.live.job import linear_shapes
 from hemostat.adapters.live.judge import AdapterJudge, JudgeTarget, JudgeUnavailable
+from hemostat.adapters.live.judge_requests import BACK_OFF, TARGET_SECONDS, AnswerLimit
 from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.checkpoints.output_embedding import load as load_embedding
 from hemostat.learner.learner_messages import parts as pieces
@@ -289,7 +289,7 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
             record_of(offers), prompt_of(offers), (IDENTITY,), lambda judged, n=offers: order.append((n, bool(judged)))
         ):
             offers += 1
-        assert offers == judging.MAX_WAITING
+        assert offers == judge_requests.MAX_WAITING
         assert live_judge.dropped == {"not_ready": 1, "busy": 1}
         asking = asyncio.create_task(live_judge.logprobs(np.arange(4, dtype=np.int32), None))
         await asyncio.sleep(0.05)
@@ -314,7 +314,7 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
         assert "adapter.reference is not the model that the reference serves" in live_judge.status()["detail"]
         assert "judged" in live_judge.status()
         # One that does not answer is ended.
-        monkeypatch.setattr(judging, "MAX_ANSWER_SECONDS", 0.3)
+        monkeypatch.setattr(judge_requests, "MAX_ANSWER_SECONDS", 0.3)
         monkeypatch.setattr(judging, "BACKOFF", (60.0,))
         running = pid()
         assert running is not None
@@ -334,7 +334,7 @@ async def test_a_record_whose_answer_would_take_too_long_is_counted_and_not_aske
         assert live_judge.status()["max_tokens"] is None
         scored = record_of(1, folders=folders)
         tokens = 2 * (len(prompt_of(1)) + TOKENS)  # both models are run
-        live_judge._limit.late(tokens, TARGET_SECONDS / 2)
+        live_judge._requests.limit.late(tokens, TARGET_SECONDS / 2)
         assert live_judge.status()["max_tokens"] == tokens // 2
         assert not live_judge.offer(scored, prompt_of(1), (IDENTITY,), lambda _: None)
         assert live_judge.dropped["too_long"] == 1
@@ -393,10 +393,10 @@ async def test_they_come_back_in_the_order_of_the_offers_and_one_that_fails_keep
         assert live_judge.judged == 5
         assert live_judge.status()["bytes"] > 1000
         # What the process holds is bounded, and sent again where it is needed again.
-        monkeypatch.setattr(judging, "MAX_HELD", 1)
+        monkeypatch.setattr(judge_requests, "MAX_HELD", 1)
         for version in (*known, *known):
             assert len(await live_judge.logprobs(np.arange(4, dtype=np.int32), version)) == 3
-            assert list(live_judge._held) == [version]
+            assert list(live_judge._requests._held) == [version]
         with pytest.raises(JudgeUnavailable, match="not known"):
             await live_judge.logprobs(np.arange(4, dtype=np.int32), "f" * 32)
         live_judge.stop("calibration is off")
@@ -418,7 +418,7 @@ async def test_another_checkpoint_than_the_one_that_serves_is_refused(folders: C
 async def test_how_fast_one_model_was_says_nothing_of_another(folders: CheckpointFolders) -> None:
     adapter_judge = AdapterJudge({}.get)
     adapter_judge.judge_about(JudgeTarget(folders, V, 0))
-    adapter_judge._limit.late(100, 50.0)
+    adapter_judge._requests.limit.late(100, 50.0)
     adapter_judge.judge_about(JudgeTarget(folders, V, 0))
     assert adapter_judge.status()["max_tokens"] is not None, "the same target"
     adapter_judge.judge_about(JudgeTarget(folders, V, D))

@@ -3,7 +3,6 @@
 Prompts and answers are kept in memory only. While an adapter is made, its process reads their token ids from a folder
 that only this user can read, deleted when the process ends, or at the next start.
 
-    answer_limit     how long a record may be for the judge
     assembly         the live parts of adapters, made and connected
     build_messages   the job of the process that makes an adapter
     builder          runs the process that makes an adapter
@@ -13,4 +12,5 @@ that only this user can read, deleted when the process ends, or at the next star
     job              the folder of one build
     judge            the control process's end of the judge
     judge_messages   messages between the control process and the judge
+    judge_requests   the requests that wait for the judge, and how long a record may be
 """

@@ -1,4 +1,4 @@
-"""The control process's end of the judge: records wait here for exact distances, computed on copies of the models.
+"""The control process's end of the judge: records get exact distances, computed on copies of the models.
 
 The judge is started when it is first asked, and kept. Whatever it does wrong costs the distances of records, which are
 counted by reason; the records themselves go on.
@@ -7,10 +7,9 @@ counted by reason; the records themselves go on.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,11 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat.adapters.live import judge_messages
-from hemostat.adapters.live.answer_limit import AnswerLimit
 from hemostat.adapters.live.folders import CheckpointFolders
+from hemostat.adapters.live.judge_requests import AnswerLimit, JudgeRequest, JudgeRequests
 from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.ipc.supervisor import ChildRefused, Supervisor
-from hemostat.learner.learner_messages import parts
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.arrays import Ids
@@ -37,14 +35,6 @@ log = logging.getLogger("hemostat.adapters")
 MODULE = "hemostat_lab.adapters.judge_process"
 BACKOFF = (0.5, 2.0, 10.0, 60.0)
 """Seconds before a judge that ended is started again, by how often in a row it failed before it was ready."""
-MAX_WAITING = 16
-"""Records that wait; further ones are refused."""
-MAX_WAITING_BYTES = 256 * 1024 * 1024
-"""The largest total size in bytes of the hidden states of the records that wait."""
-MAX_HELD = 8
-"""Profiles that the judge holds; the ones that were used last stay."""
-MAX_ANSWER_SECONDS = 120.0
-"""A judge that does not answer for so long is ended, and started again; longer answers are not asked for then."""
 MAX_REFERENCE_NATS = 0.25
 """Mean difference of the log-probabilities of a record's tokens between the reference that scored it and the judge's,
 up to which they are one model: repeated computations in bfloat16 differ by about 0.01, two sizes of one family by more
@@ -87,7 +77,7 @@ class JudgeDropReason(StrEnum):
     OTHER_REFERENCE = "other_reference"
     """Its reference gives the record's tokens other log-probabilities than the reference that scored it."""
     TOO_LONG = "too_long"
-    """By how fast it has answered so far, the answer would take too long (`answer_limit`)."""
+    """By how fast it has answered so far, the answer would take too long (`judge_requests.AnswerLimit`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +93,6 @@ class JudgeTarget:
     hidden_size: int
     reference_digest: str = ""
     device: str = "cpu"
-
-
-@dataclass(slots=True)
-class _Waiting:
-    versions: tuple[str, ...]
-    request: Callable[[int], judge_messages.Request]
-    answered: Callable[[judge_messages.Answer | None], None]
-    """None: the judge ended first."""
-    bytes: int = 0
-    tokens: int = 0
-    """The number of tokens that models are run on, each counted for every pass over it."""
 
 
 class AdapterJudge:
@@ -132,18 +111,9 @@ class AdapterJudge:
     ) -> None:
         self._profile = profile
         self._on_change = on_change
-        self._clock = clock
-        self._limit = AnswerLimit()
+        self._requests = JudgeRequests(profile, clock)
         self._process: Supervisor[JudgeTarget, judge_messages.Ready] = Supervisor(MODULE, self, BACKOFF)
         self._needed = False
-        self._waiting: deque[_Waiting] = deque()
-        self._waiting_bytes = 0
-        self._held: OrderedDict[str, None] = OrderedDict()
-        """Versions that the process holds, the one used last at the end."""
-        self._answer: asyncio.Future[judge_messages.Answer] | None = None
-        self._asked = -1
-        """Id of the request that is being answered."""
-        self._numbers = itertools.count()
         self.loaded: judge_messages.Ready | None = None
         """The running process's message that its copies are loaded; None before it."""
         self.state, self.detail = JudgeState.OFF, ""
@@ -157,7 +127,7 @@ class AdapterJudge:
         """Sets the target from now on; nothing changes if it is the target already."""
         if target != self._process.target:
             self._needed = False
-            self._limit = AnswerLimit()  # another model has another speed
+            self._requests.limit = AnswerLimit()  # another model has another speed
             self._set_state(JudgeState.IDLE, "")
             self._process.set_target(target)
 
@@ -191,7 +161,7 @@ class AdapterJudge:
         def answered(answer: judge_messages.Answer | None) -> None:
             done(self._distances(answer, record))
 
-        self._queue(_Waiting(known, request, answered, len(data), tokens))
+        self._add(JudgeRequest(known, request, answered, len(data), tokens))
         return True
 
     def _refusal(self, record: TokenRecord, tokens: int) -> JudgeDropReason | None:
@@ -200,9 +170,9 @@ class AdapterJudge:
             return JudgeDropReason.NOT_READY
         if self.wants_hidden_states and record.reference_hidden is None:
             return JudgeDropReason.NO_HIDDEN_STATES
-        if len(self._waiting) >= MAX_WAITING or self._waiting_bytes > MAX_WAITING_BYTES:
+        if self._requests.full:
             return JudgeDropReason.BUSY
-        return None if self._limit.allows(tokens) else JudgeDropReason.TOO_LONG
+        return None if self._requests.limit.allows(tokens) else JudgeDropReason.TOO_LONG
 
     def _distances(self, answer: judge_messages.Answer | None, record: TokenRecord) -> dict[str, ExactDistances]:
         if answer is None:
@@ -248,7 +218,7 @@ class AdapterJudge:
         def request(number: int) -> judge_messages.Logprobs:
             return judge_messages.Logprobs(number, data, name)
 
-        self._queue(_Waiting((name,), request, answered, tokens=len(ids)))
+        self._add(JudgeRequest((name,), request, answered, tokens=len(ids)))
         result = await answer
         if not isinstance(result, judge_messages.Scored):
             raise JudgeUnavailable(getattr(result, "message", "") or "the copies' process ended")
@@ -260,9 +230,8 @@ class AdapterJudge:
             self._needed = True
             self._process.wake()
 
-    def _queue(self, waiting: _Waiting) -> None:
-        self._waiting.append(waiting)
-        self._waiting_bytes += waiting.bytes
+    def _add(self, request: JudgeRequest) -> None:
+        self._requests.add(request)
         self._process.wake()
 
     def samples(self) -> Iterator[Sample]:
@@ -276,8 +245,8 @@ class AdapterJudge:
             "detail": self.detail,
             "judged": self.judged,
             "dropped": {str(reason): count for reason, count in self.dropped.items()},
-            "waiting": len(self._waiting),
-            "max_tokens": self._limit.max_tokens,
+            "waiting": len(self._requests),
+            "max_tokens": self._requests.limit.max_tokens,
             "bytes": self.loaded.bytes if self.loaded is not None else 0,
         }
 
@@ -312,15 +281,10 @@ class AdapterJudge:
             self._on_change()
 
     async def exchange(self, child: FramedChild) -> bool:
-        if self._waiting:
-            await self._ask(child, self._waiting[0])
-            return True
-        return False
+        return await self._requests.ask(child)
 
     def exited(self, why: ChildExited) -> None:
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(why)
-            self._answer.exception()  # it may have no waiter
+        self._requests.exited(why)
 
     async def closed(self) -> None:
         return
@@ -331,45 +295,6 @@ class AdapterJudge:
         else:
             self._set_state(JudgeState.DOWN, f"the process of the copies ended ({why})")
 
-    async def _ask(self, child: FramedChild, waiting: _Waiting) -> None:
-        """The first of those that wait stays there until it is answered, so that `reset` ends it, too."""
-        self._answer = asyncio.get_running_loop().create_future()
-        self._asked = next(self._numbers)
-        began = self._clock()
-        try:
-            async with asyncio.timeout(MAX_ANSWER_SECONDS):
-                await self._hold(child, waiting.versions)
-                began = self._clock()
-                child.send(judge_messages.REQUESTS.encode(waiting.request(self._asked)))
-                await child.drain()
-                answer = await self._answer
-        except TimeoutError:
-            self._limit.late(waiting.tokens, self._clock() - began)
-            raise ChildExited(f"it did not answer within {MAX_ANSWER_SECONDS:.0f} s") from None
-        self._limit.answered(waiting.tokens, self._clock() - began)
-        self._waiting.popleft()
-        self._waiting_bytes -= waiting.bytes
-        _call(waiting, answer)
-
-    async def _hold(self, child: FramedChild, versions: tuple[str, ...]) -> None:
-        """Send what the process does not hold yet. A version that is not known any more fails at the process."""
-        for version in versions:
-            if version in self._held:
-                self._held.move_to_end(version)
-                continue
-            profile = self._profile(version) if version != IDENTITY else None
-            if profile is None:
-                continue
-            for part, last in parts(await asyncio.to_thread(profile.to_bytes)):
-                child.send(judge_messages.REQUESTS.encode(judge_messages.Hold(version, part, last)))
-                await child.drain()
-            self._held[version] = None
-        old = [v for v in self._held if v not in versions][: max(0, len(self._held) - MAX_HELD)]
-        if old:
-            child.send(judge_messages.REQUESTS.encode(judge_messages.Evict(old)))
-            for version in old:
-                del self._held[version]
-
     def receive(self, body: bytes) -> None:
         answer = judge_messages.ANSWERS.decode(body)
         match answer:
@@ -378,8 +303,7 @@ class AdapterJudge:
             case judge_messages.Refused():
                 self._process.refused(answer.message)
             case judge_messages.Judged() | judge_messages.Scored() | judge_messages.Failed():
-                if self._answer is not None and not self._answer.done() and answer.id == self._asked:
-                    self._answer.set_result(answer)
+                self._requests.answer(answer)
 
     # --- bookkeeping -----------------------------------------------------------------------------------------------
 
@@ -392,20 +316,9 @@ class AdapterJudge:
         self.state, self.detail = state, detail
 
     def reset(self) -> None:
-        """The process has ended: whatever waits goes on without it, in its order."""
-        self.loaded, self._answer = None, None
-        self._held.clear()
-        self._waiting_bytes = 0
-        ended, self._waiting = self._waiting, deque()
-        for waiting in ended:
-            _call(waiting, None)
-
-
-def _call(waiting: _Waiting, answer: judge_messages.Answer | None) -> None:
-    try:
-        waiting.answered(answer)
-    except Exception:
-        log.exception("a record's distances could not be used")
+        """Ends what waits: the process has ended."""
+        self.loaded = None
+        self._requests.reset()
 
 
 def decode_distances(answer: judge_messages.Judged, tokens: int) -> dict[str, ExactDistances]:
