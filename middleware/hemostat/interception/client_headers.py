@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hemostat.hooks import Headers, Refusal
 from hemostat.ipc.messages import Policy
+from hemostat.metrics.reasons import Unscored
 from hemostat.openai.errors import error_body
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 
@@ -59,6 +60,13 @@ def read_options(fields: Sequence[tuple[bytes, bytes]], policy: Policy) -> Clien
                 return _refuse("X-Hemostat-Label", f"must be one of: {', '.join(sorted(policy.labels))}.")
             label = value
     return ClientOptions(shadow, calibration, label)
+
+
+def skipped_by_headers(options: ClientOptions, policy: Policy) -> Unscored | None:
+    """Returns why the request is not to be sampled by its headers, whatever is drawn; None if it may be sampled."""
+    if options.shadow is False:
+        return Unscored.OPTED_OUT
+    return Unscored.ON_NOT_ALLOWED if options.shadow and not policy.shadow_allow_on else None
 
 
 def _refuse(header: str, problem: str) -> Refusal:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from enum import IntEnum, auto
 from typing import Final
 
 from hemostat.hooks import Comparison, Refusal, Rewrite
 from hemostat.interception.assignment import conversation_digest, outcome_number
-from hemostat.interception.client_headers import ClientOptions
+from hemostat.interception.capture_state import (
+    ASKED,
+    CAPTURED,
+    SAMPLED,
+    SKIPPED,
+    TRANSITIONS,
+    UNSAMPLED,
+    CaptureState,
+)
+from hemostat.interception.client_headers import ClientOptions, skipped_by_headers
 from hemostat.interception.intercepted_response import InterceptedResponse
 from hemostat.interception.profile_choice import (
     ArmReason,
     Choice,
+    calibrates,
     choose_profile,
     is_available,
     served_kind,
@@ -37,8 +48,26 @@ _DROPPED_HEADERS: Final = frozenset({b"accept-encoding"})
 """The headers that are not sent upstream if the response has to be read."""
 
 
+class TokenSource(IntEnum):
+    """The place that the tokens of a request are taken from. It is an IntEnum for the reason that
+    `relay.exchange_state` gives.
+    """
+
+    RESPONSE = auto()
+    """The response, which is asked for their log-probabilities."""
+    IDS = auto()
+    """The response, which is asked for their ids only: the engine computes their log-probabilities again."""
+    PLUGIN = auto()
+    """The engine's plugin, which reports them: the response stays as it is."""
+
+
+RESPONSE: Final = TokenSource.RESPONSE
+IDS: Final = TokenSource.IDS
+PLUGIN: Final = TokenSource.PLUGIN
+
+
 class InterceptedExchange:
-    """A `hooks.ExchangeHook`: a request that is sampled (`shadow`), calibrated, or both."""
+    """A `hooks.ExchangeHook`: a request that is sampled, calibrated, or both. Owns its `capture_state`."""
 
     def __init__(
         self,
@@ -48,27 +77,22 @@ class InterceptedExchange:
         request_id: str,
         options: ClientOptions,
         *,
-        unjudged: Unscored | None,
-        shadow: bool,
-        calibrated: bool,
+        sampled: bool,
         client: bytes,
         traceparent: str,
     ) -> None:
-        """unjudged: why the request is not scored, by its headers. client: digest."""
+        """client: digest."""
+        self.state = SAMPLED if sampled else UNSAMPLED
         self.body_limit = policy.body_limit
         self._reports = reports
         self._policy = policy
         self._route = route
         self._request_id = request_id
         self._options = options
-        self._sampled = shadow
         self._skipped: Unscored | None = None
-        """The reason why a sampled request is skipped; it is counted at the request's end, when its tokens are
-        known.
-        """
-        self._unjudged: Unscored | None = unjudged
+        """The reason why the exchange is SKIPPED."""
+        self._unjudged = skipped_by_headers(options, policy)
         """The reason why the request is never scored, as far as that is known before it goes upstream."""
-        self._calibrated = calibrated
         self._client = client
         self._traceparent = traceparent[:MAX_TRACEPARENT]
         self._engine = ""
@@ -86,14 +110,17 @@ class InterceptedExchange:
         """The version that Hemostat asks for as the request's model."""
         self._nonce = ""
         self._sampling = Sampling()
-        self._from_tap = False
-        """It is True if the response stays as it is: the tokens are what the engine's plugin reports."""
-        self._ids_only = False
-        """It is True if the response is asked for ids only: the engine computes their log-probabilities again."""
+        self._source = RESPONSE
         self._request: Request | None = None
+        """The request whose tokens are ASKED for."""
         self._tokens: ResponseTokens | None = None
+        """Those tokens."""
         self._response: InterceptedResponse | None = None
         """None while the request goes upstream as the client wrote it."""
+
+    def _enter(self, state: CaptureState) -> None:
+        assert state in TRANSITIONS[self.state], f"no transition from {self.state!r} to {state!r}"
+        self.state = state
 
     @property
     def _compared(self) -> str | None:
@@ -123,7 +150,7 @@ class InterceptedExchange:
     @property
     def draws_engine(self) -> bool:
         """It is True for sampled requests: by them it is tested which engine is an outlier."""
-        return self._sampled and self._skipped is None
+        return self.state is SAMPLED or self.state is ASKED
 
     def sent_to(self, engine: str, *, drawn: bool) -> None:
         self._engine, self._engine_drawn = engine, drawn
@@ -139,43 +166,25 @@ class InterceptedExchange:
 
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         policy = self._policy
-        if body is None:
-            self._pass_unread(Unscored.BODY_TOO_LARGE)
-            return None
-        try:
-            request = read_request(
-                body,
-                form=FORMS[self._route],
-                unscorable_models=policy.unscorable_models,
-                scorable_models=policy.scorable_models,
-                default_model=policy.default_model,
-                adapter_names=policy.adapter_names,
-                grammars=policy.grammars,
-            )
-        except TooComplex:
-            self._pass_unread(Unscored.TOO_COMPLEX)
-            return None
-        except MALFORMED:
-            self._pass_unread(Unscored.BAD_JSON)
+        request = self._read(body)
+        if isinstance(request, Unscored):
+            self._pass_unread(request)
             return None
         several = policy.scorable_models is not None and len(policy.scorable_models) > 1
         self._kind = kind_name(request, self._options.label, several_models=several)
         self._conversation = conversation_digest(request.conversation_key, policy.salt)
-        by_plugin = policy.tap and policy.tap_tokens
-        in_response = request.unscorable is None
-        self._from_tap = by_plugin and (request.from_tap or (in_response and self._prefers_plugin(request)))
-        self._ids_only = request.ids_only and not self._from_tap and request.form in policy.scored_again
-        judged = self._from_tap or self._ids_only
-        self._unjudged = self._unjudged or (None if judged else request.unscorable)
+        self._source = self._choose_source(request)
+        if self._source is RESPONSE:
+            self._unjudged = self._unjudged or request.unscorable
         if self._unjudged is None and request.min_prompt_tokens > policy.shadow_max_tokens:
             self._unjudged = Unscored.TOO_LONG
         changes: dict[str, bytes] = {}
         xargs: dict[str, str] = {}
         self._version = request.client_profile
-        if self._calibrated:
+        if calibrates(policy, self._options):
             self._add_profile(request, changes, xargs)
-        if self._sampled and self._skipped is None:
-            self._add_token_details(request, changes, xargs)
+        if self.state is SAMPLED:
+            self._ask_for_tokens(request, changes, xargs)
         if xargs or request.client_acts:
             changes["vllm_xargs"] = requests.merged_xargs(request, xargs, policy.secret)
         self._sampling = requests.sampling_parameters(request, changes, policy.openai_sampling_defaults)
@@ -187,11 +196,39 @@ class InterceptedExchange:
             self._route,
             self._request,
             self._tokens,
-            from_tap=self._from_tap,
+            from_tap=self._source is PLUGIN,
             adapter=self._adapter,
         )
         is_read = self._tokens is not None or self._adapter is not None
         return Rewrite(request.body.edit(changes), _DROPPED_HEADERS if is_read else frozenset())
+
+    def _read(self, body: bytes | None) -> Request | Unscored:
+        """Returns the request in a body, or the reason why the body cannot be read."""
+        policy = self._policy
+        if body is None:
+            return Unscored.BODY_TOO_LARGE
+        try:
+            return read_request(
+                body,
+                form=FORMS[self._route],
+                unscorable_models=policy.unscorable_models,
+                scorable_models=policy.scorable_models,
+                default_model=policy.default_model,
+                adapter_names=policy.adapter_names,
+                grammars=policy.grammars,
+            )
+        except TooComplex:
+            return Unscored.TOO_COMPLEX
+        except MALFORMED:
+            return Unscored.BAD_JSON
+
+    def _choose_source(self, request: Request) -> TokenSource:
+        policy = self._policy
+        if policy.tap and policy.tap_tokens:
+            in_response = request.unscorable is None
+            if request.from_tap or (in_response and self._prefers_plugin(request)):
+                return PLUGIN
+        return IDS if request.ids_only and request.form in policy.scored_again else RESPONSE
 
     def _prefers_plugin(self, request: Request) -> bool:
         """Returns True if the engine's plugin is asked for tokens that the response could contain."""
@@ -233,32 +270,34 @@ class InterceptedExchange:
         by_plugin = version not in policy.adapters
         return by_plugin and policy.tap and not policy.tap_tokens and request.choices > 1
 
-    def _add_token_details(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
+    def _ask_for_tokens(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
         """Adds what makes vLLM return the tokens' details, or skips a request that cannot be scored."""
         policy = self._policy
         if self._unjudged is not None:
             self._skip(self._unjudged)
             return
+        self._enter(ASKED)
         self._request = request
-        top_k = 0 if self._ids_only else policy.shadow_top_k
+        top_k = 0 if self._source is IDS else policy.shadow_top_k
         self._tokens = ResponseTokens(top_k, policy.shadow_max_tokens, request.choices, request.prompts, request.form)
-        if not self._from_tap:
+        if self._source is not PLUGIN:
             changes |= FORMATS[request.form].injected_members(request, top_k)
         # For several choices see `_unreported`.
         if policy.tap and (request.choices == 1 or policy.tap_tokens):
             self._nonce = xargs[TAP_KEY] = self._reports.tap_name(policy)
-            if self._from_tap:
+            if self._source is PLUGIN:
                 xargs[TAP_TOP_KEY] = str(min(policy.shadow_top_k, MAX_TOP))
 
     def _pass_unread(self, reason: Unscored) -> None:
         """Passes the body on unchanged, since it cannot be read."""
-        self._skip(reason)
-        if self._calibrated:
+        if self.state is SAMPLED:
+            self._skip(reason)
+        if calibrates(self._policy, self._options):
             self._choice = Choice(None, Arm.NONE, self._unjudged or reason)
 
     def _skip(self, reason: Unscored) -> None:
-        if self._sampled and self._skipped is None:
-            self._skipped = reason
+        self._enter(SKIPPED)
+        self._skipped = reason
 
     @property
     def withholds(self) -> bool:
@@ -296,27 +335,39 @@ class InterceptedExchange:
     ) -> None:
         if self._choice is not None:
             self._reports.calibrated(self._choice.arm, self._choice.reason)
-        request, tokens = self._request, self._tokens
-        unanswered = status_failure(own_status) if own_status else Unscored.INCOMPLETE
-        if request is None or tokens is None:
-            self._skip(unanswered)
-        elif tokens.failure is not None:
-            self._skip(tokens.failure)
-            if tokens.failure is Unscored.TOOL_TOKENS_LOST:
+        tokens = self._tokens
+        if self.state is SAMPLED or self.state is ASKED:
+            failure = self._failure(complete=complete, own_status=own_status)
+            if failure is None:
+                self._hand_on(engine)
+            else:
+                self._skip(failure)
+            if failure is Unscored.TOOL_TOKENS_LOST:
                 self._reports.tool_tokens_lost(self._policy)
-        elif self._response is None or self._response.state is not ENDED or not complete:
-            self._skip(unanswered)
-        elif self._sampled and self._skipped is None:
-            self._reports.pause.accepted(self._policy.shadow_top_k)
-            # Of an answer that the plugin reports, one capture stands for all choices.
-            choices = tokens.choices[:1] if self._from_tap else tokens.choices
-            for number, choice in enumerate(choices):
-                self._reports.captured(self._capture(request, tokens, number, choice, engine))
         if self._skipped is not None:
             if output_tokens is None and complete and tokens is not None and tokens.usage is not None:
                 # The client did not ask for the usage, and does not get it.
                 output_tokens = tokens.usage.completion_tokens
             self._reports.skipped(self._skipped, self._kind, output_tokens)
+
+    def _failure(self, *, complete: bool, own_status: int) -> Unscored | None:
+        """Returns why a sampled exchange that has ended cannot be captured; None if it can be."""
+        failure = None if self._tokens is None else self._tokens.failure
+        if failure is None and (not complete or self._response is None or self._response.state is not ENDED):
+            failure = status_failure(own_status) if own_status else Unscored.INCOMPLETE
+        return failure
+
+    def _hand_on(self, engine: str) -> None:
+        """Hands on the captures of an exchange whose tokens are complete. engine: that answered."""
+        self._enter(CAPTURED)
+        request, tokens = self._request, self._tokens
+        assert request is not None
+        assert tokens is not None
+        self._reports.pause.accepted(self._policy.shadow_top_k)
+        # Of an answer that the plugin reports, one capture stands for all choices.
+        choices = tokens.choices[:1] if self._source is PLUGIN else tokens.choices
+        for number, choice in enumerate(choices):
+            self._reports.captured(self._capture(request, tokens, number, choice, engine))
 
     def _capture(
         self, request: Request, tokens: ResponseTokens, number: int, choice: ChoiceTokens, engine: str
@@ -353,9 +404,9 @@ class InterceptedExchange:
             choices=request.choices,
             tools=request.tools,
             reasoning=choice.reasoning,
-            from_tap=self._from_tap,
-            also_in_response=self._from_tap and request.unscorable is None,
-            ids_only=self._ids_only,
+            from_tap=self._source is PLUGIN,
+            also_in_response=self._source is PLUGIN and request.unscorable is None,
+            ids_only=self._source is IDS,
             grammar=request.grammar,
             engine=engine,
             engine_drawn=self._engine_drawn and engine == self._engine,

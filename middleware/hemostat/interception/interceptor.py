@@ -9,7 +9,13 @@ from typing import Final
 
 from hemostat.hooks import ExchangeHook, Headers, Refusal
 from hemostat.interception import assignment
-from hemostat.interception.client_headers import ClientOptions, first_value, hemostat_headers, read_options
+from hemostat.interception.client_headers import (
+    ClientOptions,
+    first_value,
+    hemostat_headers,
+    read_options,
+    skipped_by_headers,
+)
 from hemostat.interception.intercepted_exchange import InterceptedExchange
 from hemostat.interception.model_list import ModelList
 from hemostat.interception.profile_choice import calibrates
@@ -62,7 +68,7 @@ class Interceptor:
             if isinstance(read, Refusal):
                 return read
             options = read
-        elif support is Support.SCORED and not policy.scoring and not calibrates(policy):
+        elif support is Support.SCORED and not policy.scoring and not calibrates(policy, options):
             return None
         if support is Support.RELAYED:
             return ModelList() if policy.adapter_names and method == "GET" and path == MODELS.encode() else None
@@ -71,7 +77,7 @@ class Interceptor:
             if shadow:
                 self._reports.skipped(Unscored.ROUTE)
             return None
-        unjudged = _skipped_by_header(options, policy)
+        unjudged = skipped_by_headers(options, policy)
         if unjudged is not None and shadow:
             self._reports.skipped(unjudged)
         elif unjudged is Unscored.ON_NOT_ALLOWED:
@@ -80,7 +86,7 @@ class Interceptor:
         if shadow and self._reports.pause.active(policy.shadow_top_k):
             self._reports.skipped(Unscored.LOGPROBS_REFUSED)
             shadow = False
-        calibrated = calibrates(policy) or options.calibration is not None
+        calibrated = calibrates(policy, options)
         if not shadow and not calibrated:
             return None
         if any(name.lower() == b"content-encoding" for name, _ in headers):
@@ -96,19 +102,10 @@ class Interceptor:
             path.decode("ascii"),
             request_id,
             options,
-            unjudged=unjudged,
-            shadow=shadow,
-            calibrated=calibrated,
+            sampled=shadow,
             client=assignment.client_digest(client, policy.salt),
             traceparent=first_value(headers, b"traceparent").decode("latin-1"),
         )
 
 
 _NO_OPTIONS: Final = ClientOptions()
-
-
-def _skipped_by_header(options: ClientOptions, policy: Policy) -> Unscored | None:
-    """Returns why the request is not to be sampled by its headers, whatever is drawn; None if it may be sampled."""
-    if options.shadow is False:
-        return Unscored.OPTED_OUT
-    return Unscored.ON_NOT_ALLOWED if options.shadow and not policy.shadow_allow_on else None

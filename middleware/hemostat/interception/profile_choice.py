@@ -63,8 +63,12 @@ def served_kind(policy: Policy, kind: str) -> str:
     return kind if kind in policy.kinds else rest_of(kind)
 
 
-def calibrates(policy: Policy) -> bool:
-    """Returns True if a request without X-Hemostat headers can get a profile; never with `calibration.mode: off`."""
+def calibrates(policy: Policy, options: ClientOptions) -> bool:
+    """Returns True if a profile is chosen for a request with these options (`choose_profile`), and the choice is
+    counted. If the client does not say anything about profiles, this is never so with `calibration.mode: off`.
+    """
+    if options.calibration is not None:
+        return True
     if policy.mode == "off":
         return False
     return policy.forced is not None or (policy.mode == "auto" and bool(policy.serving_by_kind))
