@@ -99,6 +99,8 @@ class InterceptedExchange:
         self._engine_drawn = False
         self._kind = ""
         self._conversation = b""
+        self._streamed = False
+        """It is True if the client has asked for a stream."""
         self._choice: Choice | None = None
         """The profile that is asked for, and the arm and the reason that are counted; None for a request that is not
         calibrated."""
@@ -143,7 +145,7 @@ class InterceptedExchange:
             conversation=self._conversation,
             client=self._client,
             json_in_words=asks_json_in_words(self._kind),
-            streamed=self._request is not None and self._request.stream,
+            streamed=self._streamed,
             drawn=self._drawn,
         )
 
@@ -173,6 +175,7 @@ class InterceptedExchange:
         several = policy.scorable_models is not None and len(policy.scorable_models) > 1
         self._kind = kind_name(request, self._options.label, several_models=several)
         self._conversation = conversation_digest(request.conversation_key, policy.salt)
+        self._streamed = request.stream
         self._source = self._choose_source(request)
         if self._source is RESPONSE:
             self._unjudged = self._unjudged or request.unscorable
