@@ -16,6 +16,7 @@ from tests.support.wire import VERSION, policy
 
 from hemostat.interception.interceptor import Interceptor
 from hemostat.openai.adapter_routes import loads_adapters
+from hemostat.relay.limits import Limits
 
 REFUSED = (
     b"/v1/load_lora_adapter",
@@ -83,7 +84,7 @@ async def test_other_routes_are_relayed(target: bytes) -> None:
 
 async def test_the_setting_allows_them() -> None:
     seen: list[Request] = []
-    async with relaying(answering(seen), allow_adapter_routes=True) as (_, _, connect):
+    async with relaying(answering(seen), limits=Limits(adapter_routes=True)) as (_, _, connect):
         client = await connect()
         await client.send(post(b"{}", path=b"/v1/load_lora_adapter"))
         assert (await client.response()).status == 200

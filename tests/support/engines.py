@@ -9,6 +9,7 @@ from typing import Any
 
 from tests.support.relay import OK, Connect, Request, Script, Upstream, UpstreamConnection, listening
 
+from hemostat.hooks import Hook
 from hemostat.relay.relay import Relay
 from hemostat.relay.upstreams.settings import UpstreamSettings
 
@@ -53,7 +54,7 @@ class FakeEngine:
 
 @contextlib.asynccontextmanager
 async def balancing(
-    engines: Sequence[FakeEngine], *, upstream: dict[str, Any] | None = None, **options: Any
+    engines: Sequence[FakeEngine], *, upstream: dict[str, Any] | None = None, hook: Hook | None = None, **options: Any
 ) -> AsyncIterator[tuple[Relay, Connect]]:
     """A relay before started engines. upstream: of `UpstreamSettings`. options: of `Relay`."""
     for engine in engines:
@@ -62,6 +63,7 @@ async def balancing(
         tuple(f"http://{engine.name}" for engine in engines), **{"health_seconds": 0.0, **(upstream or {})}
     )
     relay = Relay(settings, **options)
+    relay.hook = hook
     try:
         async with listening(relay) as connect:
             yield relay, connect

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import h11
 from tests.support.waiting import HANG_SECONDS
 
+from hemostat.hooks import Hook
 from hemostat.relay.relay import Relay
 from hemostat.relay.upstreams.settings import UpstreamSettings
 
@@ -238,7 +239,7 @@ async def listening(relay: Relay) -> AsyncIterator[Connect]:
 
 @contextlib.asynccontextmanager
 async def relaying(
-    script: Script, *, context: ssl.SSLContext | None = None, **options: Any
+    script: Script, *, context: ssl.SSLContext | None = None, hook: Hook | None = None, **options: Any
 ) -> AsyncIterator[tuple[Relay, Upstream, Connect]]:
     """A relay before a scripted upstream, and a function that connects to it. options: of `UpstreamSettings` with the
     prefix upstream_ (no checks of its health unless they say so), and of `Relay`."""
@@ -251,6 +252,7 @@ async def relaying(
         name.removeprefix("upstream_"): options.pop(name) for name in [*options] if name.startswith("upstream_")
     }
     relay = Relay(UpstreamSettings((f"{scheme}://{host}:{upstream.port}",), **settings), **options)
+    relay.hook = hook
     try:
         async with listening(relay) as connect:
             yield relay, upstream, connect

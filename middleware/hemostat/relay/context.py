@@ -35,14 +35,12 @@ class RelayContext:
     """The field line that is sent upstream where the client sends no Authorization of its own."""
     tracing: Tracing | None
     log_requests: bool
-    hook: Hook | None
-    """The hook, which may be replaced at any time; a request keeps the one that it began with."""
     report_outcome: Callable[[OutcomeReport], bool] | None = None
     """The function that takes what the client of a treated or a control request got; it returns False if that is
     dropped.
     """
-    allow_adapter_routes: bool = False
-    """It is True if clients may load and unload adapters at the upstream."""
+    hook: Hook | None = None
+    """The hook, which may be replaced at any time; a request keeps the one that it began with."""
     draining: bool = False
     """It is True if the response to the request in progress, or to one more, closes each connection."""
     draining_since: float = 0.0

@@ -147,7 +147,7 @@ class Exchange:
         if self._watch is not None and (exceeded := self._watch.exceeded) is not None:
             self._respond(429, exceeded.body(), ends.REFUSED, exceeded.field_line())
             return
-        if self._route is routes.OTHER and not context.allow_adapter_routes and loads_adapters(request.target):
+        if self._route is routes.OTHER and not context.limits.adapter_routes and loads_adapters(request.target):
             self._respond(403, error_body(403, ADAPTER_ROUTE_REFUSED, "adapter_routes"), ends.REFUSED)
             return
         if self._route in routes.SCORED and request.method == b"POST":

@@ -35,6 +35,8 @@ class Limits:
     """The longest time in which a client that has a response to read takes no byte of it."""
     idle_seconds: float = 75.0
     """The longest time between two requests of one connection."""
+    adapter_routes: bool = False
+    """It is True if clients may load and unload adapters at the upstream."""
 
 
 def share_descriptors(descriptors: int, clients: int, upstream: int) -> tuple[int, int]:

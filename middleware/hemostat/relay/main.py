@@ -89,7 +89,7 @@ async def drain(relay: Relay, end: _End, shutdown_seconds: float, drain_seconds:
 
 def _within_descriptors(config: dict[str, Any]) -> tuple[Limits, UpstreamSettings]:
     """Returns the clients' limits and the engines with their connections, as far as this process may open files."""
-    limits = Limits(**config.get("limits", {}))
+    limits = Limits(**config.get("limits", {}), adapter_routes=config.get("allow_adapter_routes", False))
     upstream = UpstreamSettings.from_json(config["upstream"])
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:
@@ -138,7 +138,6 @@ async def run(config: dict[str, Any]) -> None:
         tracing=make_tracing(config.get("tracing")),
         log_requests=config.get("log_requests", False),
         report_outcome=report_outcome,
-        allow_adapter_routes=config.get("allow_adapter_routes", False),
         access_log=access_log,
         client_limits=client_limits if client_limits.enabled else None,
     )

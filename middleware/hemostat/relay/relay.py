@@ -54,11 +54,11 @@ listening sockets."""
 class Relay:
     """Relays what clients send on a listening socket to the engines. Create it inside a running event loop.
 
+    It begins without a hook. Assign `hook` at any time: a request keeps the one that it began with.
+
     upstream: where the engines are; a text is the address of one.
-    hook: may be replaced at any time; a request keeps the one that it began with.
     tracing: creates a span for every generation. log_requests: write a log record for each. report_outcome: takes what
     the client of a treated or a control request got, see `RelayContext`.
-    allow_adapter_routes: clients may load and unload adapters at the upstream.
     Raises ValueError if an address is not http(s)://host[:port], and OSError if `upstream.ca` cannot be read.
     """
 
@@ -66,13 +66,11 @@ class Relay:
         self,
         upstream: UpstreamSettings | str,
         *,
-        hook: Hook | None = None,
         limits: Limits | None = None,
         counters: Counters | None = None,
         tracing: Tracing | None = None,
         log_requests: bool = False,
         report_outcome: Callable[[OutcomeReport], bool] | None = None,
-        allow_adapter_routes: bool = False,
         access_log: AccessLog | None = None,
         client_limits: ClientLimits | None = None,
     ) -> None:
@@ -112,9 +110,7 @@ class Relay:
             authorization=authorization,
             tracing=tracing,
             log_requests=log_requests,
-            hook=hook,
             report_outcome=report_outcome,
-            allow_adapter_routes=allow_adapter_routes,
             access_log=access_log,
             client_limits=client_limits,
         )
