@@ -221,7 +221,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
     "engine": {"": "address of the engine that requests go to, `host:port`; at most 64"},
     "limit": {
         "": {
-            "connections": "`limits.connections`, or what the limit of open files allows",
+            "connections": "16,384 connections of a relay process, or what the limit of open files allows",
             "connections_per_client": "`limits.connections_per_client`",
         },
         names.CLIENT_LIMITED_REQUESTS: {

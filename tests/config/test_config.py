@@ -121,6 +121,14 @@ WRONG = [
     ),
     (UPSTREAM + "calibration: {mode: obsrve}\n", "'obsrve' is not one of off, observe, auto; did you mean observe?"),
     (
+        UPSTREAM + "drain_seconds: 60\n",
+        "drain_seconds: this setting has gone: relays that were replaced have 600 s",
+    ),
+    (
+        UPSTREAM + "limits: {connections: 20000}\n",
+        "limits.connections: this setting has gone: a relay process accepts 16384 connections",
+    ),
+    (
         UPSTREAM + "calibration: {apply: engine}\n",
         "calibration.apply: this setting has gone: the plugin in vLLM applies",
     ),

@@ -28,7 +28,7 @@ def test_the_table_names_settings_once() -> None:
     [
         ({}, False),
         ({"shadow": {"rate": 0.5}}, False),
-        ({"limits": {"connections": 5000}, "workers": 3}, False),
+        ({"limits": {"connections_per_client": 5000}, "workers": 3}, False),
         ({"shadow": {"rate": 0.5, "top_k": 5}}, True),
         ({"upstream": {"url": "http://b:1"}}, True),
         ({"labels": ["a"]}, True),

@@ -15,7 +15,7 @@ from hemostat.supervisor import relays as module
 from hemostat.supervisor.child import Launch, StartFailure
 from hemostat.supervisor.relays import DRAIN, MAX_REPLACED, Relays
 
-SETTINGS = Settings.model_validate({"upstream": {"url": "http://a"}, "drain_seconds": 100.0, "shutdown_seconds": 3.0})
+SETTINGS = Settings.model_validate({"upstream": {"url": "http://a"}, "shutdown_seconds": 3.0})
 
 
 class FakeChild:
@@ -91,7 +91,7 @@ async def test_former_relays_drain_once_all_new_ones_serve(children: list[FakeCh
     await relays.replace(launches("second", 3), SETTINGS)
     await settle()
     former, new = children[:2], children[2:]
-    assert [child.signals for child in former] == [[(DRAIN, 100.0 + KILL_AFTER_SECONDS)]] * 2
+    assert [child.signals for child in former] == [[(DRAIN, SETTINGS.drain_seconds + KILL_AFTER_SECONDS)]] * 2
     assert [child.kept for child in new] == [True] * 3
     assert not any(child.ended for child in children)
 

@@ -177,7 +177,7 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- if .Values.tls.enabled -}}
 {{- /* All clients have the sidecar's address: the limit of one address is that of all. */ -}}
 {{- $limits := default dict $config.limits -}}
-{{- $_ := set $config "limits" (merge $limits (dict "connections_per_client" ($limits.connections | default 16384 | int64))) -}}
+{{- $_ := set $config "limits" (merge $limits (dict "connections_per_client" 16384)) -}}
 {{- end -}}
 {{- $config = mustMergeOverwrite $config $fixed -}}
 {{- with $config.admin.allowed_hosts -}}

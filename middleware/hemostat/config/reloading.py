@@ -17,7 +17,7 @@ NEEDS_RESTART = frozenset({"listen.host", "listen.port", "admin.host", "admin.po
 RELAYS_ONLY = frozenset(
     {key for key in LEAVES if key.startswith(("limits.", "client_limits."))}
     | {"log.requests", "log.access", "log.access_clients", "upstream.max_connections"}
-    | {"workers", "shutdown_seconds", "drain_seconds", "control.addresses", "control.ca"}
+    | {"workers", "shutdown_seconds", "control.addresses", "control.ca"}
 )
 """The settings that mean nothing to the control process."""
 IN_PLACE = frozenset(

@@ -399,14 +399,9 @@ class Limits(Section):
     """The memory of one relay process for heads and bodies, for requests that wait for a connection, and (up to a
     quarter of it) for copies that may have to be sent again. Beyond it, requests of the client that holds most are
     answered with 503."""
-    connections: int = Field(default=16_384, ge=1, le=65_536)
-    """The largest number of connections from all clients to one relay process. Beyond it, Hemostat closes connections
-    that wait for a complete request: the one that has waited longest, of the address that has most of them. If there
-    is none, a new connection gets 503. The number is lowered to what `ulimit -n` allows: half of it, or what
-    `upstream.max_connections` leaves."""
-    connections_per_client: int = Field(default=8_192, ge=1, le=65_536)
+    connections_per_client: int = Field(default=8_192, ge=1, le=16_384)
     """The largest number of connections from one address (IPv6: one /64 network). Behind a load balancer all clients
-    have its address: set it to the value of `connections` there."""
+    have its address: set it to 16384 there, which is what a relay process accepts of all clients."""
 
 
 class Alarm(Section):
@@ -467,8 +462,9 @@ class Settings(Section):
     """The number of relay processes that serve. One more waits to replace a process that ends."""
     shutdown_seconds: float = Field(default=30.0, ge=0, le=3600)
     """The longest time that requests in progress get to end after SIGTERM."""
-    drain_seconds: float = Field(default=600.0, ge=0, le=86400)
-    """The longest time that requests in progress get to end in relays that were replaced by a reload or an upgrade."""
+    drain_seconds: ClassVar[float] = 600.0
+    """The longest time that requests in progress get to end in relays that were replaced by a reload or an upgrade.
+    Clients of the OpenAI API wait no longer for an answer by default, and such a relay costs nothing but its memory."""
     run_dir: ExistingFolder | None = None
     """A folder for Unix sockets, which only Hemostat's user may write to. A `hemostat serve` that is started with the
     folder of a running one takes its place. With none it is a temporary folder."""

@@ -24,7 +24,10 @@ class Limits:
     body_bytes_per_second: int = 1024
     """The least rate of an incomplete body, on average over `body_seconds`."""
     connections: int = 16_384
-    """The largest number of connections of all clients of a relay."""
+    """The largest number of connections of all clients of a relay. Beyond it, the relay closes connections that wait
+    for a complete request: the one that has waited longest, of the address that has most of them. If there is none, a
+    new connection gets 503. It is no setting: each relay process has this limit of its own, so more `workers` accept
+    more, and `ulimit -n` lowers it: to half of it, or to what `upstream.max_connections` leaves."""
     connections_per_client: int = 8_192
     """The largest number of connections of one address, or of one /64 network of IPv6."""
     head_seconds: float = 30.0
