@@ -95,8 +95,8 @@ def live(plane: Control, machine: Machine, hours: float) -> None:
         plane.do_periodic()
         made = RECORDS[next(NUMBERS) % len(RECORDS)]
         figures = divergence(made)
-        plane.measured.alarms.observe(made, figures)
-        plane.measured.by_engine.observe(made, figures)
+        plane.measured.alarms.update(made, figures)
+        plane.measured.by_engine.update(made, figures)
         plane.profile_manager.observe(made, RecordGains(made), divergences=figures.kl_rc)
 
 

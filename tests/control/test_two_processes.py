@@ -114,7 +114,7 @@ class Process:
                 first = 10 * next(self._numbers) % 10_000
                 self.bench.feed(BIASED, JUDGED[first : first + 2])
                 for record, figures in RECORDS:
-                    self.control.measured.alarms.observe(record, figures)
+                    self.control.measured.alarms.update(record, figures)
                 self.save()
             case _:
                 pass

@@ -65,14 +65,14 @@ def both() -> tuple[Measurements, Measurements]:
     alone, mixed = Measurements(), Measurements()
     for seed in range(REQUESTS):
         for measured in (alone, mixed):
-            measured.observe(control(seed), ADAPTER, None)
+            measured.update(control(seed), ADAPTER, None)
             for model in MODELS:
-                measured.observe_noise_floor(
+                measured.update_noise_floor(
                     model, make_record(Truth(*[truth(seed).reference] * 2, truth(seed).emitted), 20)
                 )
         for n in range(9):
             record = treated(seed) if n % 3 else replace(treated(seed), applied=None, arm=Arm.NONE)
-            mixed.observe(record, ADAPTER, ADAPTER if record.applied else None)
+            mixed.update(record, ADAPTER, ADAPTER if record.applied else None)
     return alone, mixed
 
 
@@ -132,8 +132,8 @@ def test_clients_of_the_treated_arm_got_the_adapted_model(both: tuple[Measuremen
 
 def observe(measured: Measurements, seed: int, distances: dict[str, ExactDistances], **more: Any) -> None:
     record = replace(control(seed), distances=distances)
-    measured.observe(record, ADAPTER, None)
-    measured.observe_distances(record, ADAPTER, **({"fresh": True} | more))
+    measured.update(record, ADAPTER, None)
+    measured.update_distances(record, ADAPTER, **({"fresh": True} | more))
 
 
 def test_an_adapters_gain_is_exact_and_of_held_out_records() -> None:
@@ -186,9 +186,9 @@ def test_other_families_are_measured_as_before_where_there_are_distances() -> No
     """A candidate's test may have asked for them while another profile serves."""
     measured, profile = Measurements(), contextual()
     result = distances_of(truth(0), {profile.version: 0.5})
-    measured.observe_distances(replace(control(0), distances=result), profile, fresh=True)
-    measured.observe_distances(replace(control(0), distances=result), None, fresh=True)
-    measured.observe_distances(replace(control(0), distances={IDENTITY: result[IDENTITY]}), ADAPTER, fresh=True)
+    measured.update_distances(replace(control(0), distances=result), profile, fresh=True)
+    measured.update_distances(replace(control(0), distances=result), None, fresh=True)
+    measured.update_distances(replace(control(0), distances={IDENTITY: result[IDENTITY]}), ADAPTER, fresh=True)
     assert measured.recovered(profile.version) is None
     assert measured.recovered(ADAPTER.version) is None
 
@@ -201,9 +201,9 @@ def test_no_alarm_is_raised_by_an_adapter_and_none_is_missed_because_of_it() -> 
     for seed in range(200):
         if seed < 60 or seed % 10 == 0:
             for each in (alarms, alone):
-                each.observe(control(seed), divergence(control(seed)))
+                each.update(control(seed), divergence(control(seed)))
         else:
-            alarms.observe(treated(seed), divergence(treated(seed)))
+            alarms.update(treated(seed), divergence(treated(seed)))
     report, without = alarms.report(), alone.report()
     assert not report["raised"]
     assert report["tests"] == without["tests"]

@@ -54,7 +54,7 @@ class Bench:
         for seed in seeds:
             self.now += 1.0
             made = record(seed, noise)
-            self.alarms.observe(made, divergence(made))
+            self.alarms.update(made, divergence(made))
 
     def raised(self) -> dict[str, bool]:
         return {test["test"]: test["raised"] for test in self.alarms.report()["tests"]}
@@ -95,7 +95,7 @@ def test_the_budget_is_above_the_floor_and_waits_for_it() -> None:
     assert bench.alarms.report()["floor_upper_nats"] is None
     for seed in range(200):
         for model in MODELS:
-            bench.alarms.observe_noise_floor(model, divergence(record(seed, 0.02)).kl_rc)
+            bench.alarms.update_noise_floor(model, divergence(record(seed, 0.02)).kl_rc)
     floor = bench.alarms.report()["floor_upper_nats"]
     assert 0.0 < floor < 0.02
     bench.feed(range(40, 100), 1.0)
@@ -192,7 +192,7 @@ async def test_over_the_admin_port(tmp_path: Path) -> None:
         for seed in range(60):
             given = record(seed, 0.1 if seed < 40 else 0.8)
             assert await plane.writer.wait_until_written(HANG_SECONDS), "the numbers of tests that have begun"
-            plane.measured.alarms.observe(given, divergence(given))
+            plane.measured.alarms.update(given, divergence(given))
         status = (await http.get("/api/v1/status")).json()
         assert status["alarm"]["raised"] is True
         metrics = (await http.get("/metrics")).text
@@ -209,7 +209,7 @@ def test_values_that_are_not_numbers_reach_no_test() -> None:
     nothing = replace(divergence(made), kl_rc=np.full(made.tokens, math.nan))
     blind = replace(made, reference_at=np.full_like(made.reference_at, math.nan))
     for _ in range(30):
-        bench.alarms.observe(blind, nothing)
+        bench.alarms.update(blind, nothing)
     assert not any(bench.raised().values())
     assert bench.alarms.report()["kinds"][0]["baseline_requests"] == 0
 
@@ -229,7 +229,7 @@ def test_rare_kinds_together_are_in_the_mix_and_not_in_the_change_test() -> None
     bench = Bench(baseline_requests=40)
     for seed in range(80):
         made = replace(record(seed, 0.1), kind="" if seed % 2 else "rest")
-        bench.alarms.observe(made, divergence(made))
+        bench.alarms.update(made, divergence(made))
     report = bench.alarms.report()
     assert [(kind["kind"], kind["watched"]) for kind in report["kinds"]] == [("rest", False)]
     assert report["waits_for"] == []
@@ -242,7 +242,7 @@ def test_half_of_the_noise_floors_is_what_noise_adds() -> None:
     for seed in range(400):
         floor = divergence(record(seed // 5, 0.02)).kl_rc
         for model in MODELS:
-            bench.alarms.observe_noise_floor(model, floor)
+            bench.alarms.update_noise_floor(model, floor)
         if seed == 40:
             assert bench.alarms.report()["floor_upper_nats"] is None
         mean, batches = mean.update(floor), batches.update(np.array([floor.sum()]), np.array([float(len(floor))]))
@@ -258,7 +258,7 @@ def test_a_scored_record_does_not_compute_how_much_requests_of_the_floors_depend
     bench = Bench(budget_nats=0.05, baseline_requests=None, floors=MODELS)
     for seed in range(60):
         for model in MODELS:
-            bench.alarms.observe_noise_floor(model, divergence(record(seed, 0.02)).kl_rc)
+            bench.alarms.update_noise_floor(model, divergence(record(seed, 0.02)).kl_rc)
 
     def computed(_: Dependence, series: int = 0) -> float:
         raise AssertionError(series)
@@ -351,7 +351,7 @@ def test_a_budget_alarm_whose_kind_is_gone_ends() -> None:
     for passed in range(3):
         bench.now += 86_400.0
         made = replace(record(passed, 0.1), kind="other")
-        bench.alarms.observe(made, divergence(made))
+        bench.alarms.update(made, divergence(made))
         assert bench.alarms.report()["raised"] == (passed < 1), "a kind that comes once a day is not gone"
     (ended,) = (event["why"] for event in bench.events() if "ended" in event["why"])
     assert KIND in ended
@@ -365,7 +365,7 @@ def test_a_budget_alarm_ends_with_the_place_of_its_kind(monkeypatch: pytest.Monk
     for kind in ("a", "b", "c"):
         bench.now += 1.0
         made = replace(record(1, 0.1), kind=kind)
-        bench.alarms.observe(made, divergence(made))
+        bench.alarms.update(made, divergence(made))
     assert not bench.alarms.report()["raised"]
     assert "budget alarm ended" in bench.events()[-1]["why"]
 
@@ -389,7 +389,7 @@ def measure_floors(bench: Bench, requests: int) -> None:
     for seed in range(requests):
         bench.now += 600.0
         for model in MODELS:
-            bench.alarms.observe_noise_floor(model, divergence(record(seed, 0.02)).kl_rc, b"client %d" % (seed % 7))
+            bench.alarms.update_noise_floor(model, divergence(record(seed, 0.02)).kl_rc, b"client %d" % (seed % 7))
 
 
 def test_the_noise_floor_goes_on_over_restarts() -> None:

@@ -39,7 +39,7 @@ def test_a_kind_has_its_own_figures_arms_and_gain() -> None:
         for n in range(120)
     ]
     for item in given:
-        measured.observe(item, profile, profile if item.arm is Arm.TREATED else None)
+        measured.update(item, profile, profile if item.arm is Arm.TREATED else None)
     short, long = measured.by_kind.report()
     assert (short["kind"], short["requests"]) == (SHORT, 80)
     assert (long["kind"], long["requests"]) == (LONG, 40)
@@ -69,15 +69,15 @@ def test_both_weightings_are_reported() -> None:
     good = profile_of()
     measured = Measurements()
     for n in range(40):
-        measured.observe(record(n, 2, good, SHORT), good, None)
+        measured.update(record(n, 2, good, SHORT), good, None)
     gain = measured.gained(good.version)
     assert gain is not None
     assert gain["by_request"]["estimate"] == pytest.approx(gain["estimate"]), "all requests have two tokens"
     measured = Measurements()
     for n in range(20):
-        measured.observe(record(n, 2, good, SHORT), good, None)
+        measured.update(record(n, 2, good, SHORT), good, None)
     before = measured.gained(good.version)
-    measured.observe(record(41, 30, good, SHORT), good, None)
+    measured.update(record(41, 30, good, SHORT), good, None)
     after = measured.gained(good.version)
     assert before is not None
     assert after is not None
@@ -90,12 +90,12 @@ def test_both_weightings_are_reported() -> None:
 
 def test_finite_intervals_say_when_there_is_not_enough() -> None:
     profile, measured = profile_of(), Measurements()
-    measured.observe(record(0, 20, profile, SHORT), profile, None)
+    measured.update(record(0, 20, profile, SHORT), profile, None)
     raw = measured.summary(None)
     assert raw["kl_nats"]["by_request"]["ci95_finite"] is None
     assert [raw["by_request"][name]["ci95_finite"] for name in ("total_variation", "top1_agreement")] == [None, None]
     for n in range(1, 250):
-        measured.observe(record(n, 20, profile, SHORT), profile, None)
+        measured.update(record(n, 20, profile, SHORT), profile, None)
     raw, gain = measured.summary(None), measured.gained(profile.version)
     assert gain is not None
     for name in HEADLINE:
@@ -114,11 +114,11 @@ def test_finite_intervals_say_when_there_is_not_enough() -> None:
 def test_kinds_are_bounded_and_later_turns_only_count() -> None:
     profile, measured = profile_of(), Measurements()
     for n in range(MAX_KINDS + 10):
-        measured.observe(record(0, 5, profile, f"kind {n}"), None, None)
+        measured.update(record(0, 5, profile, f"kind {n}"), None, None)
     assert len(measured.by_kind.report()) == MAX_KINDS
-    measured.observe(record(0, 5, profile, "kind 70"), None, None, fresh=False)
+    measured.update(record(0, 5, profile, "kind 70"), None, None, fresh=False)
     (result,) = (kind for kind in measured.by_kind.report() if kind["kind"] == "kind 70")
     assert result["requests"] == 1
     assert values(measured.samples())["hemostat_kind_kl_tokens_total", "kind 70", "none"] == 10
-    measured.observe(record(0, 5, profile, ""), None, None)
+    measured.update(record(0, 5, profile, ""), None, None)
     assert "rest" in {kind["kind"] for kind in measured.by_kind.report()}

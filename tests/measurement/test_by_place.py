@@ -27,7 +27,7 @@ def test_each_bucket_has_the_figures_of_its_tokens() -> None:
     for n, one in enumerate(RECORDS):
         record = replace(one, position=10 * n)
         raw = divergence(record)
-        measured.add(record, raw, fresh=True)
+        measured.update(record, raw, fresh=True)
         for at, kl in enumerate(raw.kl_rc.tolist(), 10 * n):
             name = next(label for label in POSITIONS if at <= float(label.partition("-")[2] or "inf"))
             tokens[name] += 1
@@ -48,7 +48,7 @@ def test_errors_that_grow_with_the_context_are_seen() -> None:
     for n in range(60):
         noise = 0.1 + 0.4 * (n % 3)
         record = replace(make_record(World(noise=noise).truth(n), 20), context_tokens=(100, 5_000, 50_000)[n % 3])
-        measured.add(record, divergence(record), fresh=True)
+        measured.update(record, divergence(record), fresh=True)
     kl = {row["place"]: row["kl_nats"]["estimate"] for row in measured.report()["context"]}
     assert list(kl) == ["0-511", "2048-8191", "32768-131071"]
     assert kl["0-511"] < kl["2048-8191"] < kl["32768-131071"]
@@ -56,7 +56,7 @@ def test_errors_that_grow_with_the_context_are_seen() -> None:
 
 def test_later_turns_of_a_conversation_count_in_the_counters_only() -> None:
     measured = ByPlace()
-    measured.add(RECORDS[0], divergence(RECORDS[0]), fresh=False)
+    measured.update(RECORDS[0], divergence(RECORDS[0]), fresh=False)
     assert measured.report()["position"] == []
     result = values(measured.samples())
     assert sum(value for key, value in result.items() if key[:2] == (names.PLACE_KL_TOKENS, "position")) == T
@@ -72,7 +72,7 @@ def test_every_series_is_there_from_the_start() -> None:
 def test_the_phases_are_measured_apart() -> None:
     measured = Measurements()
     for n, record in enumerate(RECORDS):
-        measured.observe(replace(record, thinking=Thinking(0, n, ended=True)), None, None)
+        measured.update(replace(record, thinking=Thinking(0, n, ended=True)), None, None)
     phases = {row["place"]: row for row in measured.by_place.report()["phase"]}
     assert phases["thinking"]["tokens"] == sum(range(30))
     assert phases["thinking"]["tokens"] + phases["answer"]["tokens"] == 30 * T
@@ -86,7 +86,7 @@ def test_a_part_of_an_output_counts_by_place_alone() -> None:
     measured, other = Measurements(), Measurements()
     before = values(measured.samples())
     part = replace(RECORDS[0], position=500, context_tokens=900)
-    measured.observe_part(part, divergence(part), fresh=True)
+    measured.update_part(part, divergence(part), fresh=True)
     changed = {key for key, value in values(measured.samples()).items() if before.get(key) != value}
     assert {key[:2] for key in changed} == {
         (name, division)
@@ -95,11 +95,11 @@ def test_a_part_of_an_output_counts_by_place_alone() -> None:
     }
     assert measured.summary(None) == other.summary(None)
     assert measured.tokens == 0
-    measured.observe_part(replace(part, adapter="a" * 32), divergence(part), fresh=True)
+    measured.update_part(replace(part, adapter="a" * 32), divergence(part), fresh=True)
     assert measured.by_place.report()["position"][0]["requests"] == 1, "one of an adapter is of another model"
 
 
 def test_conditional_figures_are_not_mixed_with_others() -> None:
     measured = ByPlace()
-    measured.add(replace(RECORDS[0], constraint="grammar"), divergence(RECORDS[0]), fresh=True)
+    measured.update(replace(RECORDS[0], constraint="grammar"), divergence(RECORDS[0]), fresh=True)
     assert set(values(measured.samples()).values()) == {0.0}

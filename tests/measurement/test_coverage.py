@@ -21,9 +21,9 @@ def no_time() -> float:
 
 def test_the_share_is_of_known_tokens_and_unknown_ones_are_stated() -> None:
     coverage = Coverage(kinds=4, clock=no_time)
-    coverage.ended(capture(tokens=30, kind="chat text greedy"), SCORED, "")
-    coverage.relayed(SampledCount("chat structured greedy", SKIPPED, "structured_output", 2.0, 1.0, 10))
-    coverage.relayed(SampledCount("", SKIPPED, "route", 1.0, 1.0, 0))
+    coverage.update(capture(tokens=30, kind="chat text greedy"), SCORED, "")
+    coverage.update_relayed(SampledCount("chat structured greedy", SKIPPED, "structured_output", 2.0, 1.0, 10))
+    coverage.update_relayed(SampledCount("", SKIPPED, "route", 1.0, 1.0, 0))
     report = coverage.report()
     assert report["scored_share"] == {"tokens": 30 / 40, "requests": 1 / 4}
     assert (report["requests"], report["tokens"], report["requests_of_unknown_tokens"]) == (4.0, 40, 2.0)
@@ -44,8 +44,8 @@ def test_nothing_sampled_has_no_share() -> None:
 def test_the_choices_of_one_request_are_one_request() -> None:
     coverage = Coverage(kinds=4, clock=no_time)
     for _ in range(2):
-        coverage.ended(capture(tokens=6, kind="chat", choices=3), SCORED, "")
-    coverage.relayed(SampledCount("chat", SKIPPED, "token_count_mismatch", 1 / 3, 1 / 3, 0))
+        coverage.update(capture(tokens=6, kind="chat", choices=3), SCORED, "")
+    coverage.update_relayed(SampledCount("chat", SKIPPED, "token_count_mismatch", 1 / 3, 1 / 3, 0))
     report = coverage.report()
     assert report["requests"] == 1.0
     assert round(report["scored_share"]["requests"], 6) == round(2 / 3, 6)
@@ -53,7 +53,7 @@ def test_the_choices_of_one_request_are_one_request() -> None:
 
 def test_positions_outside_the_scored_suffix_are_not_covered() -> None:
     coverage = Coverage(kinds=4, clock=no_time)
-    coverage.ended(capture(tokens=100, kind="chat"), SCORED, "", left_out=60)
+    coverage.update(capture(tokens=100, kind="chat"), SCORED, "", left_out=60)
     report = coverage.report()
     assert report["scored_share"] == {"tokens": 0.4, "requests": 1.0}
     assert report["not_scored"] == [
@@ -70,7 +70,7 @@ def test_positions_outside_the_scored_suffix_are_not_covered() -> None:
 def test_kinds_are_bounded_and_totals_stay_right() -> None:
     coverage = Coverage(kinds=3, clock=no_time)
     for n in range(5_000):
-        coverage.relayed(SampledCount(f"kind {n % 400}", SKIPPED, "n", 1.0, 0.0, 2))
+        coverage.update_relayed(SampledCount(f"kind {n % 400}", SKIPPED, "n", 1.0, 0.0, 2))
     kinds = {sample.labels[0] for sample in coverage.samples() if sample.name == names.KIND_SAMPLED_TOKENS}
     assert REST_KIND in kinds
     assert len(kinds) <= MAX_KINDS
@@ -85,7 +85,7 @@ def test_a_new_kind_gets_a_place_within_two_days_after_three_months_of_others() 
         nonlocal now
         now += 3600.0
         for kind in kinds:
-            coverage.ended(capture(tokens=1, kind=kind), SCORED, "")
+            coverage.update(capture(tokens=1, kind=kind), SCORED, "")
 
     for _ in range(90 * 24):
         hour("chat", "code")
@@ -97,7 +97,7 @@ def test_a_new_kind_gets_a_place_within_two_days_after_three_months_of_others() 
 def test_an_outcome_of_another_version_neither_raises_nor_grows() -> None:
     coverage = Coverage(kinds=3, clock=no_time)
     for n in range(5_000):
-        coverage.relayed(SampledCount("chat", "odd", f"reason {n}", 1.0, 0.0, 2))
+        coverage.update_relayed(SampledCount("chat", "odd", f"reason {n}", 1.0, 0.0, 2))
     assert len(list(coverage.samples())) < 2_000
     assert coverage.report()["requests"] == 0.0
 
@@ -120,7 +120,7 @@ def test_what_relays_count_arrives_whole(endings: list[tuple], limit: int, chanc
         if (counts := tally.take()) is not None:
             assert len(counts.counts) <= limit + len({SKIPPED, DROPPED}) * 3
             for count in counts.counts:
-                coverage.relayed(count)
+                coverage.update_relayed(count)
 
     for kind, outcome, reason, tokens, requests in endings:
         tally.add(kind, outcome, reason, tokens, requests)

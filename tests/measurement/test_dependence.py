@@ -51,7 +51,7 @@ def figures_of(value: float, tokens: int) -> TokenDivergence:
 def stage(given: Answers) -> StageFigures:
     result = StageFigures(["kl_nats"])
     for value, tokens in given:
-        result.add(figures_of(value, tokens))
+        result.update(figures_of(value, tokens))
     return result
 
 
@@ -63,7 +63,7 @@ def gained(given: Answers) -> dict[str, Any]:
     figures = GainFigures(2.0)
     for value, tokens in given:
         won = np.full(tokens, value)
-        figures.add(Gain(won, won, np.ones(tokens, np.bool_)), figures_of(0.2, tokens))
+        figures.update(Gain(won, won, np.ones(tokens, np.bool_)), figures_of(0.2, tokens))
     return figures.gained()
 
 
@@ -71,7 +71,7 @@ def recovered(given: Answers) -> dict[str, Any]:
     figures = GainFigures(2.0)
     for value, tokens in given:
         won = np.full(tokens, value)
-        figures.add(Gain(won, won, np.ones(tokens, np.bool_)), figures_of(0.2, tokens))
+        figures.update(Gain(won, won, np.ones(tokens, np.bool_)), figures_of(0.2, tokens))
     return figures.recovered() or {}
 
 
@@ -79,7 +79,7 @@ def drawn(given: Answers) -> dict[str, Any]:
     groups = ByDecoding()
     for value, tokens in given:
         ends = Interval(np.full(tokens, value), np.full(tokens, 1.1 * value))
-        groups.add("greedy", figures_of(value, tokens), DecodedDivergence(ends, ends, ends, ends, ends.lower > 0.0))
+        groups.update("greedy", figures_of(value, tokens), DecodedDivergence(ends, ends, ends, ends, ends.lower > 0.0))
     (row,) = groups.report()
     result: dict[str, Any] = row["drawn_from"]["total_variation"]
     return result
@@ -92,7 +92,7 @@ def treated_minus_control(given: Answers) -> dict[str, Any]:
 def fed(x: np.ndarray, clients: list[bytes]) -> Dependence:
     dependence = Dependence()
     for value, client in zip(x, clients, strict=True):
-        dependence.add(np.array([value]), np.ones(1), client)
+        dependence.update(np.array([value]), np.ones(1), client)
     return dependence
 
 
@@ -110,7 +110,7 @@ def test_before_a_whole_cycle_too() -> None:
     for given, known in ((ORDINARY, True), (CARRIED, False)):
         figures = StageFigures(["kl_nats"], Cycle(3600.0, lambda: 0.0))
         for value, tokens in given:
-            figures.add(figures_of(value, tokens))
+            figures.update(figures_of(value, tokens))
         figure = figures.figure("kl_nats")
         assert figure["ci95"] == [None, None]
         assert (None not in figure["ci95_seen"]) == known == (figure["no_interval"] is None)
@@ -132,7 +132,7 @@ def test_a_noise_floor_that_a_few_answers_carry_has_no_limit() -> None:
     for given in (ORDINARY, CARRIED):
         floor = FloorLimit(20.0, NO_CYCLE)
         for value, tokens in given:
-            floor.add(np.full(tokens, value), b"")
+            floor.update(np.full(tokens, value), b"")
         limits.append(floor.limit(0.05))
     assert limits[0] < 0.2
     assert math.isinf(limits[1])
@@ -143,8 +143,8 @@ def test_runs_of_alike_requests_count_less_than_different_ones() -> None:
     rng = np.random.default_rng(0)
     order = np.repeat(rng.integers(12, size=36), 3)
     for index, other in zip(order, rng.permutation(order), strict=True):
-        alike.observe(RECORDS[index], None, None)
-        different.observe(RECORDS[other], None, None)
+        alike.update(RECORDS[index], None, None)
+        different.update(RECORDS[other], None, None)
     few, many = (measured.summary(None)["kl_nats"] for measured in (alike, different))
     assert few["estimate"] == pytest.approx(many["estimate"])
     assert few["inflation"] > 1.3 * many["inflation"]
@@ -157,7 +157,7 @@ def test_runs_of_alike_requests_count_less_than_different_ones() -> None:
 
 def test_before_v_is_known_there_are_no_effective_requests() -> None:
     measured = Measurements()
-    measured.observe(RECORDS[0], None, None)
+    measured.update(RECORDS[0], None, None)
     gauges = values(measured.samples())
     assert gauges[names.EFFECTIVE_REQUESTS, "all", "kl_nats"] == 0.0
     assert (names.VARIANCE_INFLATION_RATIO, "all", "kl_nats") not in gauges
@@ -176,14 +176,14 @@ def test_before_a_whole_cycle_an_interval_is_of_the_hours_seen() -> None:
     measured = Measurements(cycle=Cycle(3600.0, lambda: now))
     rng = np.random.default_rng(0)
     for at in rng.integers(12, size=150):
-        measured.observe(RECORDS[at], None, None)
+        measured.update(RECORDS[at], None, None)
     early = measured.summary(None)["kl_nats"]
     assert early["ci95"] == [None, None]
     assert early["effective_requests"] is None
     low, high = early["ci95_seen"]
     assert low < early["estimate"] < high
     now = 3600.0
-    measured.observe(RECORDS[0], None, None)
+    measured.update(RECORDS[0], None, None)
     later = measured.summary(None)["kl_nats"]
     assert later["ci95"] == later["ci95_seen"]
     assert later["effective_requests"] > 20.0

@@ -59,8 +59,8 @@ def batch(values: list[np.ndarray]) -> tuple[float, float]:
 def test_what_was_reported_before_does_not_stay() -> None:
     unasked, asked = Measurements(), Measurements()
     for record in records(6):
-        unasked.observe(record, None, None)
-        asked.observe(record, None, None)
+        unasked.update(record, None, None)
+        asked.update(record, None, None)
         told = asked.summary(None)
         told["kl_nats"] = "scribbled over"
     assert asked.summary(None) == unasked.summary(None)
@@ -90,7 +90,7 @@ def test_the_summary_is_what_a_batch_computation_says(stage: str) -> None:
     given = [recovered(record, i) for i, record in enumerate(records(60, profile))]
     measured = Measurements()
     for record in given:
-        measured.observe(record, profile, None)
+        measured.update(record, profile, None)
     version = None if stage == "raw" else profile.version
     figures = [divergence(r) if stage == "raw" else calibrated(r, profile) for r in given]
     summary = measured.summary(version)
@@ -139,7 +139,7 @@ def test_what_a_reference_would_accept_of_the_compressed_models_tokens(top_k: in
     truths = [WORLD.truth(seed) for seed in range(100)]
     measured = Measurements()
     for truth in truths:
-        measured.observe(make_record(truth, top_k), None, None)
+        measured.update(make_record(truth, top_k), None, None)
     r, c = (
         np.exp(np.concatenate([getattr(truth, model) for truth in truths])) for model in ("reference", "compressed")
     )
@@ -157,7 +157,7 @@ def test_what_a_reference_would_accept_of_the_compressed_models_tokens(top_k: in
 
 def test_whole_vocabularies_are_exact() -> None:
     measured = Measurements()
-    measured.observe(make_record(WORLD.truth(0), V), None, None)
+    measured.update(make_record(WORLD.truth(0), V), None, None)
     assert measured.summary(None)["kl_nats"]["bound"] == "exact"
     assert measured.summary(None)["kl_nats_estimate"]["bound"] == "exact"
 
@@ -165,7 +165,7 @@ def test_whole_vocabularies_are_exact() -> None:
 def test_calibrated_equals_raw_while_identity_serves() -> None:
     measured = Measurements()
     for record in records(5):
-        measured.observe(record, None, None)
+        measured.update(record, None, None)
     assert measured.summary("0" * 32) == measured.summary(None)
     kl = histograms(measured.samples())
     raw, after = (
@@ -179,7 +179,7 @@ def test_won_back_is_gain_over_divergence_on_the_same_tokens() -> None:
     given = records(20, profile)
     measured = Measurements()
     for record in given:
-        measured.observe(record, profile, None)
+        measured.update(record, profile, None)
     won = of = tokens = 0.0
     for record in given:
         values, raw = gain(record, profile), divergence(record)
@@ -194,7 +194,7 @@ def test_won_back_is_gain_over_divergence_on_the_same_tokens() -> None:
     assert gained["estimate"] == pytest.approx(won / tokens)
     assert gained["ci95"] == [None, None], "20 requests refute nothing yet"
     for record in records(60, profile):
-        measured.observe(record, profile, None)
+        measured.update(record, profile, None)
     low, high = measured.gained(profile.version)["ci95"]
     assert 0.0 < low < measured.gained(profile.version)["estimate"] < high
     low, high = measured.recovered(profile.version)["ci95"]
@@ -206,7 +206,7 @@ def test_won_back_is_gain_over_divergence_on_the_same_tokens() -> None:
 def test_nothing_is_won_back_while_no_gain_is_exact() -> None:
     profile = profile_of()
     measured = Measurements()
-    measured.observe(make_record(WORLD.truth(0), 3, reference_k=3), profile, None)
+    measured.update(make_record(WORLD.truth(0), 3, reference_k=3), profile, None)
     assert measured.recovered(profile.version) is None
 
 
@@ -223,8 +223,8 @@ def infinite(divergence_of: str) -> TokenRecord:
 @pytest.mark.parametrize("name", ["kl_nats", "reverse_kl_nats"])
 def test_an_infinite_token_is_counted_and_clipped_in_the_mean(name: str) -> None:
     measured = Measurements()
-    measured.observe(infinite(name), None, None)
-    measured.observe(make_record(WORLD.truth(0), 20), None, None)
+    measured.update(infinite(name), None, None)
+    measured.update(make_record(WORLD.truth(0), 20), None, None)
     summary = measured.summary(None)
     assert summary[name]["infinite_tokens"] == 1
     assert summary[name]["clipped_share"] == pytest.approx(1 / measured.tokens)
@@ -242,7 +242,7 @@ def test_an_infinite_token_is_counted_and_clipped_in_the_mean(name: str) -> None
 def test_few_requests_are_json_too(requests: int) -> None:
     measured = Measurements()
     for record in records(requests):
-        measured.observe(record, profile_of(), None)
+        measured.update(record, profile_of(), None)
     for version in (None, profile_of().version):
         summary = measured.summary(version)
         assert json.loads(json.dumps(summary, allow_nan=False)) == summary
@@ -257,8 +257,8 @@ def test_figures_of_profiles_long_unseen_go() -> None:
     record = records(1)[0]
     many = [profile_of(seed) for seed in range(MAX_VERSIONS + 3)]
     for profile in many:
-        measured.observe(record, profile, None)
-        measured.observe(record, many[0], None)
+        measured.update(record, profile, None)
+        measured.update(record, many[0], None)
     assert measured.summary(many[0].version)["requests"] == len(many) + 1, "seen all the time"
     assert measured.summary(many[-1].version)["requests"] == 1
     assert measured.gained(many[1].version) is None
@@ -269,7 +269,7 @@ def test_labels_are_bounded() -> None:
     measured = Measurements()
     for n, arm in enumerate([*Arm] * 2):
         record = replace(records(1)[0], arm=arm, model=f"m{n}", label=f"l{n}", route=f"/{n}", request_id=str(n))
-        measured.observe(record, profile_of(), None)
+        measured.update(record, profile_of(), None)
     assert len(histograms(measured.samples())) == 2 * 2 * 3 + 2 * 3
     tokens = {series[1:]: value for series, value in values(measured.samples()).items() if "scored" in series[0]}
     assert set(tokens) == {(arm, decoding) for arm in ("control", "treated", "none") for decoding in DECODING_KINDS}
@@ -281,7 +281,7 @@ def test_same_top1_is_reported_for_greedy_and_sampled_requests_apart() -> None:
     given = records(12, profile)
     measured = Measurements()
     for record in given:
-        measured.observe(record, profile, None)
+        measured.update(record, profile, None)
     apart = measured.summary(profile.version)["top1_by_decoding"]
     counted = {
         (series[1], series[3]): value
@@ -305,7 +305,7 @@ def test_same_top1_is_reported_for_greedy_and_sampled_requests_apart() -> None:
 def test_a_record_counts_in_every_figure_or_in_none() -> None:
     measured = Measurements()
     with pytest.raises(HemostatError):
-        measured.observe(records(1)[0], temperature_bias("m", V - 30, 1.0, np.zeros(V - 30), 1.0), None)
+        measured.update(records(1)[0], temperature_bias("m", V - 30, 1.0, np.zeros(V - 30), 1.0), None)
     assert measured.tokens == 0
     assert measured.summary(None)["requests"] == 0
     assert not any(any(series.counts) for series in histograms(measured.samples()).values())
@@ -320,7 +320,7 @@ def test_trajectories_are_of_the_kind_of_text_that_was_written() -> None:
     measured = Measurements()
     given = records(400)
     for record in given:
-        measured.observe(record, None, None)
+        measured.update(record, None, None)
     report = measured.survival.report()
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     greedy = sum(record.sampling.greedy for record in given)
@@ -338,7 +338,7 @@ def test_trajectories_are_of_the_kind_of_text_that_was_written() -> None:
     assert by_tv["upper"] == pytest.approx(tv)
     assert by_tv["lower"] <= by_tv["upper"]
     treated = Measurements()
-    treated.observe(replace(given[1], applied="a" * 32), None, None)
+    treated.update(replace(given[1], applied="a" * 32), None, None)
     assert treated.survival.report() == {}, "of the compressed model itself"
 
 
@@ -347,7 +347,7 @@ def test_figures_stand_apart_by_decoding() -> None:
     given = records(30)
     for n, record in enumerate(given):
         unknown = Sampling(temperature=math.nan)
-        measured.observe(replace(record, sampling=unknown) if n % 5 == 4 else record, None, None)
+        measured.update(replace(record, sampling=unknown) if n % 5 == 4 else record, None, None)
     report = {told["strategy"]: told for told in measured.by_decoding.report()}
     assert list(report) == ["greedy", "t1", "unknown"]
     assert sum(told["requests"] for told in report.values()) == 30
@@ -369,15 +369,15 @@ def test_figures_stand_apart_by_decoding() -> None:
 def test_excess_is_over_both_models_own_noise() -> None:
     measured = Measurements()
     for record in records(5):
-        measured.observe(record, None, None)
+        measured.update(record, None, None)
     assert measured.excess() == {}
     assert measured.noise_floor() == {}
     noise = WORLD.truth(1)
     near = make_record(Truth(noise.reference, log_softmax(noise.reference + 1e-3), noise.emitted), 20)
     far = make_record(noise, 20)
-    measured.observe_noise_floor("compressed", near)
+    measured.update_noise_floor("compressed", near)
     assert measured.excess() == {}, "one floor is not enough"
-    measured.observe_noise_floor("reference", far)
+    measured.update_noise_floor("reference", far)
     raw, floors = measured.summary(None), measured.noise_floor()
     gauges = values(measured.samples())
 
@@ -397,7 +397,7 @@ def test_arms_are_compared_by_what_clients_got() -> None:
     measured = Measurements()
     for n, record in enumerate(records(120, profile)):
         treated = n % 2 == 0
-        measured.observe(
+        measured.update(
             replace(
                 record,
                 sampling=Sampling(),
@@ -498,15 +498,15 @@ def test_a_records_path_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 def test_gains_are_of_held_out_prompts_and_figures_stand_beside_the_raw_ones_of_the_same_requests() -> None:
     measured, profile = Measurements(), profile_of()
     _, before, learned, _, judged, _ = records(6, profile)
-    measured.observe(before, None, None)
-    measured.observe(learned, profile, None, held_out=False)
+    measured.update(before, None, None)
+    measured.update(learned, profile, None, held_out=False)
     assert measured.gained(profile.version)["requests"] == 0
-    measured.observe(judged, profile, None)
+    measured.update(judged, profile, None)
     assert measured.gained(profile.version)["requests"] == 1
     summary = measured.summary(profile.version)
     same = Measurements()
-    same.observe(learned, None, None)
-    same.observe(judged, None, None)
+    same.update(learned, None, None)
+    same.update(judged, None, None)
     assert summary["requests"] == 2
     assert summary["raw_same_requests"]["kl_nats"] == same.summary(None)["kl_nats"]
     assert "raw_same_requests" not in measured.summary(None)
@@ -516,7 +516,7 @@ def test_divergence_adds_up_by_route_and_label() -> None:
     measured = Measurements()
     made = records(3)
     for record, label in zip(made, ("a", "b", "a"), strict=True):
-        measured.observe(replace(record, route="/v1/completions", label=label), None, None)
+        measured.update(replace(record, route="/v1/completions", label=label), None, None)
     result: dict[tuple[str, str], float] = {}
     for series, value in values(measured.samples()).items():
         if "/v1/completions" in series:
@@ -533,9 +533,9 @@ def test_tokens_at_which_the_effect_of_a_profile_is_unknown_do_not_count_as_diff
     before, nothing = divergence(record), np.zeros(record.tokens, np.bool_)
     blind = replace(before, top1_agreement=nothing, known=nothing, top1_known=nothing)
     top1 = Top1()
-    top1.add(before, blind, b"")
-    top1.add(before, before, b"")
-    top1.add(before, replace(before, top1_known=nothing), b"")
+    top1.update(before, blind, b"")
+    top1.update(before, before, b"")
+    top1.update(before, replace(before, top1_known=nothing), b"")
     shown = top1.summary()
     assert (shown["tokens"], shown["unknown_tokens"], shown["unproven_tokens"]) == (
         2 * record.tokens,
@@ -552,9 +552,9 @@ def test_the_share_of_equal_likeliest_ids_is_of_the_tokens_where_it_is_known() -
     measured, given = Measurements(), records(12)
     same, unknown = temperature_bias("m", V, 1.0, np.zeros(V), 1.0), make_contextual(vocab_size=V)
     for record in given[:6]:
-        measured.observe(record, same, None)
+        measured.update(record, same, None)
     for record in given[6:]:
-        measured.observe(record, unknown, None)
+        measured.update(record, unknown, None)
     found = values(measured.samples())
     for decoding, at in (("greedy", [0, 3]), ("sampled", [1, 2, 4, 5])):
         for stage, numbers in (("raw", [*at, *(n + 6 for n in at)]), ("calibrated", at)):

@@ -81,7 +81,7 @@ class World:
             "client": b"",
             "output_tokens": 9,
         }
-        self.outcomes.receive(OutcomeReport(treated=treated, bad={"json": bad}, **(given | changes)))
+        self.outcomes.update(OutcomeReport(treated=treated, bad={"json": bad}, **(given | changes)))
 
     def traffic(self, units: int, treated_rate: float, control_rate: float, **changes: Any) -> None:
         for _ in range(units):

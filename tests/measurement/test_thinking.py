@@ -26,7 +26,7 @@ def filled(control: float, treated: float, requests: int = 400) -> ThinkingFigur
         for arm, share in (("control", control), ("treated", treated)):
             endless = bool(rng.random() < share)
             tokens = int(rng.integers(50, 150)) * (2 if endless else 1)
-            figures.add(arm, Thinking(0, tokens, ended=not endless), "length" if endless else "stop", fresh=True)
+            figures.update(arm, Thinking(0, tokens, ended=not endless), "length" if endless else "stop", fresh=True)
     return figures
 
 
@@ -57,7 +57,9 @@ def test_intervals_are_of_the_effective_requests(length: int) -> None:
         for _ in range(400 // length):
             endless = bool(rng.random() < 0.3)
             for _ in range(length):
-                measured.add("none", Thinking(0, 100, ended=not endless), "length" if endless else "stop", fresh=True)
+                measured.update(
+                    "none", Thinking(0, 100, ended=not endless), "length" if endless else "stop", fresh=True
+                )
         share = measured.report()["arms"]["none"]["never_ended"]
         assert 0.8 * length <= share["inflation"] <= 3.0 * length
         assert share["effective_requests"] == pytest.approx(400 / share["inflation"])
@@ -73,9 +75,9 @@ def test_too_few_requests_have_no_interval() -> None:
 
 def test_requests_without_thinking_count_beside_the_figures() -> None:
     figures = ThinkingFigures(1000)
-    figures.add("none", None, "stop", fresh=True)
-    figures.add("none", Thinking(2, 12, ended=True), "stop", fresh=True)
-    figures.add("none", Thinking(0, 30, ended=True), "stop", fresh=False)
+    figures.update("none", None, "stop", fresh=True)
+    figures.update("none", Thinking(2, 12, ended=True), "stop", fresh=True)
+    figures.update("none", Thinking(0, 30, ended=True), "stop", fresh=False)
     report = figures.report()
     none = report["arms"]["none"]
     assert (none["requests"], none["tokens"]["estimate"], none["never_ended"]["estimate"]) == (1, 10.0, 0.0)
@@ -96,5 +98,5 @@ def test_nothing_yet() -> None:
 @pytest.mark.parametrize("tokens", [1000, 5000])
 def test_a_thinking_longer_than_the_limit_is_clipped_in_the_mean(tokens: int) -> None:
     figures = ThinkingFigures(1000)
-    figures.add("none", Thinking(0, tokens, ended=False), "length", fresh=True)
+    figures.update("none", Thinking(0, tokens, ended=False), "length", fresh=True)
     assert figures.report()["arms"]["none"]["tokens"]["estimate"] == 1000.0

@@ -261,12 +261,12 @@ def test_a_gain_is_computed_once_for_measurement_and_judging(monkeypatch: pytest
     record = bench.record(EVEN.truth(0), JUDGED[0], kind=REST_KIND)
     gains = RecordGains(record)
     profile = bench.profiles.calibrated_profile(record)
-    Measurements().observe(record, profile, None, held_out=bench.profiles.is_held_out(record), gains=gains)
+    Measurements().update(record, profile, None, held_out=bench.profiles.is_held_out(record), gains=gains)
     bench.profiles.observe(record, gains)
     assert sorted(computed) == sorted([served, tested])
     computed.clear()
     learned = bench.record(EVEN.truth(0), LEARNED[0])
-    Measurements().observe(learned, profile, None, held_out=bench.profiles.is_held_out(learned))
+    Measurements().update(learned, profile, None, held_out=bench.profiles.is_held_out(learned))
     assert not computed, "a gain counts on held-out records only"
 
 

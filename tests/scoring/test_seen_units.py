@@ -42,9 +42,9 @@ def test_the_oldest_is_forgotten_first() -> None:
 
 def test_a_later_turn_counts_in_tokens_and_histograms_only() -> None:
     measured = Measurements()
-    measured.observe(RECORD, None, None)
+    measured.update(RECORD, None, None)
     before = measured.summary(None)
-    measured.observe(RECORD, None, None, fresh=False)
+    measured.update(RECORD, None, None, fresh=False)
     assert measured.summary(None) == before
     assert measured.tokens == 2 * RECORD.tokens
     scored = {s.labels: s.value for s in measured.samples() if s.name == names.SCORED_TOKENS}

@@ -223,7 +223,7 @@ async def everything(plane: Control, folder: Path) -> asyncio.StreamWriter:
         plane.pipeline.received += 1
         plane.pipeline.endings.scored(scored(str(n))[1])
         arm = ("control", "treated", "none")[n % 3]
-        plane.measured.measurements.thinking.add(arm, made.thinking, "stop" if n % 10 else "length", fresh=True)
+        plane.measured.measurements.thinking.update(arm, made.thinking, "stop" if n % 10 else "length", fresh=True)
         if n % 4 == 0:
             truth = WORLD.truth(n)
             for model in ("compressed", "reference"):
@@ -236,14 +236,16 @@ async def everything(plane: Control, folder: Path) -> asyncio.StreamWriter:
             shadow = msgspec.structs.replace(status.shadow, reference_tokens=300 * n)
             status = msgspec.structs.replace(status, proxy=proxy, shadow=shadow)
             plane.history.add(time.monotonic() + 10 * at, time.time() + 10 * at, status)
-    plane.pipeline.coverage.relayed(SampledCount("chat structured", "skipped", "structured_output", 12.0, 5.0, 700))
+    plane.pipeline.coverage.update_relayed(
+        SampledCount("chat structured", "skipped", "structured_output", 12.0, 5.0, 700)
+    )
     for n in range(GRAMMAR_REQUESTS):
         restricted = under_grammar(n)
         known: Any = {"gains": RecordGains(restricted), "figures": divergence(restricted)}
-        plane.measured.measurements.conditional.observe(restricted, None, None, held_out=False, fresh=True, **known)
+        plane.measured.measurements.conditional.update(restricted, None, None, held_out=False, fresh=True, **known)
     for kind, harmful in zip(KINDS[:2], (False, True), strict=True):
         for report in outcome_reports(kind, serving, harmful):
-            plane.measured.outcomes.receive(report)
+            plane.measured.outcomes.update(report)
         await plane.writer.write()  # the number of its trial
         plane.measured.outcomes.check()
     return writer

@@ -104,7 +104,7 @@ class Bench:
     ) -> None:
         self.now = 0.0
         self.coverage = Coverage(kinds=4, clock=lambda: 0.0)
-        self.endings = EndingCounts(self.coverage.ended)
+        self.endings = EndingCounts(self.coverage.update)
         self.markers: Markers | None = None
         self.records: list[TokenRecord] = []
         self.reference = FakeReference()

@@ -191,7 +191,7 @@ class Control:
     def _connect_relays(self, settings: Settings) -> None:
         """Connects what relays send and receive, and what is stored."""
         pipeline = self.pipeline
-        self.link = RelayLink(pipeline.receive, self._receive_outcome, pipeline.coverage.relayed, self._clock)
+        self.link = RelayLink(pipeline.receive, self._receive_outcome, pipeline.coverage.update_relayed, self._clock)
         self.canaries = Canaries(
             settings,
             self.engines,
@@ -324,7 +324,7 @@ class Control:
 
     def _receive_outcome(self, report: OutcomeReport) -> None:
         if self.ownership.active:
-            self.measured.outcomes.receive(report)
+            self.measured.outcomes.update(report)
 
     async def start(self, force: Path | None) -> None:
         """Returns once this process owns the store, and uses what it holds.
@@ -366,7 +366,7 @@ class Control:
         for part in (self.measured, self.profile_manager, self.canaries):
             part.after_break(time_break)
         if time_break.anew:
-            self.measured.alarms.note(why)
+            self.measured.alarms.record_event(why)
         else:
             log.info("%s", why)
         self.time.save(self.writer)

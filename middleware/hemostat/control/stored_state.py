@@ -104,7 +104,7 @@ class StoredState:
             )
             self._profiles.forget_evidence(why)
             self._measured.forget()
-            self._measured.alarms.note(f"{why}: what was measured with the others is forgotten")
+            self._measured.alarms.record_event(f"{why}: what was measured with the others is forgotten")
             self._stored_models = None
         # What is not known (yet), such as the weights of engines that have not reported, stays as it is stored.
         models = self._models.completed_by(self._stored_models)

@@ -79,11 +79,11 @@ class FloorLimit:
         self._inflation = math.inf
         """The v̂ after the last request: its computation takes too long for every scored record that needs a limit."""
 
-    def add(self, divergences: Floats, client: bytes) -> None:
+    def update(self, divergences: Floats, client: bytes) -> None:
         """Adds one request's KL by token, in nats. client: the digest of whom it is from."""
         values = np.clip(divergences[~np.isnan(divergences)], 0.0, self._mean.cap)
         self._mean = self._mean.update(values)
-        self._dependence.add(np.array([values.sum()]), np.array([float(len(values))]), client)
+        self._dependence.update(np.array([values.sum()]), np.array([float(len(values))]), client)
         self._inflation = self._dependence.inflation()
 
     @property
@@ -139,7 +139,7 @@ class Alarms:
         """The tests that have raised the alarm: their names, and the kinds."""
         self.events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
 
-    def observe(self, record: TokenRecord, figures: TokenDivergence) -> None:
+    def update(self, record: TokenRecord, figures: TokenDivergence) -> None:
         """Observes one scored request that is a unit of its own, its raw figures.
 
         One of an adapter counts in the mix of kinds only: it says nothing of the compressed model.
@@ -157,12 +157,12 @@ class Alarms:
         if changed or _begun(self._state) > begun or now - self._saved_at >= SAVE_SECONDS:
             self.save()
 
-    def observe_noise_floor(self, model: str, divergences: Floats, client: bytes = b"") -> None:
+    def update_noise_floor(self, model: str, divergences: Floats, client: bytes = b"") -> None:
         """Observes the KL by token, in nats, of a record with `model` on both sides. client: the digest of whom it is
         from.
         """
         if model in self._noise_floors:
-            self._noise_floors[model].add(divergences, client)
+            self._noise_floors[model].update(divergences, client)
 
     def _noise_floor(self) -> float:
         """Returns the upper end of what noise adds to the divergence, half of the sum of the noise floors (two noisy
@@ -195,7 +195,7 @@ class Alarms:
         self._state = alarm.after_break(self._state, time_break)
         self._saved_at = time_break.seen(self._saved_at)
 
-    def note(self, why: str) -> None:
+    def record_event(self, why: str) -> None:
         """Stores an event that is no alarm, but says why what was measured begins anew."""
         self._record(why, {})
 

@@ -47,14 +47,14 @@ class _Drawn:
     def __post_init__(self) -> None:
         self.dependence = Dependence(4, self.cycle)
 
-    def add(self, drawn: DecodedDivergence, client: bytes) -> None:
+    def update(self, drawn: DecodedDivergence, client: bytes) -> None:
         self.tokens += len(drawn.available)
         self.unavailable += int((~drawn.available).sum())
         self.tv_lower, self.tv_upper = self.tv_lower.update(drawn.tv.lower), self.tv_upper.update(drawn.tv.upper)
         self.js_lower, self.js_upper = self.js_lower.update(drawn.js.lower), self.js_upper.update(drawn.js.upper)
         values = np.array([drawn.tv.lower, drawn.tv.upper, drawn.js.lower, drawn.js.upper])
         tokens = np.count_nonzero(~np.isnan(values), axis=1).astype(np.float64)
-        self.dependence.add(np.nansum(values, axis=1), tokens, client)
+        self.dependence.update(np.nansum(values, axis=1), tokens, client)
 
     def summary(self) -> dict[str, Any]:
         """Returns the figures, JSON-ready. `unavailable_share`: the share of the tokens for which the lists do not
@@ -87,11 +87,11 @@ class ByDecoding:
         self._figures: dict[str, StageFigures] = {}
         self._drawn: dict[str, _Drawn] = {}
 
-    def add(self, name: str, figures: TokenDivergence, drawn: DecodedDivergence | None, client: bytes = b"") -> None:
+    def update(self, name: str, figures: TokenDivergence, drawn: DecodedDivergence | None, client: bytes = b"") -> None:
         """Adds a request. drawn: None if the decoding is not known. client: the digest of whom the request is from."""
-        self._figures.setdefault(name, StageFigures(cycle=self._cycle)).add(figures, client)
+        self._figures.setdefault(name, StageFigures(cycle=self._cycle)).update(figures, client)
         if drawn is not None:
-            self._drawn.setdefault(name, _Drawn(self._cycle)).add(drawn, client)
+            self._drawn.setdefault(name, _Drawn(self._cycle)).update(drawn, client)
 
     def report(self) -> list[dict[str, Any]]:
         """Returns the figures of the strategies with a request, in the order of `STRATEGIES`. JSON-ready."""

@@ -61,7 +61,7 @@ class ByEngine:
         self._wall = wall
         self._saved_at = wall()
 
-    def count(self, record: TokenRecord, figures: TokenDivergence) -> None:
+    def update_totals(self, record: TokenRecord, figures: TokenDivergence) -> None:
         """Adds one request that was scored here, with its raw figures, to the sums."""
         if not record.engine:
             return
@@ -71,7 +71,7 @@ class ByEngine:
         if len(self._totals) > outlier_engine.MAX_ENGINES:
             self._totals.popitem(last=False)
 
-    def observe(self, record: TokenRecord, figures: TokenDivergence) -> None:
+    def update(self, record: TokenRecord, figures: TokenDivergence) -> None:
         """Adds one scored request that is an observation of its own, with its raw figures, to the test."""
         kl = figures.kl_rc[np.isfinite(figures.kl_rc)]
         if not record.engine or not record.engine_drawn or not len(kl):

@@ -102,7 +102,7 @@ class ByKind:
         self._metrics = metrics
         self._kinds: OrderedDict[str, _Kind] = OrderedDict()
 
-    def count(self, record: TokenRecord, served: TokenDivergence) -> None:
+    def update_totals(self, record: TokenRecord, served: TokenDivergence) -> None:
         """Counts a record of any sort. served: the figures of what the client was served."""
         name, arm = record.kind or REST_KIND, str(record.arm)
         kind = self._kinds.pop(name, None) or _Kind(self._cycle)
@@ -113,7 +113,7 @@ class ByKind:
         finite = served.kl_rc[np.isfinite(served.kl_rc)]
         kind.totals[arm] = (tokens + len(finite), nats + float(finite.sum()))
 
-    def add(
+    def update(
         self,
         record: TokenRecord,
         raw: TokenDivergence | None,
@@ -121,22 +121,24 @@ class ByKind:
         profile: CalibrationProfile | None,
         gain: Gain | None,
     ) -> None:
-        """Adds a record that is an observation of its own, after `count`. raw: None if it is of an adapter. profile,
-        gain: of the calibrated stage."""
+        """Adds a record that is an observation of its own, after `update_totals`. raw: None if it is of an adapter.
+        profile, gain: of the calibrated stage."""
         kind = self._kinds[record.kind or REST_KIND]
         if raw is not None:
-            kind.raw.add(raw, record.client)
+            kind.raw.update(raw, record.client)
         if record.arm in kind.served:
-            kind.served[record.arm].add(served, record.client)
+            kind.served[record.arm].update(served, record.client)
         if raw is None or profile is None or gain is None:
             return
         figures = kind.gains.get(profile.version)
         if not isinstance(figures, GainFigures):
             figures = GainFigures(2.0 * profile.clamp_nats, cycle=self._cycle)
-        figures.add(gain, raw, record.client)
+        figures.update(gain, raw, record.client)
         kind.put(profile.version, figures)
 
-    def add_distances(self, record: TokenRecord, version: str, before: ExactDistances, after: ExactDistances) -> None:
+    def update_distances(
+        self, record: TokenRecord, version: str, before: ExactDistances, after: ExactDistances
+    ) -> None:
         """Adds a record of an adapter, from the exact distances without and with it."""
         kind = self._kinds.get(record.kind or REST_KIND)
         if kind is None:
@@ -144,7 +146,7 @@ class ByKind:
         figures = kind.gains.get(version)
         if not isinstance(figures, DistanceGains):
             figures = DistanceGains(cycle=self._cycle)
-        figures.add(before, after, record.client)
+        figures.update(before, after, record.client)
         kind.put(version, figures)
 
     def forget(self) -> None:

@@ -28,19 +28,19 @@ class OtherModels:
         self._cycle = cycle
         self._of: OrderedDict[str, Measurements] = OrderedDict()
 
-    def observe(self, model: str, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
-        """Adds a record of a whole output of the model, with its raw figures. fresh: see `Measurements.observe`."""
+    def update(self, model: str, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
+        """Adds a record of a whole output of the model, with its raw figures. fresh: see `Measurements.update`."""
         result = self._measurements(model)
         if not record.constraint:
-            result.observe(record, None, None, figures=figures, fresh=fresh)
+            result.update(record, None, None, figures=figures, fresh=fresh)
             return
         # Its kind may be one that is not followed; see the bound of `ByKind`.
         gains = RecordGains(record)
-        result.conditional.observe(record, None, None, held_out=False, gains=gains, figures=figures, fresh=fresh)
+        result.conditional.update(record, None, None, held_out=False, gains=gains, figures=figures, fresh=fresh)
 
-    def observe_noise_floor(self, model: str, side: str, record: TokenRecord) -> None:
+    def update_noise_floor(self, model: str, side: str, record: TokenRecord) -> None:
         """Adds a record of the model with `side`, of `figures.MODELS`, on both sides."""
-        self._measurements(model).observe_noise_floor(side, record)
+        self._measurements(model).update_noise_floor(side, record)
 
     def report(self, model: str) -> dict[str, Any]:
         """Returns for JSON the raw figures, the noise floor, the excess over it, and what is conditional on a

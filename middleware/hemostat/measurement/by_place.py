@@ -49,14 +49,14 @@ class _Group:
         self._totals: dict[str, tuple[int, float]] = dict.fromkeys(labels, (0, 0.0))
         """The number of tokens with a finite KL, and the sum of their KL, over all records."""
 
-    def add(self, record: TokenRecord, raw: TokenDivergence, *, fresh: bool) -> None:
+    def update(self, record: TokenRecord, raw: TokenDivergence, *, fresh: bool) -> None:
         for label, at in self._divide(record).items():
             part = raw if at.all() else select(raw, at)
             finite = part.kl_rc[np.isfinite(part.kl_rc)]
             tokens, nats = self._totals[label]
             self._totals[label] = tokens + len(finite), nats + float(finite.sum())
             if fresh:
-                self._figures[label].add(part, record.client)
+                self._figures[label].update(part, record.client)
 
     def forget(self) -> None:
         """Begins the figures anew. Totals go on."""
@@ -82,14 +82,14 @@ class ByPlace:
             "phase": _Group(PHASES, by_phase, cycle),
         }
 
-    def add(self, record: TokenRecord, raw: TokenDivergence, *, fresh: bool) -> None:
+    def update(self, record: TokenRecord, raw: TokenDivergence, *, fresh: bool) -> None:
         """Adds a record of the compressed model itself; a record under a grammar is left out. fresh: it is an
         observation of its own.
         """
         if record.constraint:
             return
         for group in self._divisions.values():
-            group.add(record, raw, fresh=fresh)
+            group.update(record, raw, fresh=fresh)
 
     def forget(self) -> None:
         """Begins the figures of all places anew. Totals go on."""

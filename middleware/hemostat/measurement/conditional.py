@@ -37,7 +37,7 @@ class ConditionalFigures:
         """The number of scored tokens."""
         return sum(self._tokens.values())
 
-    def observe(
+    def update(
         self,
         record: TokenRecord,
         profile: CalibrationProfile | None,
@@ -48,7 +48,7 @@ class ConditionalFigures:
         figures: TokenDivergence,
         fresh: bool,
     ) -> None:
-        """Adds one constrained record; as `Measurements.observe`."""
+        """Adds one constrained record; as `Measurements.update`."""
         if profile is not None and profile.family == ADAPTER:
             profile = None
         own = record.adapter is None
@@ -59,11 +59,11 @@ class ConditionalFigures:
         exact = int((interval.lower == interval.upper).sum())
         self._tokens[str(record.arm), "exact"] += exact
         self._tokens[str(record.arm), "bounds"] += record.tokens - exact
-        self.by_kind.count(record, served_figures)
+        self.by_kind.update_totals(record, served_figures)
         if fresh:
             if own:
-                self._raw.add(figures, record.client)
-            self.by_kind.add(record, figures if own else None, served_figures, profile, gain)
+                self._raw.update(figures, record.client)
+            self.by_kind.update(record, figures if own else None, served_figures, profile, gain)
 
     def forget(self) -> None:
         """Begins the figures anew. Counts of tokens go on."""

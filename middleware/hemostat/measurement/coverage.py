@@ -44,7 +44,7 @@ class Tally:
     unknown: float = 0.0
     tokens: int = 0
 
-    def add(self, requests: float, unknown: float, tokens: int) -> None:
+    def update(self, requests: float, unknown: float, tokens: int) -> None:
         self.requests += requests
         self.unknown += unknown
         self.tokens += tokens
@@ -60,11 +60,11 @@ class Coverage:
         self._by_kind: OrderedDict[str, dict[str, Tally]] = OrderedDict()
         self._by_reason: dict[tuple[str, str], Tally] = {(SCORED, ""): Tally()}
 
-    def count(self, kind: str, outcome: str, reason: str, requests: float, unknown: float, tokens: int) -> None:
+    def _update(self, kind: str, outcome: str, reason: str, requests: float, unknown: float, tokens: int) -> None:
         """Counts sampled requests that have ended. kind: full name; "" if the body was not read."""
         if (outcome, reason) not in self._by_reason and len(self._by_reason) >= MAX_REASONS:
             return  # reasons are enumerations: only a message of another version can get here
-        self._by_reason.setdefault((outcome, reason), Tally()).add(requests, unknown, tokens)
+        self._by_reason.setdefault((outcome, reason), Tally()).update(requests, unknown, tokens)
         name = UNREAD_KIND
         if kind:
             self._table = self._table.see(kind, now=self._clock())
@@ -72,21 +72,21 @@ class Coverage:
         tallies = self._by_kind.pop(name, None) or {outcome: Tally() for outcome in OUTCOMES}
         self._by_kind[name] = tallies
         if outcome in tallies:
-            tallies[outcome].add(requests, unknown, tokens)
+            tallies[outcome].update(requests, unknown, tokens)
         while len(self._by_kind) > MAX_KINDS:
             self._by_kind.popitem(last=False)
 
-    def relayed(self, count: SampledCount) -> None:
+    def update_relayed(self, count: SampledCount) -> None:
         """Adds what a relay counted: requests that never became a capture."""
-        self.count(count.kind, count.outcome, count.reason, count.requests, count.unknown, count.tokens)
+        self._update(count.kind, count.outcome, count.reason, count.requests, count.unknown, count.tokens)
 
-    def ended(self, capture: Capture, outcome: str, reason: str, left_out: int = 0) -> None:
+    def update(self, capture: Capture, outcome: str, reason: str, left_out: int = 0) -> None:
         """Counts a capture that has ended. left_out: of a scored one, output tokens that were not scored."""
         requests, tokens = counted(capture)
         unknown = requests if tokens is None else 0.0
-        self.count(capture.kind, outcome, reason, requests, unknown, (tokens or 0) - left_out)
+        self._update(capture.kind, outcome, reason, requests, unknown, (tokens or 0) - left_out)
         if left_out:
-            self.count(capture.kind, SKIPPED, Unscored.OUTSIDE_SUFFIX.value, 0.0, 0.0, left_out)
+            self._update(capture.kind, SKIPPED, Unscored.OUTSIDE_SUFFIX.value, 0.0, 0.0, left_out)
 
     def report(self) -> dict[str, Any]:
         """Returns the coverage, JSON-ready. `scored_share`: the scored share of the known tokens, and of the requests;
@@ -101,7 +101,7 @@ class Coverage:
         totals = {outcome: Tally() for outcome in OUTCOMES}
         for (outcome, _), tally in self._by_reason.items():
             if outcome in totals:
-                totals[outcome].add(tally.requests, tally.unknown, tally.tokens)
+                totals[outcome].update(tally.requests, tally.unknown, tally.tokens)
         unscored = [
             {"outcome": outcome, "reason": reason, **_to_json(tally)}
             for (outcome, reason), tally in sorted(

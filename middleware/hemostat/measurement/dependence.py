@@ -42,7 +42,7 @@ class Cycle:
     _users: WeakSet[Dependence] = field(default_factory=WeakSet, init=False, repr=False, compare=False)
     """The objects that count how much of the cycle was seen, and that are told of breaks."""
 
-    def add(self, user: Dependence) -> None:
+    def register(self, user: Dependence) -> None:
         """Adds one that is told of breaks, too."""
         self._users.add(user)
 
@@ -78,7 +78,7 @@ class Dependence:
     """The dependence of requests of one group in several figures: by batches in time, and by client for the first
     figure.
 
-    series: the number of figures. `add` raises InvalidArgumentError for another number of them.
+    series: the number of figures. `update` raises InvalidArgumentError for another number of them.
     """
 
     def __init__(self, series: int = 1, cycle: Cycle = NO_CYCLE) -> None:
@@ -89,7 +89,7 @@ class Dependence:
         self._mean = BatchMeans.of(1)
         """The batch means of the first figure's mean by request, which `_by_client` is compared with."""
         self._clients: dict[bytes, int] = {}
-        cycle.add(self)
+        cycle.register(self)
 
     def after_break(self, time_break: TimeBreak) -> None:
         """Notes that the clock was set: a cycle that was not seen as a whole begins again, or goes on without the time
@@ -97,7 +97,7 @@ class Dependence:
         self._first = time_break.begins(self._first, ended=self.whole)
         self._last = max(time_break.seen(self._last), self._first)
 
-    def add(self, x: Floats, n: Floats, client: bytes = b"") -> None:
+    def update(self, x: Floats, n: Floats, client: bytes = b"") -> None:
         """Adds one request now: x, n float64 [S], the sum of each figure over its tokens, and their number. client: its
         digest; where it is empty, the request counts in time only."""
         now = self._cycle.clock()

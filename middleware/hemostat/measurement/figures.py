@@ -132,7 +132,7 @@ class StageFigures:
         self.requests = 0
         self.tokens = 0
 
-    def add(self, figures: TokenDivergence, client: bytes = b"") -> None:
+    def update(self, figures: TokenDivergence, client: bytes = b"") -> None:
         """Adds one request. client: the digest of whom it is from."""
         self.requests += 1
         self.tokens += len(figures.kl_rc)
@@ -148,7 +148,7 @@ class StageFigures:
             x[at], n[at] = given.sum(), len(given)
             if name in self._by_request and len(given):
                 self._by_request[name] = self._by_request[name].update(float(given.mean()))
-        self._dependence.add(x, n, client)
+        self._dependence.update(x, n, client)
         for name in self._infinite:
             self._infinite[name] += int(np.isinf(FIGURES[name].values(figures)).sum())
 

@@ -71,7 +71,7 @@ class GainFigures:
     def requests(self) -> int:
         return self.by_token.moments.requests
 
-    def add(self, gain: Gain, raw: TokenDivergence, client: bytes = b"") -> None:
+    def update(self, gain: Gain, raw: TokenDivergence, client: bytes = b"") -> None:
         """Adds one request, with its tokens where the gain and the KL before it are known; nothing if there is none.
         client: the digest of whom it is from."""
         both = gain.exact & np.isfinite(raw.estimate_rc)
@@ -84,7 +84,7 @@ class GainFigures:
         self.by_request = self.by_request.update(won / tokens, 1.0)
         self.share = self.share.update(won, max(of, 0.0))
         sums, numbers = np.array([won, won / tokens, won]), np.array([tokens, 1.0, max(of, 0.0)])
-        self.dependence.add(sums, numbers, client)
+        self.dependence.update(sums, numbers, client)
         self.finite_by_request = self.finite_by_request.update(bounded / tokens)
 
     def recovered(self) -> dict[str, Any] | None:
@@ -137,7 +137,7 @@ class DistanceGains:
     def requests(self) -> int:
         return self.tv_by_token.moments.requests
 
-    def add(self, before: ExactDistances, after: ExactDistances, client: bytes = b"") -> None:
+    def update(self, before: ExactDistances, after: ExactDistances, client: bytes = b"") -> None:
         """Adds one request. client: the digest of whom it is from."""
         tokens, less = len(before.tv), before.tv - after.tv
         sums, numbers = np.zeros(5), np.zeros(5)
@@ -155,7 +155,7 @@ class DistanceGains:
             self.by_request = self.by_request.update(mean, 1.0)
             self.share = self.share.update(won, of)
             sums[:TV_BY_TOKEN], numbers[:TV_BY_TOKEN] = (won, mean, won), (known.sum(), 1.0, of)
-        self.dependence.add(sums, numbers, client)
+        self.dependence.update(sums, numbers, client)
 
     def recovered(self) -> dict[str, Any] | None:
         """Returns the recovered share as `GainFigures.recovered` does."""

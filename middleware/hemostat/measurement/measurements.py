@@ -80,7 +80,7 @@ class Top1:
     def __post_init__(self) -> None:
         self.dependence = Dependence(3, self.cycle)
 
-    def add(self, raw: TokenDivergence, after: TokenDivergence, client: bytes) -> None:
+    def update(self, raw: TokenDivergence, after: TokenDivergence, client: bytes) -> None:
         known = after.known
         tokens = int(known.sum())
         self.unproven += int((known & ~after.top1_known).sum())
@@ -90,7 +90,7 @@ class Top1:
         old, new = float(raw.top1_agreement[known].sum()), float(after.top1_agreement[known].sum())
         self.before, self.after = self.before.update(old, tokens), self.after.update(new, tokens)
         self.change = self.change.update(new - old, tokens)
-        self.dependence.add(np.array([old, new, new - old]), np.full(3, float(tokens)), client)
+        self.dependence.update(np.array([old, new, new - old]), np.full(3, float(tokens)), client)
         self.tokens += tokens
 
     def summary(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Measurements:
         self.by_place = ByPlace(cycle)
         self.thinking = ThinkingFigures(max_tokens, cycle)
         self.conditional = ConditionalFigures(cycle)
-        """The figures of constrained records, which `observe` does not take."""
+        """The figures of constrained records, which `update` does not take."""
         self.tokens = 0
         """The number of scored tokens."""
         self._begin_figures()
@@ -159,7 +159,7 @@ class Measurements:
         for part in (self.by_kind, self.by_place, self.thinking, self.conditional):
             part.forget()
 
-    def observe(
+    def update(
         self,
         record: TokenRecord,
         profile: CalibrationProfile | None,
@@ -181,10 +181,10 @@ class Measurements:
         """
         raw = divergence(record, served) if figures is None else figures
         if record.adapter is not None:
-            self._observe_adapted(record, raw, fresh=fresh)
+            self._update_adapted(record, raw, fresh=fresh)
             return raw
         if profile is not None and profile.family == ADAPTER:
-            # What it would have been with the adapter does not follow from the record; see `observe_distances`.
+            # What it would have been with the adapter does not follow from the record; see `update_distances`.
             profile, adapted = None, True
         else:
             adapted = False
@@ -205,45 +205,45 @@ class Measurements:
             self._expose("calibrated", arm, decoding, after)
         # What the client was served: for a treated request, the calibrated distribution.
         served_figures = raw if record.applied is None else after
-        self.by_kind.count(record, served_figures)
-        self.by_place.add(record, raw, fresh=fresh)
+        self.by_kind.update_totals(record, served_figures)
+        self.by_place.update(record, raw, fresh=fresh)
         if not fresh:
             return raw
-        self._raw.add(raw, record.client)
-        self.survival.add(record, raw)
-        self.by_decoding.add(decoded, raw, drawn, record.client)
-        self._where.setdefault((record.route, record.label), self._figures()).add(raw, record.client)
-        self._served[arm].add(served_figures, record.client)
-        self.by_kind.add(record, raw, served_figures, profile, gain)
+        self._raw.update(raw, record.client)
+        self.survival.update(record, raw)
+        self.by_decoding.update(decoded, raw, drawn, record.client)
+        self._where.setdefault((record.route, record.label), self._figures()).update(raw, record.client)
+        self._served[arm].update(served_figures, record.client)
+        self.by_kind.update(record, raw, served_figures, profile, gain)
         if profile is not None:
             stage = self._after.pop(profile.version, None) or self._begin(profile)
-            stage.after.add(after, record.client)
-            stage.before.add(raw, record.client)
-            stage.top1[decoding].add(raw, after, record.client)
+            stage.after.update(after, record.client)
+            stage.before.update(raw, record.client)
+            stage.top1[decoding].update(raw, after, record.client)
             if gain is not None and isinstance(stage.gain, GainFigures):
-                stage.gain.add(gain, raw, record.client)
+                stage.gain.update(gain, raw, record.client)
             self._keep(profile.version, stage)
         return raw
 
-    def observe_part(self, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
+    def update_part(self, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
         """Observes a record of the last tokens of an output: it counts by place alone, see `by_place`."""
         if record.adapter is None:
-            self.by_place.add(record, figures, fresh=fresh)
+            self.by_place.update(record, figures, fresh=fresh)
 
-    def _observe_adapted(self, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
+    def _update_adapted(self, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
         """Observes a record of an adapter: what was served, and nothing of the compressed model itself."""
         arm, decoding = str(record.arm), "greedy" if record.sampling.greedy else "sampled"
         self.tokens += record.tokens
         self._scored[arm, decoding] += record.tokens
         self._expose("calibrated", arm, decoding, figures)
-        self.by_kind.count(record, figures)
+        self.by_kind.update_totals(record, figures)
         if fresh:
-            self._served[arm].add(figures, record.client)
-            self.by_kind.add(record, None, figures, None, None)
+            self._served[arm].update(figures, record.client)
+            self.by_kind.update(record, None, figures, None, None)
 
-    def observe_distances(self, record: TokenRecord, profile: CalibrationProfile | None, *, fresh: bool) -> None:
+    def update_distances(self, record: TokenRecord, profile: CalibrationProfile | None, *, fresh: bool) -> None:
         """Observes a held-out record whose exact distances are there. profile: what serves its kind, or would; only
-        what an adapter does is measured by them. fresh: as in `observe`."""
+        what an adapter does is measured by them. fresh: as in `update`."""
         if profile is None or profile.family != ADAPTER or not fresh:
             return
         before, after = record.distances.get(IDENTITY), record.distances.get(profile.version)
@@ -251,13 +251,13 @@ class Measurements:
             return
         stage = self._after.pop(profile.version, None) or self._begin(profile)
         raw, adapted = of_distances(before), of_distances(after)
-        stage.before.add(raw, record.client)
-        stage.after.add(adapted, record.client)
-        stage.top1["greedy" if record.sampling.greedy else "sampled"].add(raw, adapted, record.client)
+        stage.before.update(raw, record.client)
+        stage.after.update(adapted, record.client)
+        stage.top1["greedy" if record.sampling.greedy else "sampled"].update(raw, adapted, record.client)
         if isinstance(stage.gain, DistanceGains):
-            stage.gain.add(before, after, record.client)
+            stage.gain.update(before, after, record.client)
         self._keep(profile.version, stage)
-        self.by_kind.add_distances(record, profile.version, before, after)
+        self.by_kind.update_distances(record, profile.version, before, after)
 
     def _keep(self, version: str, stage: _After) -> None:
         self._after[version] = stage
@@ -274,10 +274,10 @@ class Measurements:
     def _figures(self) -> StageFigures:
         return StageFigures(cycle=self._cycle)
 
-    def observe_noise_floor(self, model: str, record: TokenRecord) -> TokenDivergence:
+    def update_noise_floor(self, model: str, record: TokenRecord) -> TokenDivergence:
         """Adds a record with `model`, of `MODELS`, on both sides; returns its figures."""
         figures = divergence(record)
-        self._noise_floor[model].add(figures, record.client)
+        self._noise_floor[model].update(figures, record.client)
         return figures
 
     def noise_floor(self) -> dict[str, Any]:

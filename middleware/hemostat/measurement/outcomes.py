@@ -106,7 +106,7 @@ class Outcomes:
 
     # --- evidence --------------------------------------------------------------------------------------------------
 
-    def receive(self, report: OutcomeReport) -> None:
+    def update(self, report: OutcomeReport) -> None:
         """Receives one answer, as a relay has judged it. Reports of a version that does not serve the kind now are
         ignored."""
         kind = report.kind

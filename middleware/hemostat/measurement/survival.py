@@ -27,9 +27,9 @@ class _Texts:
         self.survival = Survival()
         self._dependence = Dependence(1, cycle)
 
-    def add(self, factors: Floats, client: bytes) -> None:
+    def update(self, factors: Floats, client: bytes) -> None:
         self.survival = self.survival.update(factors)
-        self._dependence.add(np.array([float((1.0 - factors).sum())]), np.array([float(len(factors))]), client)
+        self._dependence.update(np.array([float((1.0 - factors).sum())]), np.array([float(len(factors))]), client)
 
     @property
     def inflation(self) -> float:
@@ -57,14 +57,14 @@ class SurvivalFigures:
         self._upper = Survival()
         self._lower = Survival()
 
-    def add(self, record: TokenRecord, figures: TokenDivergence) -> None:
+    def update(self, record: TokenRecord, figures: TokenDivergence) -> None:
         if record.applied is not None or record.adapter is not None:
             return
         sampling = record.sampling
         if sampling.greedy:
-            self._greedy.add(figures.top1_agreement.astype(np.float64), record.client)
+            self._greedy.update(figures.top1_agreement.astype(np.float64), record.client)
         elif sampling.temperature == 1.0 and sampling.top_p >= 1.0 and sampling.top_k <= 0 and sampling.min_p <= 0.0:
-            self._sampled.add(agreement(record), record.client)
+            self._sampled.update(agreement(record), record.client)
         tv = figures.bounds.tv
         self._upper = self._upper.update(np.clip(1.0 - tv.lower, 0.0, 1.0))
         self._lower = self._lower.update(np.clip(1.0 - tv.upper, 0.0, 1.0))

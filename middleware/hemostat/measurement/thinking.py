@@ -89,7 +89,9 @@ class ThinkingFigures:
         self._max_tokens = max_tokens
         self._arms = {str(arm): _Arm(max_tokens, cycle) for arm in Arm}
 
-    def add(self, arm: str, thinking: Thinking | None, finish_reason: str, client: bytes = b"", *, fresh: bool) -> None:
+    def update(
+        self, arm: str, thinking: Thinking | None, finish_reason: str, client: bytes = b"", *, fresh: bool
+    ) -> None:
         """Adds a scored request. thinking: None if its output has none. client: the digest of whom it is from. fresh:
         it is an observation of its own.
         """
@@ -102,7 +104,7 @@ class ThinkingFigures:
         if fresh:
             tokens = float(min(thinking.tokens, self._max_tokens))
             into.length = into.length.update(tokens, 1.0)
-            into.dependence.add(np.array([tokens, float(how != ENDED)]), np.ones(2), client)
+            into.dependence.update(np.array([tokens, float(how != ENDED)]), np.ones(2), client)
             into.bounded = into.bounded.update(tokens)
             into.endless = into.endless.update(how != ENDED)
 

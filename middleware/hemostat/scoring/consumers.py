@@ -72,13 +72,13 @@ class Figures:
     def use(self, scored: ScoredRecord) -> None:
         figures, fresh = scored.figures, scored.fresh
         if Use.OTHER_FIGURES in scored.uses and scored.pair is not None:
-            self.other_models.observe(scored.pair.name, scored.record, figures, fresh=fresh)
+            self.other_models.update(scored.pair.name, scored.record, figures, fresh=fresh)
         elif Use.PART_FIGURES in scored.uses:
-            self.measurements.observe_part(scored.record, figures, fresh=fresh)
+            self.measurements.update_part(scored.record, figures, fresh=fresh)
         elif scored.uses & (Use.FIGURES | Use.CONDITIONAL_FIGURES):
-            observe = self.measurements.observe if Use.FIGURES in scored.uses else self.measurements.conditional.observe
+            update = self.measurements.update if Use.FIGURES in scored.uses else self.measurements.conditional.update
             shown = (scored.record, scored.profile, scored.applied)
-            observe(*shown, held_out=scored.held_out, gains=scored.gains, figures=figures, fresh=fresh)
+            update(*shown, held_out=scored.held_out, gains=scored.gains, figures=figures, fresh=fresh)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class ThinkingLengths:
         known = scored.pair is not None and scored.pair.markers is not None
         if known and scored.uses & (Use.FIGURES | Use.PART_FIGURES):
             record, reason = scored.record, scored.capture.finish_reason
-            self.figures.add(record.arm, record.thinking, reason, record.client, fresh=scored.fresh)
+            self.figures.update(record.arm, record.thinking, reason, record.client, fresh=scored.fresh)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class EngineTotals:
 
     def use(self, scored: ScoredRecord) -> None:
         if Use.FIGURES in scored.uses:
-            self.by_engine.count(scored.record, scored.figures)
+            self.by_engine.update_totals(scored.record, scored.figures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +190,8 @@ class ModelTests:
 
     def use(self, scored: ScoredRecord) -> None:
         if Use.FIGURES in scored.uses and scored.fresh:
-            self.alarms.observe(scored.record, scored.figures)
-            self.by_engine.observe(scored.record, scored.figures)
+            self.alarms.update(scored.record, scored.figures)
+            self.by_engine.update(scored.record, scored.figures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,7 @@ class DistanceFigures:
     def use(self, scored: ScoredRecord) -> None:
         if scored.record.distances:
             would_serve = self.profiles.catalogue.get(self.profiles.serving.would_serve(scored.record))
-            self.measurements.observe_distances(scored.record, would_serve, fresh=scored.fresh)
+            self.measurements.update_distances(scored.record, would_serve, fresh=scored.fresh)
 
 
 @dataclass(slots=True)

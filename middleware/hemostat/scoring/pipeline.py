@@ -97,7 +97,7 @@ class ScoringPipeline:
         """The fraction that is sampled at most; None without a reference."""
         self._workers = WORKERS.get(settings.reference.backend, 1)
         self.coverage = Coverage(settings.evidence.kinds, clock)
-        self.endings = EndingCounts(self.coverage.ended)
+        self.endings = EndingCounts(self.coverage.update)
         self.received = 0
         """The number of captures that came from relays."""
         self._reader = RecordReader(monitor, parts.profiles)
@@ -211,7 +211,7 @@ class ScoringPipeline:
     def use_self_record(self, model: str, record: TokenRecord) -> None:
         pair = self._monitor.served.of(record.model)
         if pair is not None and pair is not self._monitor.served.calibrated:
-            self.other_models.observe_noise_floor(pair.name, model, record)
+            self.other_models.update_noise_floor(pair.name, model, record)
             return
-        figures = self._parts.measurements.observe_noise_floor(model, record)
-        self._parts.alarms.observe_noise_floor(model, figures.kl_rc, record.client)
+        figures = self._parts.measurements.update_noise_floor(model, record)
+        self._parts.alarms.update_noise_floor(model, figures.kl_rc, record.client)

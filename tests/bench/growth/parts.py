@@ -56,7 +56,7 @@ def _observed(kinds: int) -> Call:
 
     def observe() -> None:
         for n in range(64):
-            measured.observe(records[n % kinds], None, None)
+            measured.update(records[n % kinds], None, None)
 
     return observe
 

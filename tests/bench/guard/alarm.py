@@ -436,7 +436,7 @@ def over_budget(
     part, streams = settings.half_share / len(MODELS), [noise(rng, 2000) for _ in MODELS]
     for count, values in enumerate(zip(*streams, strict=True)):
         for floor, value in zip(floors, values, strict=True):
-            floor.add(np.array([value]), b"")
+            floor.update(np.array([value]), b"")
         limits = [floor.limit(part) for floor in floors] if count % CHECK_EVERY == 0 else limits
         if limits and math.isfinite(sum(limits)):
             break

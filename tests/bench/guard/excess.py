@@ -47,9 +47,9 @@ def life(seed: int) -> tuple[dict[str, float], dict[str, dict[str, object]], dic
             true[name].append(float(value.mean()))
         decoded = noisy(compressed)
         emitted = np.array([rng.choice(VOCABULARY, p=np.exp(row) / np.exp(row).sum()) for row in decoded])
-        measured.observe(make_record(Truth(noisy(reference), decoded, emitted), VOCABULARY), None, None)
+        measured.update(make_record(Truth(noisy(reference), decoded, emitted), VOCABULARY), None, None)
         for model, logits in zip(MODELS, (compressed, reference), strict=True):
-            measured.observe_noise_floor(model, make_record(Truth(noisy(logits), noisy(logits), emitted), VOCABULARY))
+            measured.update_noise_floor(model, make_record(Truth(noisy(logits), noisy(logits), emitted), VOCABULARY))
     raw = measured.summary(None)
     return {n: float(np.mean(v)) for n, v in true.items()}, measured.excess(), {n: raw[n]["estimate"] for n in NAMES}
 

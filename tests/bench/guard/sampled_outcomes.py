@@ -147,7 +147,7 @@ def live(world: World, rng: np.random.Generator, sampling: OutcomeSampling) -> L
             report = OutcomeReport(
                 KIND, VERSION, bool(treated[number]), name, name[:1], {"json": bool(bad[answer])}, 9, drawn[number]
             )
-            outcomes.receive(report)
+            outcomes.update(report)
         units = sum(kind["units"] for kind in outcomes.report()["kinds"]) if step == STEPS - 1 else 0
         outcomes.check()
         if served.harmed:
