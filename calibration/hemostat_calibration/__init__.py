@@ -21,6 +21,7 @@ plugin_version  the version of the plugin in vLLM, and the rule by which it fits
 profiles        calibration profiles: their format, families, and how they change logits
 reasoning       where a reasoning model's thinking ends and its answer begins, found by token ids
 records         token records: both models' log-probabilities of the same tokens
+record_checks   the checks of a token record
 state_codec     dataclasses as JSON bytes, for restarts
 state_recovery  the compressed model's whole distribution, recovered from its logits at anchors
 statistics      streaming estimators, and intervals and tests that are valid at every look

@@ -46,7 +46,8 @@ from hemostat_calibration.alarm import (
     spread,
 )
 from hemostat_calibration.divergence.per_token import divergence
-from hemostat_calibration.records import Candidates, TokenRecord, validate
+from hemostat_calibration.record_checks import validate
+from hemostat_calibration.records import Candidates, TokenRecord
 from hemostat_calibration.statistics.confidence import ClippedMean
 from hemostat_lab.demo import vllm_server as vllm_process
 from hemostat_lab.demo.checkpoints import cached_checkpoints

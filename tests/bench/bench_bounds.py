@@ -34,7 +34,8 @@ from tests.bench.bounds_by_knowledge import table as knowledge_table
 
 from hemostat_calibration.divergence.bounds import MIN_RATIO, bounds
 from hemostat_calibration.divergence.per_token import divergence
-from hemostat_calibration.records import Candidates, TokenRecord, validate
+from hemostat_calibration.record_checks import validate
+from hemostat_calibration.records import Candidates, TokenRecord
 from hemostat_calibration.statistics.streaming import RatioEstimate
 from hemostat_lab.demo import vllm_server as vllm_process
 from hemostat_lab.demo.checkpoints import cached_checkpoints

@@ -39,7 +39,8 @@ from hemostat.reference.transformers import TransformersReference  # noqa: E402
 from hemostat.reference.vllm import VllmReference  # noqa: E402
 from hemostat.scoring.noise_floor import self_record  # noqa: E402
 from hemostat_calibration.divergence.per_token import divergence  # noqa: E402
-from hemostat_calibration.records import Sampling, TokenRecord, validate  # noqa: E402
+from hemostat_calibration.record_checks import validate  # noqa: E402
+from hemostat_calibration.records import Sampling, TokenRecord  # noqa: E402
 from hemostat_lab.demo import prompts  # noqa: E402
 from hemostat_lab.demo import vllm_server as vllm_process  # noqa: E402
 from hemostat_lab.demo.checkpoints import cached_checkpoints  # noqa: E402

@@ -18,7 +18,8 @@ from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileErro
 from hemostat_calibration.profiles.contextual import contextual_profile, probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.profiles.transform import anchors, anchors_digest, code, shift_at, shift_range
-from hemostat_calibration.records import Features, validate
+from hemostat_calibration.record_checks import validate
+from hemostat_calibration.records import Features
 
 V, N, A, R = 11, 6, 4, 3
 

@@ -7,15 +7,8 @@ from hypothesis import strategies as st
 from tests.support.records import Truth, log_softmax, make_record, truths
 
 from hemostat_calibration.errors import InvalidRecordError
-from hemostat_calibration.records import (
-    Candidates,
-    ExactDistances,
-    Features,
-    InvalidReason,
-    Shift,
-    validate,
-    with_distances,
-)
+from hemostat_calibration.record_checks import InvalidReason, validate, with_distances
+from hemostat_calibration.records import Candidates, ExactDistances, Features, Shift
 
 
 def good():

@@ -16,7 +16,7 @@ from hemostat import metrics
 from hemostat.metrics import reasons
 from hemostat.metrics.reasons import CONTROL, RELAY, REQUEST, Outcome, Unscored
 from hemostat_calibration.outcomes import Outcome as AnswerOutcome
-from hemostat_calibration.records import InvalidReason
+from hemostat_calibration.record_checks import InvalidReason
 
 FINDS = {"openai": "relay", "interception": "relay", "relay": "relay", "scoring": "control", "measurement": "control"}
 """Package -> the process in which it finds reasons."""

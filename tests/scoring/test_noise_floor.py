@@ -16,7 +16,8 @@ from hemostat.reference.protocol import ReferenceFailure, ReferenceScores, Score
 from hemostat.scoring.limits import TokenBudget
 from hemostat.scoring.noise_floor import MAX_QUEUED_RECORDS, NoiseFloorMeter, self_record
 from hemostat_calibration.divergence.per_token import divergence
-from hemostat_calibration.records import Candidates, TokenRecord, validate
+from hemostat_calibration.record_checks import validate
+from hemostat_calibration.records import Candidates, TokenRecord
 
 PROMPT = np.array([1, 2], np.int32)
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tests.support.oracle import shift
 
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import GRAMMAR, Candidates, Sampling, Shift, TokenRecord, validate
+from hemostat_calibration.record_checks import validate
+from hemostat_calibration.records import GRAMMAR, Candidates, Sampling, Shift, TokenRecord
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ from hemostat_calibration.arrays import Bools, Floats
 from hemostat_calibration.divergence.view import View, row_counts, row_sums
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, anchors_digest, code, shift_at, shift_range
-from hemostat_calibration.records import LOGPROB_TOLERANCE, TokenRecord
+from hemostat_calibration.record_checks import LOGPROB_TOLERANCE
+from hemostat_calibration.records import TokenRecord
 
 
 def profile_shift(record: TokenRecord, profile: CalibrationProfile, view: View) -> Floats:

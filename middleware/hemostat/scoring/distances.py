@@ -15,7 +15,8 @@ from typing import Protocol
 
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import InvalidRecordError
-from hemostat_calibration.records import ExactDistances, TokenRecord, with_distances
+from hemostat_calibration.record_checks import with_distances
+from hemostat_calibration.records import ExactDistances, TokenRecord
 
 log = logging.getLogger("hemostat.distances")
 

@@ -26,7 +26,8 @@ from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores, ScoreRequest
 from hemostat.scoring.limits import TokenBudget
 from hemostat_calibration.errors import InvalidRecordError
-from hemostat_calibration.records import Arm, Candidates, Sampling, TokenRecord, validate
+from hemostat_calibration.record_checks import validate
+from hemostat_calibration.records import Arm, Candidates, Sampling, TokenRecord
 
 log = logging.getLogger("hemostat.floor")
 

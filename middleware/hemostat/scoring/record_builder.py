@@ -21,7 +21,8 @@ from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, anchors_digest, code
 from hemostat_calibration.reasoning import Markers, find_thinking
-from hemostat_calibration.records import GRAMMAR, Arm, Candidates, Features, Sampling, Shift, TokenRecord, validate
+from hemostat_calibration.record_checks import validate
+from hemostat_calibration.records import GRAMMAR, Arm, Candidates, Features, Sampling, Shift, TokenRecord
 from hemostat_calibration.statistics.split import prompt_key
 
 

@@ -36,7 +36,7 @@ from hemostat.openai.routes import CHAT
 from hemostat.scoring.records_file import RecordsFile
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.errors import InvalidRecordError
-from hemostat_calibration.records import validate
+from hemostat_calibration.record_checks import validate
 
 NAME = "additions"
 TAKES = "half a minute"

@@ -19,7 +19,8 @@ from hemostat.store.protocol import StoredProfile
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import Candidates, Shift, TokenRecord, validate
+from hemostat_calibration.record_checks import validate
+from hemostat_calibration.records import Candidates, Shift, TokenRecord
 
 from .profiles import (
     CLAMP,

@@ -21,7 +21,8 @@ from hemostat.reference.server import VllmServer
 from hemostat.reference.vllm import VllmReference
 from hemostat_calibration.divergence.bounds import MIN_RATIO
 from hemostat_calibration.errors import InvalidRecordError
-from hemostat_calibration.records import Sampling, TokenRecord, validate
+from hemostat_calibration.record_checks import validate
+from hemostat_calibration.records import Sampling, TokenRecord
 from hemostat_lab.doctor.figures import figures_of
 from hemostat_lab.doctor.options import COMPRESSED_KEY, REFERENCE_KEY, DoctorError, DoctorOptions, split_address
 from hemostat_lab.doctor.pair import Ids, Job, Scored, Side
