@@ -5,7 +5,6 @@ causes        why the compressed model differs
 checkpoints   two transformers checkpoints in this process, at full vocabulary
 classes       the class of a token, from its text
 estimates     means over tokens with standard errors by request and by token
-figures       the report's figures from a record of two top-K lists
 html          the report as one HTML page (Jinja2, extra `report`)
 kl_meter      KL(r‖c) of altered models on the same tokens
 main          `hemostat doctor`: load two models, score prompt by prompt, compare the layers

@@ -19,13 +19,13 @@ from hemostat.reference.on_server import ServerReference
 from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ScoreRequest
 from hemostat.reference.server import VllmServer
 from hemostat.reference.vllm import VllmReference
-from hemostat_calibration.divergence.bounds import MIN_RATIO
+from hemostat_calibration.divergence.bounds import MIN_RATIO, bounds
+from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.record_checks import validate
 from hemostat_calibration.records import Sampling, TokenRecord
-from hemostat_lab.doctor.figures import figures_of
 from hemostat_lab.doctor.options import COMPRESSED_KEY, REFERENCE_KEY, DoctorError, DoctorOptions, split_address
-from hemostat_lab.doctor.pair import Ids, Job, Scored, Side
+from hemostat_lab.doctor.pair import ESTIMATE, FLOOR, UPPER, Floats, Ids, Job, Scored, Side
 from hemostat_lab.doctor.prompts import Prompt
 
 T = TypeVar("T")
@@ -173,7 +173,7 @@ class ServerPair:
             sampling=Sampling(temperature=1.0 if sampled else 0.0),
         )
         try:
-            return Scored(job.index, output, figures_of(validate(record)))
+            return Scored(job.index, output, _figures_of(validate(record)))
         except InvalidRecordError as error:
             raise DoctorError(f"a server's log-probabilities cannot be used: {error}") from None
 
@@ -220,6 +220,23 @@ class ServerPair:
         if failure.reason == "unauthorized":
             text += f"; set {REFERENCE_KEY} and {COMPRESSED_KEY}"
         return DoctorError(text)
+
+
+def _figures_of(record: TokenRecord) -> Mapping[str, Floats]:
+    """Lower bounds, upper bounds and estimates of a validated record, float64 [T] each; see `pair`."""
+    estimates, certain = divergence(record), bounds(record)
+    return {
+        **{name: getattr(certain, name).lower for name in ("kl_rc", "kl_cr", "js", "tv")},
+        **{name + UPPER: getattr(certain, name).upper for name in ("kl_rc", "kl_cr", "js", "tv")},
+        "kl_rc" + ESTIMATE: estimates.estimate_rc,
+        "kl_cr" + ESTIMATE: estimates.estimate_cr,
+        "entropy_r": estimates.entropy_reference,
+        "entropy_c": estimates.entropy_compressed,
+        "logp_r": record.reference_emitted,
+        "logp_c": record.compressed_emitted,
+        "same_top": estimates.top1_agreement.astype(np.float64),
+        FLOOR: np.full(record.tokens, np.nan),
+    }
 
 
 class _TokenIds(msgspec.Struct, frozen=True):
