@@ -51,7 +51,10 @@ class Link:
         self.captures: list[Capture] = []
         self.outcomes: list[OutcomeReport] = []
         self.sampled: list[SampledCount] = []
-        self.link = RelayLink(self.captures.append, self.outcomes.append, self.sampled.append)
+        self.link = RelayLink()
+        self.link.on_capture = self.captures.append
+        self.link.on_outcome = self.outcomes.append
+        self.link.on_sampled = self.sampled.append
 
     async def relay(self, said: Hello | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Of a relay that was admitted."""

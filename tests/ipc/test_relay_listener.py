@@ -54,7 +54,8 @@ class End:
         context = server_context(made.cert, made.key) if made is not None else None
         self.listener = RelayListener([self.sock], Security(TOKEN, context, {ENGINE}))
         self.captures: list[Capture] = []
-        self.link = RelayLink(self.captures.append)
+        self.link = RelayLink()
+        self.link.on_capture = self.captures.append
         self.link.set_policy(policy())
 
     def addresses(self, made: Certificate | None, host: str = "localhost") -> ControlAddresses:

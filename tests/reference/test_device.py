@@ -212,7 +212,6 @@ async def test_the_device_is_chosen_after_the_upstream_answers(
             compressed_scorer=None,
             scores_fail=lambda model: False,
             refused=lambda: 0.0,
-            on_change=lambda: None,
         )
 
         server = VllmServer(upstream, None)

@@ -51,7 +51,6 @@ class World:
                 compressed_scorer=None,
                 scores_fail=lambda _: False,
                 refused=lambda: 0.0,
-                on_change=lambda: None,
             ),
             self.written,
             active=lambda: True,

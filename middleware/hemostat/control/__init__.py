@@ -1,6 +1,7 @@
 """The control process: composition of all that is not in the request path.
 
 changes           one notification for everything that the relays' policy may depend on
+compared_models   the models that are compared now: who is told when they change, and what is forgotten then
 composition       the parts of the control process, made and connected
 learned_state     keeps what temperature and bias have learned over restarts
 learning          tells the learner what to learn about

@@ -23,9 +23,9 @@ from hemostat.canaries.keeper import Canaries
 from hemostat.config.schema import Settings
 from hemostat.control import learned_state
 from hemostat.control.changes import Changes
+from hemostat.control.compared_models import CalibratedModel, OtherModels
 from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import CalibrationNeeds, LearningSubject
-from hemostat.control.model_identity import ModelIdentity, model_identity
 from hemostat.control.operator_actions import OperatorActions
 from hemostat.control.ownership import Ownership
 from hemostat.control.policy import PolicyPublisher
@@ -36,12 +36,11 @@ from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.reports import PluginReports, ServedWeights
 from hemostat.ipc import relay_samples
 from hemostat.ipc.control_end import RelayLink
-from hemostat.ipc.messages import EngineHealth, OutcomeReport
+from hemostat.ipc.messages import OutcomeReport
 from hemostat.ipc.supervised import make_tracing
 from hemostat.learner import stored
 from hemostat.learner.client import Learner
 from hemostat.learner.stored import StoredLearning
-from hemostat.measurement.by_model import MAX_MODELS
 from hemostat.measurement.measured import Measured
 from hemostat.measurement.outcome_sampling import OutcomeSampling
 from hemostat.measurement.rates import SmoothedRate
@@ -52,7 +51,6 @@ from hemostat.metrics.samples import AnySample
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.configured import make_compressed_scorer, make_references
 from hemostat.reference.monitor import ReferenceMonitor
-from hemostat.reference.pair import ModelPair
 from hemostat.scoring import prompt_templates
 from hemostat.scoring.consumers import ConsumerParts
 from hemostat.scoring.engine_scores import EngineScorer
@@ -94,6 +92,8 @@ class Control:
         steady: Callable[[], float] = boot_time,
         draw: Callable[[], float] = _RANDOM.random,
     ) -> None:
+        # Each part is made after the parts that it needs. What these tell it in turn, it is told by an `on_…` that is
+        # set once both are there.
         self.time = SteadyClock(wall, steady, boot_id())
         self._clock, self._wall = clock, self.time.now
         wall = self._wall
@@ -106,6 +106,7 @@ class Control:
         self.store, self.store_errors = open_store(settings.store.url), StoreErrorLog()
         self.ownership = Ownership(self.store, self.store_errors)
         self.writer = self.ownership.writer
+        self.link = RelayLink(clock)
         self.profile_manager = ProfileManager(
             settings.calibration,
             self.writer,
@@ -127,7 +128,7 @@ class Control:
         self.engines = EngineRegistry(
             settings.upstream,
             PluginReports(nonce_prefix=secrets.token_hex(8)),
-            self._relayed,
+            self.link.engines,
             self.writer,
             self._clock,
             self.changes.notify,
@@ -135,8 +136,6 @@ class Control:
         self.weights = ServedWeights(self.engines.reports)
         self.references = make_references(settings)
         self.compressed_scorer = make_compressed_scorer(settings)
-        self._others: dict[str, ModelIdentity] = {}
-        """The models by name that profiles are not for, as they were compared last."""
         self.engine_scorer = (
             None if self.compressed_scorer is None else EngineScorer(self.engines, settings.shadow.top_k)
         )
@@ -145,8 +144,7 @@ class Control:
             settings,
             compressed_scorer=self.compressed_scorer,
             scores_fail=lambda name: self.breakers.open(name, self._clock()),
-            refused=lambda: self.link.total().counters.get(names.SHADOW_REQUESTS, {}).get(LOGPROBS_REFUSED, 0.0),
-            on_change=self._models_changed,
+            refused=self._refused_by_upstream,
         )
 
     def _connect_learners(self, settings: Settings) -> None:
@@ -191,7 +189,9 @@ class Control:
     def _connect_relays(self, settings: Settings) -> None:
         """Connects what relays send and receive, and what is stored."""
         pipeline = self.pipeline
-        self.link = RelayLink(pipeline.receive, self._receive_outcome, pipeline.coverage.update_relayed, self._clock)
+        self.link.on_capture = pipeline.receive
+        self.link.on_outcome = self._receive_outcome
+        self.link.on_sampled = pipeline.coverage.update_relayed
         self.canaries = Canaries(
             settings,
             self.engines,
@@ -217,6 +217,18 @@ class Control:
             captures=pipeline.sampling,
         )
         self.changes.subscribe(self.policy.publish)
+        self.calibrated_model = CalibratedModel(
+            self.monitor,
+            self.weights,
+            self.profile_manager,
+            self.stored_state,
+            self.learned,
+            self.learner,
+            self.subject,
+            self._clock,
+        )
+        self.other_models = OtherModels(self.monitor, pipeline.other_models.forget)
+        self.monitor.on_change = self._models_changed
 
     def _connect_admin(self, settings: Settings, data_port: int) -> None:
         """Connects what the admin port shows and does."""
@@ -260,44 +272,9 @@ class Control:
         self.registry.register(HemostatCollector([self._samples]))
 
     def _models_changed(self) -> None:
-        pair = self.monitor.served.calibrated
-        if pair is not None and pair.reference is not None:
-            self.profile_manager.set_model_pair(pair.name, pair.reference.vocab_size, pair.scorable)
-            self.stored_state.set_models(self._identity(pair))
-            models = self.stored_state.models
-            self.learned.set_models(models)
-            self.learner.set_weights(models.weights)
-            self.subject.update()
-        self._look_at_other_models()
+        self.calibrated_model.update()
+        self.other_models.update()
         self.changes.notify()
-
-    def _relayed(self) -> Iterator[list[EngineHealth]]:
-        return self.link.engines()
-
-    def _identity(self, pair: ModelPair) -> ModelIdentity:
-        return model_identity(pair, self.weights.of(pair.name, pair.names, self._clock()))
-
-    def _look_at_other_models(self) -> None:
-        """Forgets what was measured of a model that profiles are not for, if its path or its reference has changed."""
-        for pair in self.monitor.served.pairs:
-            if pair.reference is None or pair is self.monitor.served.calibrated:
-                continue
-            now, before = model_identity(pair), self._others.pop(pair.name, None)
-            if before is not None and not before.agrees_with(now):
-                log.warning("%s: it, or its reference, is another one now: its figures begin anew", pair.name)
-                self.pipeline.other_models.forget(pair.name)
-                before = None
-            self._others[pair.name] = now.completed_by(before)
-            if len(self._others) > MAX_MODELS:
-                del self._others[next(iter(self._others))]
-
-    def _look_at_weights(self) -> None:
-        """Looks at the weights: engines may have loaded other weights under the same name and path."""
-        pair = self.monitor.served.calibrated
-        if pair is None or pair.reference is None or self.learned.models is None:
-            return
-        if self.stored_state.models_with(self._identity(pair)) != self.learned.models:
-            self._models_changed()
 
     def _samples(self) -> Iterator[AnySample]:
         """Yields the samples. While this process does not know what is stored, it shows nothing of that: zeros would
@@ -321,6 +298,9 @@ class Control:
             lambda: self.engines.reports.samples(self._clock()),
             lambda: relay_samples.samples(self.link.total()),
         ]
+
+    def _refused_by_upstream(self) -> float:
+        return self.link.total().counters.get(names.SHADOW_REQUESTS, {}).get(LOGPROBS_REFUSED, 0.0)
 
     def _receive_outcome(self, report: OutcomeReport) -> None:
         if self.ownership.active:
@@ -408,7 +388,8 @@ class Control:
             self.measured.outcomes.sample(self.requests.per_second, now)
             self.measured.outcomes.check()
             self.pipeline.sample(self.requests.per_second)
-            self._look_at_weights()
+            if self.calibrated_model.look_at_weights():
+                self._models_changed()
             self.policy.publish()
             self.profile_manager.writer.save_if_due()
             self.templates.save_if_due()

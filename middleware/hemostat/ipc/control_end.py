@@ -55,16 +55,13 @@ class RelayLink:
     the same process reconnects. clock: monotonic seconds, by which captures are dated.
     """
 
-    def __init__(
-        self,
-        on_capture: Callable[[Capture], None] = lambda capture: None,
-        on_outcome: Callable[[OutcomeReport], None] = lambda report: None,
-        on_sampled: Callable[[SampledCount], None] = lambda count: None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._on_capture = on_capture
-        self._on_outcome = on_outcome
-        self._on_sampled = on_sampled
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.on_capture: Callable[[Capture], None] = lambda capture: None
+        """A function that is called with each capture; whoever uses captures sets it."""
+        self.on_outcome: Callable[[OutcomeReport], None] = lambda report: None
+        """A function that is called with each outcome, likewise."""
+        self.on_sampled: Callable[[SampledCount], None] = lambda count: None
+        """A function that is called with each count of sampled requests, likewise."""
         self._clock = clock
         self._policy: Policy | None = None
         self._writers: set[asyncio.StreamWriter] = set()
@@ -171,13 +168,13 @@ class RelayLink:
         """Raises ValueError for a message that relays do not send."""
         match message:
             case Capture():
-                self._on_capture(msgspec.structs.replace(message, captured_at=self._clock()))
+                self.on_capture(msgspec.structs.replace(message, captured_at=self._clock()))
             case OutcomeReports():
                 for report in message.reports:
-                    self._on_outcome(report)
+                    self.on_outcome(report)
             case SampledCounts():
                 for count in message.counts:
-                    self._on_sampled(count)
+                    self.on_sampled(count)
             case Stats():
                 if (last := self._live.get(writer)) is not None:
                     self.requests += _answered(message) - _answered(last)

@@ -46,7 +46,6 @@ class ReferenceMonitor:
     scores_fail: True while the circuit breaker of this served base model is open.
     refused: how many sampled requests the upstream has refused so far, for what Hemostat asked on top. More of them
         mean that it may have been restarted with a lower --max-logprobs.
-    on_change: called after every change of `served`, `state` or `detail`.
     """
 
     def __init__(
@@ -57,7 +56,6 @@ class ReferenceMonitor:
         compressed_scorer: VllmReference | None,
         scores_fail: Callable[[str], bool],
         refused: Callable[[], float],
-        on_change: Callable[[], None],
     ) -> None:
         self._references = references
         self._upstream = settings.upstream
@@ -69,7 +67,9 @@ class ReferenceMonitor:
         self._waits = _waits_for_upstream(settings)
         self._scores_fail = scores_fail
         self._refused = refused
-        self._on_change = on_change
+        self.on_change: Callable[[], None] = lambda: None
+        """A function that is called after every change of `served`, `state` or `detail`; whoever follows these sets
+        it."""
         self.served = ServedModels()
         self.scored_again: frozenset[str] = frozenset()
         """See `Policy.scored_again`."""
@@ -256,7 +256,7 @@ class ReferenceMonitor:
 
     def _set_served(self, pairs: list[ModelPair]) -> None:
         self.served = ServedModels(tuple(pairs), self._calibrated_of(pairs))
-        self._on_change()
+        self.on_change()
 
     def _calibrated_of(self, pairs: list[ModelPair]) -> str:
         """Returns the name of the model that profiles are for: `calibration.model`, else the first one that is matched.
@@ -296,7 +296,7 @@ class ReferenceMonitor:
             failed = state in {ReferenceState.MISMATCH, ReferenceState.DOWN}
             log.log(logging.ERROR if failed else logging.INFO, "reference %s: %s", state, detail)
         self.state, self.detail = state, detail
-        self._on_change()
+        self.on_change()
 
 
 def _waits_for_upstream(settings: Settings) -> bool:

@@ -93,8 +93,8 @@ async def test_the_monitor_is_ready_with_one_line_in_the_log(tmp_path: Path) -> 
             compressed_scorer=None,
             scores_fail=lambda name: False,
             refused=lambda: 0.0,
-            on_change=changed.set,
         )
+        monitor.on_change = changed.set
         running_monitor = asyncio.create_task(monitor.run())
         try:
             async with asyncio.timeout(60):
