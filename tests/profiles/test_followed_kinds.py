@@ -14,7 +14,9 @@ def made(
     on_evicted: Callable[[str], None] = lambda _: None,
     keep: Callable[[], set[str]] = set,
 ) -> FollowedKinds:
-    return FollowedKinds(limit, lambda: 0.0, on_followed=on_followed, on_evicted=on_evicted, keep=keep)
+    kinds = FollowedKinds(limit, lambda: 0.0, keep)
+    kinds.on_followed, kinds.on_evicted = on_followed, on_evicted
+    return kinds
 
 
 def test_kinds_beyond_the_limit_and_requests_without_one_are_pooled() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 from tests.support.profile_bench import BIASED, JUDGED, LEARNED, Bench, contextual, harmful
+from tests.support.stores import DirectWrites
 
 from hemostat.ipc.messages import REST_KIND
+from hemostat.profiles.begun_tests import BegunTests
 from hemostat.profiles.serving import MAX_TRIED_VERSIONS, KindState, ServingState
 from hemostat.profiles.trials import IMPORT, MAX_TESTED, SERVING, Candidate, Trials, UnitGain
 from hemostat.profiles.units import HeldOutUnit
@@ -37,17 +39,13 @@ def test_a_contextual_candidate_is_tested_before_temperature_and_bias() -> None:
 
 
 class Made:
-    """Trials of profiles of width 1, and how often a test began."""
+    """Trials of profiles of width 1."""
 
     def __init__(self, kinds: tuple[str, ...] = (REST_KIND,)) -> None:
-        self.begun = 0
         self.serving = ServingState("auto")
         for kind in kinds:
             self.serving.kinds[kind] = KindState(units=10)
-        self.trials = Trials(0.05, 0.25, lambda _: 1.0, self.serving, self._count)
-
-    def _count(self) -> None:
-        self.begun += 1
+        self.trials = Trials(0.05, 0.25, lambda _: 1.0, self.serving, BegunTests(DirectWrites()))
 
     def feed(self, candidate: Candidate, kind: str, units: range, gain: float = 0.2) -> int:
         """Units that counted."""
@@ -124,7 +122,7 @@ def test_only_candidates_that_are_tested_spend_alpha() -> None:
     made = Made()
     for version in "abc":
         made.trials.add(Candidate(version, IMPORT))
-    assert made.begun == made.trials.tests_begun == MAX_TESTED
+    assert made.trials.begun == made.trials.tests_begun == MAX_TESTED
     made.trials.remove(lambda candidate: candidate.version == "a")
     assert made.trials.tests_begun == 3, "the one that waited is tested now"
 

@@ -7,7 +7,8 @@ import json
 from hemostat.control.stored_state import SALT_KEY
 from hemostat.ipc.messages import rest_of
 from hemostat.measurement.alarms import STATE_KEY as ALARM_KEY
-from hemostat.profiles.persistence import SERVING_KEY, TESTS_BEGUN_KEY, TESTS_KEY
+from hemostat.profiles.begun_tests import TESTS_BEGUN_KEY
+from hemostat.profiles.persistence import SERVING_KEY, TESTS_KEY
 from hemostat.store.protocol import Snapshot
 from hemostat_calibration.alarm.serialization import begun_tests
 

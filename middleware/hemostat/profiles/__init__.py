@@ -8,6 +8,7 @@ What each module owns:
     judging             evidence of held-out requests: what counts, and what follows
     futility            when a test is hopeless, so that another candidate may take its place
     trials              the queue of candidates and the state of the tests; `guard_keys`: how the guard names them
+    begun_tests         the numbers of tests, which are stored before these decide
     lifecycle           the steps: test, promote, roll back, drop
     serving             which version serves which kind of traffic
     followed_kinds      which kinds are followed by themselves

@@ -10,27 +10,18 @@ from hemostat_calibration.statistics.kind_table import KindTable
 
 
 class FollowedKinds:
-    """Owns the table of kinds. limit: kinds followed at a time. wall: Unix time, seconds.
+    """Owns the table of kinds. limit: kinds followed at a time. wall: Unix time, seconds. keep: kinds that must not
+    lose their place."""
 
-    on_followed, on_evicted: called with a kind that is followed from now on, and with one that is not any more.
-    keep: kinds that must not lose their place.
-    """
-
-    def __init__(
-        self,
-        limit: int,
-        wall: Callable[[], float],
-        *,
-        on_followed: Callable[[str], None],
-        on_evicted: Callable[[str], None],
-        keep: Callable[[], Collection[str]],
-    ) -> None:
+    def __init__(self, limit: int, wall: Callable[[], float], keep: Callable[[], Collection[str]]) -> None:
         self.limit = limit
         self._wall = wall
         self.table = KindTable(limit)
-        self._on_followed = on_followed
-        self._on_evicted = on_evicted
         self._keep = keep
+        self.on_followed: Callable[[str], None] = lambda kind: None
+        """A function that is called with a kind that is followed from now on; whoever keeps state by kind sets it."""
+        self.on_evicted: Callable[[str], None] = lambda kind: None
+        """A function that is called with a kind that is not followed any more, likewise."""
 
     @property
     def followed(self) -> frozenset[str]:
@@ -47,6 +38,6 @@ class FollowedKinds:
             before, self.table = self.table, self.table.see(kind, self._keep(), self._wall())
             if self.table.followed != before.followed:
                 for evicted in set(before.followed).difference(self.table.followed):
-                    self._on_evicted(evicted)
-                self._on_followed(kind)
+                    self.on_evicted(evicted)
+                self.on_followed(kind)
         return kind if kind in self.table else rest_of(kind)

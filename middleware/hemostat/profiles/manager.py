@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from hemostat.config.schema import Adapter, Calibration, Evidence
 from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics.samples import Sample
+from hemostat.profiles.begun_tests import BegunTests
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import EventLog, Reason
 from hemostat.profiles.followed_kinds import FollowedKinds
@@ -68,18 +69,11 @@ class ProfileManager:
             evidence.client_share,
             self.catalogue.gain_width,
             self.serving,
-            self._test_begun,
+            BegunTests(writes),
             self.catalogue.is_adapter,
             evidence.cycle_seconds,
-            self._is_stored,
         )
-        self.kinds = FollowedKinds(
-            evidence.kinds,
-            wall,
-            on_followed=self._kind_followed,
-            on_evicted=self._kind_evicted,
-            keep=lambda: self.serving.fixed,
-        )
+        self.kinds = FollowedKinds(evidence.kinds, wall, keep=lambda: self.serving.fixed)
         self.writer = StateWriter(
             writes, settings.mode, wall, serving=self.serving, kinds=self.kinds, trials=self.trials
         )
@@ -90,6 +84,8 @@ class ProfileManager:
             events=self.events,
             writer=self.writer,
         )
+        self.kinds.on_followed = self.lifecycle.kind_followed
+        self.kinds.on_evicted = self.lifecycle.kind_evicted
         self.judge = Judge(
             serving=self.serving,
             trials=self.trials,
@@ -130,20 +126,6 @@ class ProfileManager:
             events=self.events,
             proposals=self.proposals,
         )
-
-    # The parts refer to each other in a circle here: these are looked up when they are called.
-
-    def _test_begun(self) -> None:
-        self.writer.note_begun()
-
-    def _is_stored(self, number: int, kind: str | None) -> bool:
-        return self.writer.is_stored(number, kind)
-
-    def _kind_followed(self, kind: str) -> None:
-        self.lifecycle.kind_followed(kind)
-
-    def _kind_evicted(self, kind: str) -> None:
-        self.lifecycle.kind_evicted(kind)
 
     def set_model_pair(self, model: str, vocab_size: int, names: frozenset[str] | None = None) -> None:
         """Takes the pair once both models are known and have the same token ids: learning can begin. It begins anew if

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import msgspec
 
 from hemostat.ipc.messages import REST_KIND
+from hemostat.profiles.begun_tests import TESTS_BEGUN_KEY, WINDOWS_BEGUN_KEY
 from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Candidate, Trials
 from hemostat.store.protocol import StoredProfile, StoreWrites
-from hemostat.store.spent_alpha import OTHERS, SpentAlpha
 from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.kind_table import KindTable
@@ -26,10 +26,6 @@ SERVING_KEY = "kinds"
 """The key of `StoredServing` as JSON, which has at most about 100 kB."""
 TESTS_KEY = "tests"
 """The guard's tests and windows, `Guard.save`: usually some 100 kB, at most 4 MB."""
-TESTS_BEGUN_KEY = "tests.candidate"
-"""The store's key of the number of tests of candidates that were begun (`SpentAlpha`)."""
-WINDOWS_BEGUN_KEY = "tests.windows"
-"""The store's key of the number of windows of what serves that were begun, by kind (`SpentAlpha`)."""
 MODE_KEY = "mode"
 """The configured mode and the one in force, with a space between."""
 STATE_KEYS = (SERVING_KEY, TESTS_KEY, TESTS_BEGUN_KEY, WINDOWS_BEGUN_KEY, MODE_KEY)
@@ -124,12 +120,10 @@ class StateWriter:
         self._kinds = kinds
         self._trials = trials
         self._saved_at = wall()
-        self._candidates = SpentAlpha(TESTS_BEGUN_KEY, writes)
-        self._windows = SpentAlpha(WINDOWS_BEGUN_KEY, writes)
         self._changed = False
         """It is True if records have changed something since the last `save`."""
-        self._begun = False
-        """It is True if a test or a window has begun since the tests were written."""
+        self._written_begun = 0
+        """The value of `Trials.begun` when the tests were written."""
         self._held = False
         """See `one_commit`."""
 
@@ -175,32 +169,18 @@ class StateWriter:
         """Writes all tests and windows, as they are now."""
         if self._held:
             return
-        self._saved_at, self._begun = self._wall(), False
+        self._saved_at, self._written_begun = self._wall(), self._trials.begun
         self._writes.set_state(TESTS_KEY, self._trials.guard.save().decode())
 
     def after_break(self, time_break: TimeBreak) -> None:
         """Notes that the clock was set."""
         self._saved_at = time_break.seen(self._saved_at)
 
-    def note_begun(self) -> None:
-        """Notes that a test or a window has begun: what it spends of alpha is written at once, the rest soon."""
-        self._begun = True
-        self.spend()
-
-    def spend(self) -> None:
-        """Writes the numbers of all tests and windows that have begun, if they are new."""
-        self._candidates.spend({OTHERS: self._trials.tests_begun})
-        self._windows.spend(self._trials.guard.windows)
-
-    def is_stored(self, number: int, kind: str | None) -> bool:
-        """Returns True if the number of a test is in the store. kind: of a watch; None for a candidate's test."""
-        return self._candidates.is_stored(number) if kind is None else self._windows.is_stored(number, kind)
-
-    def restore_spent(self, states: Mapping[str, str | None]) -> tuple[int, Mapping[str, int]]:
-        """Returns the numbers of candidates' tests, and of windows by kind, that an earlier run has begun."""
-        self._candidates.restore(states.get(TESTS_BEGUN_KEY))
-        self._windows.restore(states.get(WINDOWS_BEGUN_KEY))
-        return self._candidates.count(), self._windows.counts
+    @property
+    def _has_begun(self) -> bool:
+        """It is True if a test or a window has begun since the tests were written. What it spends of alpha is written
+        already, by `BegunTests`; the rest is written soon."""
+        return self._trials.begun != self._written_begun
 
     def note_record(self) -> None:
         """Notes that a record was learned from or judged by."""
@@ -208,14 +188,14 @@ class StateWriter:
 
     def save(self) -> None:
         """Writes all that has changed with the records, if anything."""
-        if self._changed or self._begun:
+        if self._changed or self._has_begun:
             self._changed = False
             self.write_serving()
             self.write_tests()
 
     def save_if_due(self) -> None:
         """Writes all tests if a test has begun, or if `SAVE_SECONDS` have passed since the last time."""
-        if self._begun or self._wall() - self._saved_at >= SAVE_SECONDS:
+        if self._has_begun or self._wall() - self._saved_at >= SAVE_SECONDS:
             self.save()
 
     def write_mode(self) -> None:

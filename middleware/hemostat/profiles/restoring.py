@@ -140,7 +140,7 @@ class Restoring:
         """Resumes the tests of candidates whose profile is there. Returns the other candidates."""
         causes = {candidate: self._why_not_held(candidate.version, unread) for candidate in candidates(served)}
         queue = [candidate for candidate, cause in causes.items() if cause is None]
-        tests, (begun, windows) = states.get(TESTS_KEY), self._writer.restore_spent(states)
+        tests, (begun, windows) = states.get(TESTS_KEY), self._trials.numbers.restore(states)
         # Versions before WINDOWS_BEGUN_KEY stored the numbers of windows with what serves.
         served_windows = {name: kind.watch for name, kind in served.kinds.items() if kind.watch}
         watched = {**windows, **{name: max(n, windows.get(name, 0)) for name, n in served_windows.items()}}
@@ -149,7 +149,7 @@ class Restoring:
         except InvalidArgumentError as error:
             log.error("the stored tests cannot be read, they begin anew: %s", error)
             self._trials.resume(None, begun, queue, watched)
-        self._writer.spend()
+        self._trials.spend()
         return {candidate: cause for candidate, cause in causes.items() if cause is not None}
 
     def _restore_profiles(self, stored: Iterable[StoredProfile], used: set[str]) -> dict[str, str]:

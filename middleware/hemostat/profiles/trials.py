@@ -23,6 +23,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from hemostat.profiles.begun_tests import BegunTests
 from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.guard_keys import WATCH, GuardKey
 from hemostat.profiles.serving import KindState, ServingState
@@ -96,9 +97,7 @@ class Trials:
 
     gain_width: (version) -> high minus low of its Δz, nats: no gain over identity is below minus that.
     is_adapter: of a version that is held.
-    on_begun: called after a test or a window began, which spent some of alpha.
-    is_stored: (number, kind) -> whether the number of a test is in the store, so that it may decide. kind: of a watch;
-        None for a candidate's test.
+    numbers: the numbers of tests and windows, which decide nothing before these are stored.
     cycle: of the traffic, seconds; see `Guard`.
     """
 
@@ -108,10 +107,9 @@ class Trials:
         client_share: float,
         gain_width: Callable[[str], float],
         serving: ServingState,
-        on_begun: Callable[[], None],
+        numbers: BegunTests,
         is_adapter: Callable[[str | None], bool] = lambda _: False,
         cycle: float = 0.0,
-        is_stored: Callable[[int, str | None], bool] = lambda *_: True,
     ) -> None:
         self._alpha = alpha
         self._is_adapter = is_adapter
@@ -119,8 +117,9 @@ class Trials:
         """The part of a test's units that one client may contribute."""
         self._gain_width = gain_width
         self._serving = serving
-        self._on_begun = on_begun
-        self._is_stored = is_stored
+        self.numbers = numbers
+        self.begun = 0
+        """The number of tests and windows that have begun since this process started."""
         self._cycle = cycle
         self.guard = Guard(alpha, client_share, cycle)
         self._queue: list[Candidate] = []
@@ -176,6 +175,15 @@ class Trials:
     def has_seen_cycles(self) -> bool:
         """See `Guard.has_seen_cycles`."""
         return self.guard.has_seen_cycles
+
+    def _note_begun(self) -> None:
+        """Notes that a test or a window has begun: what it spends of alpha is written at once."""
+        self.begun += 1
+        self.spend()
+
+    def spend(self) -> None:
+        """Writes the numbers of all tests and windows that have begun, if they are new."""
+        self.numbers.spend(self.guard)
 
     def is_known(self, kind: str) -> bool:
         """See `Guard.is_known`."""
@@ -313,7 +321,7 @@ class Trials:
             if self.has_begun(candidate) and self.is_wanted(candidate, kind):
                 figure = self.figure(candidate.version, state.version)
                 self.guard.add_kind(candidate.test.stored, kind, self._width(candidate.version, state.version), figure)
-                self._on_begun()
+                self._note_begun()
         self._arrange()
 
     def count_seen(self) -> None:
@@ -354,7 +362,7 @@ class Trials:
                 {kind: (self._width(version, state.version), float(state.units)) for kind, state in states.items()},
                 {kind: self.figure(version, state.version) for kind, state in states.items()},
             )
-            self._on_begun()
+            self._note_begun()
 
     def _width(self, version: str, baseline: str | None) -> float:
         """Returns the width of gains: no gain of the version over the other (None: identity) is below minus this."""
@@ -374,7 +382,7 @@ class Trials:
         )
         figure = self.figure(state.version, None)
         self.guard.begin_watch(WATCH.stored, kind, self._width(state.version, None), state.window, proof, figure)
-        self._on_begun()
+        self._note_begun()
 
     def unwatch(self, kind: str) -> None:
         self.guard.end_kind(WATCH.stored, kind)
@@ -397,7 +405,7 @@ class Trials:
         windows = self.guard.windows if test == WATCH else {}
         admission = self.guard.admit(test.stored, unit.kind, unit.unit, unit.client)
         if test == WATCH and self.guard.windows != windows:
-            self._on_begun()  # the next window
+            self._note_begun()  # the next window
         return admission
 
     def update(self, test: GuardKey, unit: HeldOutUnit, gain: UnitGain) -> None:
@@ -438,13 +446,13 @@ class Trials:
     def promotes(self, candidate: Candidate, kind: str) -> bool:
         """Returns True if its test proves it in this kind. None does before its number is stored: a process that is
         killed meanwhile has not spent the test's alpha."""
-        stored = self._is_stored(self.guard.number(candidate.test.stored, kind), None)
+        stored = self.numbers.is_stored(self.guard.number(candidate.test.stored, kind), None)
         return stored and self.guard.decide(candidate.test.stored, kind).action is Action.PROMOTE
 
     def decide_serving(self, kind: str) -> Decision:
         """Returns what follows for the profile that serves the kind; as in `promotes`, nothing before the number is
         stored."""
-        stored = self._is_stored(self.guard.number(WATCH.stored, kind), kind)
+        stored = self.numbers.is_stored(self.guard.number(WATCH.stored, kind), kind)
         return self.guard.decide(WATCH.stored, kind) if stored else Decision(Action.HOLD)
 
     def evidence(self, candidate: Candidate, kind: str) -> Evidence:
