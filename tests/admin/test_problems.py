@@ -23,7 +23,7 @@ from tests.support.prometheus import rules
 from tests.support.waiting import until
 
 from hemostat import __version__
-from hemostat.admin import problems
+from hemostat.admin import problem_sources
 from hemostat.admin.alerts import ALERTS
 from hemostat.admin.recent import LONG_SECONDS, LOST_SECONDS, MINUTE_SECONDS
 from hemostat.control.composition import Control
@@ -143,7 +143,7 @@ def test_the_alerts_of_the_rules_are_those_of_the_table_with_their_severities() 
 
 def test_every_alert_is_looked_for() -> None:
     """The code that looks has each name; the other tests of this file show that each is found."""
-    source = inspect.getsource(problems)
+    source = inspect.getsource(problem_sources)
     assert set(re.findall(r'"(Hemostat[A-Z]\w+)"', source)) == ALERTS.keys()
     cases = Path(__file__).read_text()
     assert [name for name in ALERTS if name not in cases] == []

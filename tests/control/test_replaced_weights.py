@@ -39,7 +39,7 @@ class Life:
     def __init__(self, control: Control) -> None:
         self.one = control
         self.now = 1000.0
-        control._clock = control.problems._clock = lambda: self.now
+        control._clock = control.problems._clock = control.calibrated_model._clock = lambda: self.now
         control.monitor.served = served_models(pair(support.MODEL, info=INFO))
         control._models_changed()
 

@@ -11,6 +11,7 @@ from hemostat.admin.configuration import Configuration, ConfigurationReport
 from hemostat.admin.problems import DeploymentState, OwnershipView, Problems
 from hemostat.admin.progress import StepStatus, progress
 from hemostat.admin.proxy_status import ArmEndings, ProxyStatus, endings_by_arm, proxy_status
+from hemostat.admin.recent import RelayGrowth
 from hemostat.admin.status_parts import (
     CalibrationParts,
     CompressedStatus,
@@ -113,6 +114,7 @@ class ProcessParts:
     problems: Problems
     ownership: OwnershipView
     link: RelayLink
+    growth: RelayGrowth
     configuration: Configuration
     data_port: int
 
@@ -200,7 +202,7 @@ class StatusSource:
             learner=calibration.learner.status(),
             adapter={**calibration.adapters(), "distances": dict(scoring.pipeline.distances.outcomes)},
             recovered=calibration.recovered(measurements),
-            proxy=proxy_status(totals, process.problems.recent),
+            proxy=proxy_status(totals, process.growth.figures.minute),
             endings=endings_by_arm(totals),
             shadow=scoring.shadow(settings, now - self._started),
             queue=scoring.queue(now),

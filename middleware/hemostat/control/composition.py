@@ -16,7 +16,9 @@ from prometheus_client import CollectorRegistry
 from hemostat.adapters.live.assembly import Adapters
 from hemostat.admin.configuration import Configuration
 from hemostat.admin.history import History
+from hemostat.admin.problem_sources import MeasuringProblems, ModelProblems, ProcessProblems, ServingProblems
 from hemostat.admin.problems import Problems
+from hemostat.admin.recent import RelayGrowth
 from hemostat.admin.status import ProcessParts, StatusSource
 from hemostat.admin.status_parts import CalibrationParts, EngineParts, ScoringParts
 from hemostat.canaries.keeper import Canaries
@@ -242,25 +244,23 @@ class Control:
             self.ownership,
             self.changes.notify,
         )
+        relays = RelayGrowth()
         self.problems = Problems(
-            ownership=self.ownership,
-            link=self.link,
-            engines=self.engines,
-            monitor=self.monitor,
-            measured=self.measured,
-            canaries=self.canaries,
-            pipeline=self.pipeline,
-            adapters=self.adapters,
-            profiles=profiles,
-            store_errors=self.store_errors,
-            records=self.records,
-            configuration=self.configuration,
-            clock=clock,
-            wall=wall,
+            self.ownership,
+            [
+                ServingProblems(self.ownership, self.link, relays, self.engines, self.adapters.hosts),
+                ModelProblems(self.measured, self.canaries, profiles.events),
+                MeasuringProblems(
+                    self.ownership, self.monitor, self.pipeline, relays, self.engines.reports, self.adapters.learner
+                ),
+                ProcessProblems(self.ownership, self.store_errors, self.configuration, self.records),
+            ],
+            clock,
+            wall,
         )
         self.status = StatusSource(
             settings,
-            ProcessParts(self.problems, self.ownership, self.link, self.configuration, data_port),
+            ProcessParts(self.problems, self.ownership, self.link, relays, self.configuration, data_port),
             ScoringParts(self.monitor, self.pipeline, self.records),
             EngineParts(self.engines, self.canaries),
             self.measured,
