@@ -9,6 +9,7 @@ model_identity    the identity of the models that stored evidence is about
 operator_actions  the actions of operators through the admin port
 ownership         the ownership of the store
 policy            builds the policy, by which relays act from then on
+policy_parts      what the policy says of engines, of models and of samples
 process           the control process: owns the shadow queue, the reference, the statistics, the calibrator
 served_kinds      what the comparison of outcomes reads of the profiles, and does to them
 steady_clock      the time of the control process, on which all evidence relies (`hemostat_calibration.elapsed`)

@@ -31,6 +31,7 @@ from hemostat.control.learning import CalibrationNeeds, LearningSubject
 from hemostat.control.operator_actions import OperatorActions
 from hemostat.control.ownership import Ownership
 from hemostat.control.policy import PolicyPublisher
+from hemostat.control.policy_parts import EngineOffers, SampledShares, ScorableModels
 from hemostat.control.served_kinds import ServedKinds
 from hemostat.control.steady_clock import STATE_KEY, SteadyClock, boot_id, boot_time, sentence
 from hemostat.control.stored_state import StoredState
@@ -207,16 +208,12 @@ class Control:
         self.policy = PolicyPublisher(
             settings,
             self.link,
-            self.engines,
             self.profile_manager,
-            self.monitor,
-            self.breakers,
-            pipeline.answer_losses,
+            EngineOffers(self.engines, self.adapters.hosts, self.profile_manager.catalogue.is_adapter),
+            ScorableModels(self.monitor, self.breakers),
+            SampledShares(pipeline.sampling, self.outcome_sampling, pipeline.answer_losses),
+            self.stored_state,
             self._clock,
-            salt=lambda: self.stored_state.salt,
-            adapters=self.adapters.hosts,
-            outcomes=self.outcome_sampling,
-            captures=pipeline.sampling,
         )
         self.changes.subscribe(self.policy.publish)
         self.calibrated_model = CalibratedModel(
