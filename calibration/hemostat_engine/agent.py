@@ -183,7 +183,7 @@ class Agent:
         try:
             peer.last_response = peer.client.report(body)
             peer.answers = True
-            self.secrets.note(peer.last_response.secrets)
+            self.secrets.update(peer.last_response.secrets)
         except FetchError as error:
             peer.answers = False
             self._counters.add("report_errors")

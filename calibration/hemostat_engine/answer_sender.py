@@ -123,7 +123,7 @@ class AnswerSender:
         body = {"boot_id": self._boot_id, "answers": answers, "dropped": self._queue.dropped}
         response = peer.client.send_answers(body)
         self._prefixes[peer.url] = response.nonce_prefix
-        self._secrets.note(response.secrets)
+        self._secrets.update(response.secrets)
 
     def _may_own(self, peer: Peer, nonce: str) -> bool:
         """Returns True if the request came through `peer`, or if it may have, while the prefix of `peer` is not

@@ -240,7 +240,7 @@ class Recording:
             # Those of the prompt would be flat, too, and the server cannot write them as JSON then.
             self.params.flat_logprobs = True
 
-    def note(self, output: Any) -> None:
+    def update(self, output: Any) -> None:
         """Records one RequestOutput, and removes from it what the server did not ask for. Never raises.
 
         Where that cannot be removed the server gets more logprobs than it asked for, and a dropped answer is counted.
@@ -399,7 +399,7 @@ async def _recorded(
         async with contextlib.aclosing(start(recording.params if entered else params)) as outputs:
             async for output in outputs:
                 if entered:
-                    recording.note(output)
+                    recording.update(output)
                 yield output
     finally:
         if entered:

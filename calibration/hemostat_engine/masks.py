@@ -136,7 +136,7 @@ class GrammarMasks:
 
         @functools.wraps(apply)
         def wrapped(*arguments: Any, **named: Any) -> Any:
-            self.note(lambda: place.read(dict(zip(place.parameters, arguments, strict=False)) | named))
+            self.update(lambda: place.read(dict(zip(place.parameters, arguments, strict=False)) | named))
             return apply(*arguments, **named)
 
         setattr(wrapped, _WRAPPED, apply)
@@ -147,7 +147,7 @@ class GrammarMasks:
         """Begins a step: nothing is masked yet."""
         self._step, self._failed = None, False
 
-    def note(self, read: Callable[[], Step]) -> None:
+    def update(self, read: Callable[[], Step]) -> None:
         """Notes the masks before vLLM masks logits. It never raises."""
         try:
             self._step = read()

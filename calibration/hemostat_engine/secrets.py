@@ -32,7 +32,7 @@ class Secrets:
         self._named_at: dict[str, float] = {}
         self._lock = threading.Lock()
 
-    def note(self, secrets: Iterable[str]) -> None:
+    def update(self, secrets: Iterable[str]) -> None:
         """Notes the secrets that an admin port has just named."""
         now = self._clock()
         with self._lock:

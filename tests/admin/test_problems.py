@@ -340,7 +340,7 @@ async def test_a_profile_that_failed_is_a_problem_until_its_engine_is_started_ag
 
         def report(boot: str, **counters: int) -> None:
             last = EngineReport(boot, 0, 1, [], 30, counters, "v1", "0", plugin=__version__)
-            plane.one.engines.reports.report(last, plane.now)
+            plane.one.engines.reports.update(last, plane.now)
 
         report("a", profiles_failed=0, profiles_refused=2)
         report("b")
@@ -358,7 +358,7 @@ async def test_a_plugin_whose_version_does_not_fit_is_a_problem_until_its_engine
 
         def report(boot: str, version: str) -> None:
             last = EngineReport(boot, 0, 1, [], 30, {}, "v1", "0", plugin=version)
-            plane.one.engines.reports.report(last, plane.now)
+            plane.one.engines.reports.update(last, plane.now)
 
         def found() -> list[str]:
             problems = plane.one.problems.look().problems

@@ -98,7 +98,7 @@ async def test_an_engine_that_comes_back_or_is_started_again_is_asked_at_once(tm
         assert bench.asked() == [SEQUENCES]
 
         def report(boot: str, weights: str) -> None:
-            bench.registry.report(EngineReport(boot, 0, 1, [], 512, {}, "v1", "0.32.0", weights=weights), bench.now)
+            bench.registry.update(EngineReport(boot, 0, 1, [], 512, {}, "v1", "0.32.0", weights=weights), bench.now)
 
         report("a", "1" * 32)
         await bench.settle(1)
@@ -116,7 +116,7 @@ async def test_a_replay_waits_for_low_load_and_for_the_budget(tmp_path: Path, mo
         bench.now += HOUR_SECONDS
         bench.outstanding[bench.names[0]] = 40
         # The average of an hour, in which there was nothing until now, is taken as it was before.
-        bench.canaries.known.current[bench.names[0]].pace.look(0)
+        bench.canaries.known.current[bench.names[0]].pace.update(0)
         bench.canaries.step()
         engine = bench.canaries.known.current[bench.names[0]]
         await asyncio.sleep(0.1)

@@ -51,7 +51,7 @@ async def test_a_baseline_of_two_models_is_dropped(
 
         def report(boot: str) -> None:
             bench.now += 60  # the former process is silent
-            bench.registry.report(EngineReport(boot, 0, 1, [], 512, {}, "v1", "0.32.0", weights=boot * 32), bench.now)
+            bench.registry.update(EngineReport(boot, 0, 1, [], 512, {}, "v1", "0.32.0", weights=boot * 32), bench.now)
 
         async def replace_after(self: client.CanaryClient, canaries: Any) -> Any:
             values = await plain(self, canaries)

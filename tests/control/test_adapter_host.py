@@ -103,7 +103,7 @@ async def successor(
                 while True:
                     state = LoraState(lora.slots, lora.max_rank, lora.grouped, len(lora.loaded), lora.was_full)
                     report = EngineReport(boot, 0, 1, [], VOCAB, {}, "v1", "0.32.0", adapters=lora.loaded, lora=state)
-                    plane.engines.reports.report(report, time.monotonic())
+                    plane.engines.reports.update(report, time.monotonic())
                     await asyncio.sleep(0.01)
 
             async with looping(plane.adapters.hosts.run(), plane.writer.run(), reports()):

@@ -101,7 +101,7 @@ class World:
                     lora.resolves[version] = max_rank(profile)
             state = LoraState(lora.slots, lora.max_rank, lora.grouped, len(lora.loaded), lora.was_full)
             report = EngineReport(self.boot, 0, 1, held, V, {}, "v1", "0.32.0", adapters=lora.loaded, lora=state)
-            held = self.one.engines.reports.report(report, time.monotonic())
+            held = self.one.engines.reports.update(report, time.monotonic())
             await asyncio.sleep(0.02)
 
     def serve(self) -> Capture:

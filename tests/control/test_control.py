@@ -518,7 +518,7 @@ async def test_relays_ask_for_adapters_only_once_every_engine_can_serve_them(
         version = plane.profile_manager.operator.import_profile(adapter(vocabulary=30))
         plane.profile_manager.operator.promote(version)
         report = EngineReport("boot", 0, 1, [version], 30, {}, "v1", "0")
-        plane.engines.reports.report(report, time.monotonic())
+        plane.engines.reports.update(report, time.monotonic())
         plane.policy.publish()
         # The logits processor holds it, which says nothing of its weights.
         assert told[-1].acknowledged == frozenset()
@@ -529,6 +529,6 @@ async def test_relays_ask_for_adapters_only_once_every_engine_can_serve_them(
         assert told[-1].adapters == {version}
         assert told[-1].acknowledged == {version}
         assert set(told[-1].serving_by_kind.values()) == {version}
-        plane.engines.reports.report(EngineReport("anew", 0, 1, [], 30, {}, "v1", "0"), time.monotonic())
+        plane.engines.reports.update(EngineReport("anew", 0, 1, [], 30, {}, "v1", "0"), time.monotonic())
         plane.policy.publish()
         assert told[-1].adapters == {version}

@@ -47,7 +47,7 @@ class Life:
         """By boot id, the weights that each live engine reports; others have been silent for long enough."""
         self.now += SILENCE_SECONDS + 1.0
         for boot, weights in engines.items():
-            self.one.engines.reports.report(
+            self.one.engines.reports.update(
                 EngineReport(boot, 0, 1, [], 30, {}, "v1", "0", model=support.MODEL, weights=weights), self.now
             )
         self.one.do_periodic()

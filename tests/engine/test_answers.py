@@ -190,7 +190,7 @@ def recorded_masked(server: Server) -> None:
     recording = AnswerTap(server.queue, lambda: None, Secrets()).begin(server.engine, PROMPT, params(ASKS))
     assert recording is not None
     output = CompletionOutput(0, "", [3], None, container, finish_reason="length")
-    recording.note(RequestOutput("id", None, PROMPT, None, [output], True))
+    recording.update(RequestOutput("id", None, PROMPT, None, [output], True))
 
 
 def test_masked_candidates_are_listed_without_a_probability() -> None:

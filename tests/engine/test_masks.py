@@ -104,7 +104,7 @@ def test_a_mask_that_allows_everything_is_none(make_core: Callable[..., Core]) -
     core = make_core(tapping=True)
     batch, _ = batch_of(core, "a")
     step = module.Step(["ra"], ["ra"], np.full((1, packed(MASK).shape[1]), -1, np.int32), 1)
-    core.masks.note(lambda: step)
+    core.masks.update(lambda: step)
     batch.apply(torch.zeros(1, VOCAB_SIZE))
     run = handed_out(core)["a"]
     assert (run.set_rows, run.sets) == (b"", b"")
@@ -112,7 +112,7 @@ def test_a_mask_that_allows_everything_is_none(make_core: Callable[..., Core]) -
 
 def noted(core: Core, restricted: list[str], rows: int = 2) -> None:
     core.masks.begin()
-    core.masks.note(lambda: module.Step(["ra", "rb"], restricted, packed(MASK[: rows - 1]).copy(), rows))
+    core.masks.update(lambda: module.Step(["ra", "rb"], restricted, packed(MASK[: rows - 1]).copy(), rows))
 
 
 @pytest.mark.parametrize("why", ["several rows", "no room", "it raises", "another vLLM"])
@@ -126,7 +126,7 @@ def test_what_is_not_known_is_said_so_and_counted(
         monkeypatch.setattr(core.taps, "has_room", lambda size: False)
     if why == "it raises":
         core.masks.begin()
-        core.masks.note(lambda: SimpleNamespace().req_ids)
+        core.masks.update(lambda: SimpleNamespace().req_ids)
     if why == "another vLLM":
         monkeypatch.setitem(module._PLACES, "v1", module._Place(V1, None, ("logits",), lambda given: given["logits"]))
         assert not core.masks.watch("v1")
@@ -188,7 +188,7 @@ def test_under_v2_masks_go_by_the_place_in_the_batch(
 def test_under_speculative_decoding_a_restricted_request_is_not_known(make_core: Callable[..., Core]) -> None:
     core = make_core(tapping=True)
     slots = slots_of(core, "a", "b")
-    core.masks.note(lambda: module.Step(["ra", "rb"], ["rb"], packed(MASK[:2]).copy(), 3))
+    core.masks.update(lambda: module.Step(["ra", "rb"], ["rb"], packed(MASK[:2]).copy(), 3))
     slots.apply(torch.zeros(3, VOCAB_SIZE), context([0, 1], [1, 2], [4, 4]))
     runs = handed_out(core)
     assert runs["a"].set_rows == b""

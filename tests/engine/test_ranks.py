@@ -45,7 +45,7 @@ def rank_main(rank: int, folder: str) -> None:
         core.library.put(single)
     asked = [None, single.version, both.version, "0" * 32]
     # Of the two secrets, rank 1 does not know the second yet: no rank acts on what it has signed.
-    core.agent.secrets.note(SECRETS[: 2 - rank])
+    core.agent.secrets.update(SECRETS[: 2 - rank])
     taps = [signed({"hemostat": v or "", "hemostat_tap": "n"}, SECRETS[v == "0" * 32], "") for v in asked]
     requests = [SamplingParams(extra_args=tap if v else None) for v, tap in zip(asked, taps, strict=True)]
     first = core.bind(requests)

@@ -64,7 +64,7 @@ def not_ours(keys: dict[str, Any]) -> list[dict[str, Any]]:
 def test_a_core_acts_on_signed_keys_alone(make_core: Callable[..., Any], key: str) -> None:
     core, profile = make_core(tapping=True), make_profile(1)
     core.library.put(profile)
-    core.agent.secrets.note([OURS])
+    core.agent.secrets.update([OURS])
     requests = not_ours(REQUESTS[key] | {"hemostat": profile.version})
     bindings = core.bind([SamplingParams(extra_args=request) for request in requests])
     assert [(b.applied, b.nonce, b.forced) for b in bindings] == [(profile.version, None, ())] * len(requests), (
@@ -87,10 +87,10 @@ def test_a_plugin_without_a_secret_refuses_and_one_that_was_named_long_ago_is_fo
         return binding is not None
 
     assert not forces()
-    core.agent.secrets.note([OURS])
+    core.agent.secrets.update([OURS])
     assert forces()
     now += KEEP_SECONDS
-    core.agent.secrets.note([THEIRS])  # as a control process that was started again does
+    core.agent.secrets.update([THEIRS])  # as a control process that was started again does
     assert forces(), "requests under way were signed before"
     assert forces(THEIRS)
     now += 1.0
@@ -101,7 +101,7 @@ def test_a_plugin_without_a_secret_refuses_and_one_that_was_named_long_ago_is_fo
 
 def test_v1_neither_forces_nor_taps_what_is_not_signed(make_core: Callable[..., Any]) -> None:
     core = make_core(tapping=True)
-    core.agent.secrets.note([OURS])
+    core.agent.secrets.update([OURS])
     for extra, forced in ((REQUESTS[FORCE_KEY], False), (signed(REQUESTS[FORCE_KEY], OURS, "s"), True)):
         batch = BatchV1(core)
         batch.update(BatchUpdate(1, [], [(0, SamplingParams(extra_args=extra), [1], [])], []))
@@ -118,7 +118,7 @@ def test_v2_neither_forces_nor_taps_what_is_not_signed() -> None:
     (processor,) = build_custom_logits_processors(
         SimpleNamespace(parallel_config=SimpleNamespace()), states, False, ["hemostat_engine:LogitsProcessor"]
     )
-    processor.core.agent.secrets.note([OURS])
+    processor.core.agent.secrets.update([OURS])
     states.prompt_len.np[[5, 2]] = [4, 4]
     assert processor.add_request(5, SamplingParams(extra_args=REQUESTS[FORCE_KEY] | REQUESTS["hemostat_tap"]))
     assert processor.add_request(2, SamplingParams(extra_args=signed(REQUESTS[FORCE_KEY], OURS, "s")))
@@ -161,7 +161,7 @@ def test_only_signed_requests_take_a_place_among_the_recordings() -> None:
     keys = REQUESTS["hemostat_tap_top"]
     assert not recorded(signed(keys, OURS, "s")), "no secret is known yet"
     assert started == [True], "the sender asks for them"
-    secrets.note([OURS])
+    secrets.update([OURS])
     assert recorded(signed(keys, OURS, "s"))
     for request in not_ours(keys):
         assert not recorded(request)
@@ -212,7 +212,7 @@ def test_the_sender_asks_for_secrets_before_there_is_an_answer(admin: EngineAdmi
 def test_secrets_are_bounded() -> None:
     secrets = Secrets(lambda: 0.0)
     for n in range(1000):
-        secrets.note([f"{n:032d}"])
+        secrets.update([f"{n:032d}"])
     assert len(secrets.believed()) == MAX_SECRETS
 
 

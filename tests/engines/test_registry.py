@@ -95,7 +95,7 @@ async def test_a_tap_that_a_client_sends_does_not_say_which_engine_is_at_an_addr
         w.engines[1].versions = {"two": [V, W]}
         w.held()  # both report
         guesses = [TapRun(f"-address-{number}", 0, 1, {}, None) for number in range(9)]
-        w.registry.taps.add(TapMessage("two", guesses), time.monotonic())
+        w.registry.taps.update(TapMessage("two", guesses), time.monotonic())
         await w.becomes({V}, {V, W})
 
 

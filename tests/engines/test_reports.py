@@ -53,22 +53,22 @@ def run(start: int, values: list[float | None], nonce: str = "n", applied: str |
 def test_acknowledged_is_what_every_rank_of_every_engine_holds() -> None:
     registry = PluginReports()
     assert registry.acknowledged(0.0) == frozenset()
-    registry.report(report("x", 0, 2, (A, B)), 0.0)
+    registry.update(report("x", 0, 2, (A, B)), 0.0)
     assert registry.acknowledged(0.0) == frozenset()
-    registry.report(report("x", 1, 2, (A, B)), 0.0)
+    registry.update(report("x", 1, 2, (A, B)), 0.0)
     assert registry.acknowledged(0.0) == {A, B}
-    registry.report(report("y", 0, 1, (B, C)), 0.0)
+    registry.update(report("y", 0, 1, (B, C)), 0.0)
     assert registry.acknowledged(0.0) == {B}
-    registry.report(report("y", 0, 1, (C,)), 1.0)
+    registry.update(report("y", 0, 1, (C,)), 1.0)
     assert registry.acknowledged(1.0) == frozenset()
 
 
 def test_a_restarted_engine_holds_nothing_until_it_reports_and_the_old_one_expires() -> None:
     registry = PluginReports()
-    registry.report(report("old", versions=(A,), rows_applied=5), 0.0)
-    registry.report(report("new", versions=()), 10.0)
+    registry.update(report("old", versions=(A,), rows_applied=5), 0.0)
+    registry.update(report("new", versions=()), 10.0)
     assert registry.acknowledged(10.0) == frozenset()
-    registry.report(report("new", versions=(B,), rows_applied=2), 12.0)
+    registry.update(report("new", versions=(B,), rows_applied=2), 12.0)
     assert registry.acknowledged(12.0) == frozenset()
     assert registry.acknowledged(15.1) == {B}
     assert registry.counters(15.1) == {"rows_applied": 7}
@@ -77,9 +77,9 @@ def test_a_restarted_engine_holds_nothing_until_it_reports_and_the_old_one_expir
 
 def test_one_silent_rank_ends_the_acknowledgement() -> None:
     registry = PluginReports()
-    registry.report(report("x", 0, 2), 0.0)
-    registry.report(report("x", 1, 2), 0.0)
-    registry.report(report("x", 0, 2), 10.0)
+    registry.update(report("x", 0, 2), 0.0)
+    registry.update(report("x", 1, 2), 0.0)
+    registry.update(report("x", 0, 2), 10.0)
     assert registry.acknowledged(10.0) == {A}
     assert registry.acknowledged(16.0) == frozenset()
 
@@ -87,8 +87,8 @@ def test_one_silent_rank_ends_the_acknowledgement() -> None:
 def test_a_request_that_three_ranks_counted_is_one_request() -> None:
     registry = PluginReports()
     for rank, errors in enumerate((0, 2, 1)):
-        registry.report(report("x", rank, 3, requests_bound=4, fetch_errors=errors), 0.0)
-    registry.report(report("y", requests_bound=1), 20.0)
+        registry.update(report("x", rank, 3, requests_bound=4, fetch_errors=errors), 0.0)
+    registry.update(report("y", requests_bound=1), 20.0)
     assert registry.counters(20.0) == {"requests_bound": 5, "fetch_errors": 2}
 
 
@@ -96,29 +96,29 @@ def test_hold_is_bounded_and_in_order() -> None:
     registry = PluginReports()
     wanted = [f"{i:032x}" for i in range(20)]
     registry.set_wanted([wanted[0], *wanted])
-    assert registry.report(report(), 0.0) == wanted[: reports_module.MAX_HELD_VERSIONS]
+    assert registry.update(report(), 0.0) == wanted[: reports_module.MAX_HELD_VERSIONS]
 
 
 def test_engines_are_bounded() -> None:
     registry = PluginReports()
     for i in range(reports_module.MAX_ENGINES + 10):
-        registry.report(report(f"boot{i}", taps_sent=1), 0.0)
+        registry.update(report(f"boot{i}", taps_sent=1), 0.0)
     assert len(registry.live(0.0)) == reports_module.MAX_ENGINES
     assert registry.counters(0.0) == {"taps_sent": reports_module.MAX_ENGINES + 10}
 
 
 def test_ranks_that_disagree_about_their_number_are_refused() -> None:
     registry = PluginReports()
-    registry.report(report("x", 0, 2), 0.0)
+    registry.update(report("x", 0, 2), 0.0)
     with pytest.raises(InvalidEngineMessage, match="world_size"):
-        registry.report(report("x", 1, 3), 0.0)
+        registry.update(report("x", 1, 3), 0.0)
 
 
 @given(st.permutations(range(6)))
 def test_runs_may_come_in_any_order(order: list[int]) -> None:
     registry = PluginReports()
     for i in order:
-        registry.taps.add(TapMessage("boot", [run(2 * i, [float(2 * i), float(2 * i + 1)])]), 0.0)
+        registry.taps.update(TapMessage("boot", [run(2 * i, [float(2 * i), float(2 * i + 1)])]), 0.0)
     taken = registry.taps.take("n", 99)
     assert taken is not None
     np.testing.assert_array_equal(taken.log_normalizer[A], np.arange(12.0))
@@ -127,9 +127,9 @@ def test_runs_may_come_in_any_order(order: list[int]) -> None:
 
 def test_gaps_are_nan_later_runs_replace_earlier_ones_and_a_change_of_profile_is_seen() -> None:
     registry = PluginReports()
-    registry.taps.add(TapMessage("boot", [run(0, [1.0, None]), run(4, [5.0])]), 0.0)
+    registry.taps.update(TapMessage("boot", [run(0, [1.0, None]), run(4, [5.0])]), 0.0)
     assert registry.taps.covered("n") == 2
-    registry.taps.add(TapMessage("boot", [run(0, [7.0], applied=None), run(4, [8.0], version=B, applied=None)]), 0.0)
+    registry.taps.update(TapMessage("boot", [run(0, [7.0], applied=None), run(4, [8.0], version=B, applied=None)]), 0.0)
     taken = registry.taps.take("n", 99)
     assert taken is not None
     np.testing.assert_array_equal(taken.log_normalizer[A], [7.0, np.nan, np.nan, np.nan, 5.0])
@@ -140,18 +140,18 @@ def test_gaps_are_nan_later_runs_replace_earlier_ones_and_a_change_of_profile_is
 
 def test_taps_expire_and_are_bounded() -> None:
     registry = PluginReports()
-    registry.taps.add(TapMessage("boot", [run(0, [1.0], "old")]), 0.0)
-    registry.taps.add(TapMessage("boot", [run(0, [1.0], "young")]), 100.0)
-    registry.taps.add(TapMessage("boot", []), 121.0)
+    registry.taps.update(TapMessage("boot", [run(0, [1.0], "old")]), 0.0)
+    registry.taps.update(TapMessage("boot", [run(0, [1.0], "young")]), 100.0)
+    registry.taps.update(TapMessage("boot", []), 121.0)
     assert registry.taps.take("old", 99) is None
     assert registry.taps.take("young", 99) is not None
     many = [run(0, [1.0], f"n{i}") for i in range(taps_module.MAX_TAPPED_REQUESTS + 5)]
-    registry.taps.add(TapMessage("boot", many), 121.0)
+    registry.taps.update(TapMessage("boot", many), 121.0)
     assert registry.taps.take("n4", 99) is None
     assert registry.taps.take("n5", 99) is not None
     assert registry.taps.runs_dropped == 6
     full = TapRun("n", 0, MAX_POSITIONS, {}, None)
-    registry.taps.add(TapMessage("boot", [full, full]), 121.0)
+    registry.taps.update(TapMessage("boot", [full, full]), 121.0)
     assert registry.taps.runs_dropped == 7
 
 
@@ -164,7 +164,7 @@ def test_what_is_made_of_a_message_is_bounded_by_the_output_and_not_by_the_posit
         for _ in range(60)
     ]
     message = decode_tap(msgspec.msgpack.encode(TapMessage("boot", [run(0, [1.0, 2.0, 3.0]), *runs])))
-    registry.taps.add(message, 0.0)
+    registry.taps.update(message, 0.0)
     tracemalloc.start()
     try:
         taken = registry.taps.take("n", 2)
@@ -182,13 +182,13 @@ def test_the_numbers_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     registry = PluginReports()
     monkeypatch.setattr(taps_module, "MAX_WAITING_NUMBER_BYTES", 10_000)
     for number in range(10):
-        registry.taps.add(TapMessage("boot", [run(0, [1.0] * 200, f"n{number}")]), 0.0)
+        registry.taps.update(TapMessage("boot", [run(0, [1.0] * 200, f"n{number}")]), 0.0)
     result = [registry.taps.take(f"n{number}", 99) is not None for number in range(10)]
     assert result == [False] * 6 + [True] * 4
     assert registry.taps.runs_dropped == 6
     # What was taken makes room.
-    registry.taps.add(TapMessage("boot", [run(0, [1.0] * 800, "large")]), 0.0)
-    registry.taps.add(TapMessage("boot", [run(0, [1.0] * 200, "other")]), 0.0)
+    registry.taps.update(TapMessage("boot", [run(0, [1.0] * 800, "large")]), 0.0)
+    registry.taps.update(TapMessage("boot", [run(0, [1.0] * 200, "other")]), 0.0)
     assert registry.taps.runs_dropped == 6
     with pytest.raises(InvalidEngineMessage, match=r"\$\.taps"):
         decode_tap(msgspec.msgpack.encode({"boot_id": "b", "taps": [{}] * (MAX_RUNS + 1)}))
@@ -197,7 +197,7 @@ def test_the_numbers_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_names_of_counters_are_those_that_are_documented() -> None:
     registry = PluginReports()
     for number in range(100):
-        registry.report(report(f"boot{number}", **{f"x{number}": 1, "rows_applied": 2}), 20.0 * number)
+        registry.update(report(f"boot{number}", **{f"x{number}": 1, "rows_applied": 2}), 20.0 * number)
     assert registry.counters(2000.0) == {"rows_applied": 200}
 
 
@@ -206,7 +206,7 @@ def test_engines_are_counted_by_the_version_of_their_plugin_while_they_report() 
     for number, version in enumerate(("0.2.0", "0.2.0", "")):
         for rank in range(2):
             last = msgspec.structs.replace(report(f"boot{number}", rank, 2), plugin=version)
-            registry.report(last, 5.0 * number)
+            registry.update(last, 5.0 * number)
     assert registry.plugins(10.0) == {"0.2.0": 2, "": 1}
     assert registry.plugins(24.0) == {"": 1}
 
@@ -214,7 +214,7 @@ def test_engines_are_counted_by_the_version_of_their_plugin_while_they_report() 
 def test_the_metric_names_the_version_of_every_plugin_and_says_if_it_fits() -> None:
     registry = PluginReports()
     for boot, version in (("a", __version__), ("b", "0.1.0"), ("c", "")):
-        registry.report(msgspec.structs.replace(report(boot), plugin=version), 0.0)
+        registry.update(msgspec.structs.replace(report(boot), plugin=version), 0.0)
     shown = {sample.labels: sample.value for sample in registry.samples(0.0) if sample.name == names.ENGINE_PLUGINS}
     assert shown == {(__version__, "yes"): 1, ("0.1.0", "no"): 1, ("unknown", "no"): 1}
 
@@ -301,21 +301,23 @@ def with_features(start: int, values: list[list[float]], nonce: str = "n", ancho
 
 def test_features_are_joined_by_position_and_of_one_set_of_anchors() -> None:
     registry = PluginReports()
-    registry.taps.add(TapMessage("boot", [with_features(0, [[9.0, 9.0, 9.0]], anchors=C)]), 0.0)
-    registry.taps.add(TapMessage("boot", [with_features(1, [[1.0, -1.0], [2.0, -2.0]]), run(3, [0.5])]), 0.0)
-    registry.taps.add(TapMessage("boot", [with_features(2, [[3.0, -3.0]]), with_features(0, [[7.0, 7.0, 7.0]])]), 0.0)
+    registry.taps.update(TapMessage("boot", [with_features(0, [[9.0, 9.0, 9.0]], anchors=C)]), 0.0)
+    registry.taps.update(TapMessage("boot", [with_features(1, [[1.0, -1.0], [2.0, -2.0]]), run(3, [0.5])]), 0.0)
+    registry.taps.update(
+        TapMessage("boot", [with_features(2, [[3.0, -3.0]]), with_features(0, [[7.0, 7.0, 7.0]])]), 0.0
+    )
     taken = registry.taps.take("n", 99)
     assert taken is not None
     assert taken.features is not None
     # The width of the set is that of its last run; one that does not fit it is no row of this set.
     assert (taken.features.anchors, taken.features.values.shape, taken.features.values.dtype) == (D, (4, 3), "float32")
-    registry.taps.add(TapMessage("boot", [with_features(1, [[1.0, -1.0], [2.0, -2.0]]), run(3, [0.5])]), 0.0)
-    registry.taps.add(TapMessage("boot", [with_features(2, [[3.0, -3.0]])]), 0.0)
+    registry.taps.update(TapMessage("boot", [with_features(1, [[1.0, -1.0], [2.0, -2.0]]), run(3, [0.5])]), 0.0)
+    registry.taps.update(TapMessage("boot", [with_features(2, [[3.0, -3.0]])]), 0.0)
     taken = registry.taps.take("n", 99)
     assert taken is not None
     assert taken.features is not None
     np.testing.assert_array_equal(taken.features.values, [[np.nan] * 2, [1.0, -1.0], [3.0, -3.0], [np.nan] * 2])
-    registry.taps.add(TapMessage("boot", [run(0, [0.5])]), 0.0)
+    registry.taps.update(TapMessage("boot", [run(0, [0.5])]), 0.0)
     taken = registry.taps.take("n", 99)
     assert taken is not None
     assert taken.features is None
@@ -325,14 +327,14 @@ def test_features_are_bounded_and_the_numbers_are_kept(monkeypatch: pytest.Monke
     monkeypatch.setattr(taps_module, "MAX_WAITING_FEATURE_BYTES", 10)
     registry = PluginReports()
     for nonce in ("a", "b", "c"):
-        registry.taps.add(TapMessage("boot", [with_features(0, [[1.0, 2.0]], nonce)]), 0.0)
+        registry.taps.update(TapMessage("boot", [with_features(0, [[1.0, 2.0]], nonce)]), 0.0)
     result = [registry.taps.take(nonce, 99) for nonce in ("a", "c")]
     assert [taken.features is None if taken else None for taken in result] == [False, True]
     # What was taken, or expired, makes room.
-    registry.taps.add(TapMessage("boot", [with_features(0, [[1.0, 2.0]], "d")]), 121.0)
-    registry.taps.add(TapMessage("boot", [with_features(0, [[1.0, 2.0]], "e")]), 121.0)
+    registry.taps.update(TapMessage("boot", [with_features(0, [[1.0, 2.0]], "d")]), 121.0)
+    registry.taps.update(TapMessage("boot", [with_features(0, [[1.0, 2.0]], "e")]), 121.0)
     monkeypatch.setattr(taps_module, "MAX_REQUEST_FEATURE_BYTES", 100)
-    registry.taps.add(TapMessage("boot", [with_features(1000, [[1.0, 2.0]], "d")]), 122.0)
+    registry.taps.update(TapMessage("boot", [with_features(1000, [[1.0, 2.0]], "d")]), 122.0)
     taken = registry.taps.take("d", 99)
     assert taken is not None
     assert taken.features is None
@@ -389,9 +391,9 @@ def test_each_choice_is_found_by_its_ids() -> None:
     registry = PluginReports()
     outputs = [[5, 6, 7], [5, 6, 8], [5, 6], [9]]
     runs = [child_run(child, output) for child, output in enumerate(outputs)]
-    registry.taps.add(TapMessage("boot", [*runs[:1], *runs[2:]]), 0.0)
+    registry.taps.update(TapMessage("boot", [*runs[:1], *runs[2:]]), 0.0)
     assert registry.taps.covered("n", ids(5, 6, 8, 1)) == 3  # the best of those that fit so far
-    registry.taps.add(TapMessage("boot", runs[1:2]), 0.0)
+    registry.taps.update(TapMessage("boot", runs[1:2]), 0.0)
     assert registry.taps.covered("n", ids(9, 9)) == 1
     result = {}
     for output in ([9], [5, 6], [5, 6, 8], [5, 6, 7]):
@@ -408,7 +410,7 @@ def test_each_choice_is_found_by_its_ids() -> None:
 
 def test_a_choice_whose_ids_no_child_has_gets_no_numbers() -> None:
     registry = PluginReports()
-    registry.taps.add(TapMessage("boot", [child_run(0, [5, 6, 7]), child_run(1, [5, 1, 2])]), 0.0)
+    registry.taps.update(TapMessage("boot", [child_run(0, [5, 6, 7]), child_run(1, [5, 1, 2])]), 0.0)
     assert registry.taps.covered("n", ids(4, 6, 7)) == 0
     assert registry.taps.take("n", 99, ids(4, 6, 7)) is None
     taken = registry.taps.take("n", 99, ids(5, 1, 9))
@@ -419,7 +421,7 @@ def test_a_choice_whose_ids_no_child_has_gets_no_numbers() -> None:
 def test_a_choice_that_a_stop_string_ended_is_found_though_the_engine_went_on() -> None:
     registry = PluginReports()
     outputs = [[5, 6, 7, 8, 9, 1], [5, 6, 7, 8], [4, 6, 7]]
-    registry.taps.add(TapMessage("boot", [child_run(child, output) for child, output in enumerate(outputs)]), 0.0)
+    registry.taps.update(TapMessage("boot", [child_run(child, output) for child, output in enumerate(outputs)]), 0.0)
     assert registry.taps.covered("n", ids(5, 6)) == 4, "the nearest length"
     taken = registry.taps.take("n", 99, ids(5, 6))
     assert taken is not None
@@ -428,7 +430,7 @@ def test_a_choice_that_a_stop_string_ended_is_found_though_the_engine_went_on() 
 
 def test_an_older_plugins_runs_belong_to_the_one_choice() -> None:
     registry = PluginReports()
-    registry.taps.add(TapMessage("boot", [run(0, [1.0, 2.0])]), 0.0)
+    registry.taps.update(TapMessage("boot", [run(0, [1.0, 2.0])]), 0.0)
     assert registry.taps.covered("n") == registry.taps.covered("n", ids(1, 2)) == 2
     taken = registry.taps.take("n", 99, ids(1, 2))
     assert taken is not None
@@ -439,7 +441,7 @@ def test_choices_that_are_not_taken_expire_and_their_features_are_freed() -> Non
     registry = PluginReports()
     features = np.zeros((2, 3), "<f2").tobytes()
     runs = [msgspec.structs.replace(child_run(child, [child, 5]), anchors=D, features=features) for child in range(2)]
-    registry.taps.add(TapMessage("boot", runs), 0.0)
+    registry.taps.update(TapMessage("boot", runs), 0.0)
     assert registry.taps._feature_bytes == 24
     assert registry.taps.take("n", 99, ids(1, 5)) is not None
     assert registry.taps._feature_bytes == 12
@@ -460,22 +462,22 @@ def answer(nonce: str = "n", choice: int = 0, choices: int = 1, tokens: int = 2,
 
 def test_answers_wait_until_they_are_taken_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = AnswerBuffer()
-    buffer.add(AnswerMessage("boot", [answer(choice=1, choices=2)], 3), 0.0)
+    buffer.update(AnswerMessage("boot", [answer(choice=1, choices=2)], 3), 0.0)
     assert not buffer.complete("n", 2)
-    buffer.add(AnswerMessage("boot", [answer(choice=0, choices=2)], 3), 0.0)
+    buffer.update(AnswerMessage("boot", [answer(choice=0, choices=2)], 3), 0.0)
     assert buffer.complete("n", 2)
     assert [taken.choice for taken in buffer.take("n")] == [0, 1]
     assert buffer.take("n") == []
     assert buffer._bytes == 0
-    buffer.add(AnswerMessage("boot", [answer("old")], 4), 0.0)
-    buffer.add(AnswerMessage("other", [answer("young")], 1), 100.0)
+    buffer.update(AnswerMessage("boot", [answer("old")], 4), 0.0)
+    buffer.update(AnswerMessage("other", [answer("young")], 1), 100.0)
     buffer.expire(121.0)
     assert (buffer.complete("old", 1), buffer.complete("young", 1)) == (False, True)
     monkeypatch.setattr(answers_module, "MAX_WAITING_REQUESTS", 3)
-    buffer.add(AnswerMessage("boot", [answer(f"n{i}") for i in range(5)], 4), 121.0)
+    buffer.update(AnswerMessage("boot", [answer(f"n{i}") for i in range(5)], 4), 121.0)
     assert [buffer.complete(f"n{i}", 1) for i in range(5)] == [False, False, True, True, True]
     monkeypatch.setattr(answers_module, "MAX_WAITING_BYTES", buffer._bytes)
-    buffer.add(AnswerMessage("boot", [answer("more")], 4), 121.0)
+    buffer.update(AnswerMessage("boot", [answer("more")], 4), 121.0)
     # The one that has waited longest makes room.
     assert [buffer.complete(name, 1) for name in ("n2", "n3", "n4", "more")] == [False, True, True, True]
     counts = {sample.labels[0]: sample.value for sample in buffer.samples()}
@@ -491,8 +493,8 @@ def test_a_nonce_that_a_client_uses_for_all_its_requests_takes_bounded_room_and_
     monkeypatch.setattr(answers_module, "MAX_ANSWERS_PER_REQUEST", 2)
     buffer = AnswerBuffer()
     for second in (0, 50, 100, 119):
-        buffer.add(AnswerMessage("boot", [answer(call=second)], 0), float(second))
-        buffer.add(AnswerMessage("boot", [answer(call=0, tokens=3)], 0), float(second))
+        buffer.update(AnswerMessage("boot", [answer(call=second)], 0), float(second))
+        buffer.update(AnswerMessage("boot", [answer(call=0, tokens=3)], 0), float(second))
     assert buffer._bytes == answer().size + answer(tokens=3).size
     assert buffer.complete("n", 2)
     assert not buffer.complete("n", 3)
@@ -511,9 +513,9 @@ def test_answers_and_sets_are_handed_out_only_where_every_engine_does(
 ) -> None:
     registry = PluginReports()
     assert not asked(registry, 0.0)
-    registry.report(msgspec.structs.replace(report("x"), **{what: True}), 0.0)
+    registry.update(msgspec.structs.replace(report("x"), **{what: True}), 0.0)
     assert asked(registry, 0.0)
-    registry.report(report("old"), 0.0)
+    registry.update(report("old"), 0.0)
     assert not asked(registry, 0.0)
     assert asked(registry, 15.1) is False  # both are silent
 

@@ -41,7 +41,7 @@ async def test_relays_and_engines_get_them_and_nobody_else(tmp_path: Path, caplo
     async with control(tmp_path, made) as plane:
         now = plane._clock()
         secrets = plane.engines.reports.secrets.for_engines(now)
-        plane.engines.reports.report(EngineReport("one", 0, 1, [], 100, {}, "v1", "0.32.0"), now)
+        plane.engines.reports.update(EngineReport("one", 0, 1, [], 100, {}, "v1", "0.32.0"), now)
         plane.policy.publish()
         assert plane.link._policy is not None
         assert plane.link._policy.secret == secrets[0]

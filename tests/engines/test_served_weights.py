@@ -21,7 +21,7 @@ class Deployment:
         self.now = now
         for boot, weights in engines.items():
             report = EngineReport(boot, 0, 1, [], 100, {}, "v1", "0", model="m" if weights else "", weights=weights)
-            self.registry.report(report, now)
+            self.registry.update(report, now)
         return self.served.of("m", NAMES, now)
 
 
@@ -69,7 +69,7 @@ def test_weights_of_another_model_do_not_count() -> None:
     deployment.at(0.0, a="old")
     for boot, model, now in (("y", "alias", 1.0), ("z", "other", 10.0)):
         report = EngineReport(boot, 0, 1, [], 100, {}, "v1", "0", model=model, weights=f"of {model}")
-        deployment.registry.report(report, now)
+        deployment.registry.update(report, now)
     assert deployment.served.of("m", NAMES, 10.0) == "old"
     assert deployment.served.of("m", NAMES, 15.5) == "of alias", "another of its names"
     assert deployment.served.of("m", NAMES, 20.0) == "of alias", "z serves another model"
@@ -80,7 +80,7 @@ def test_ranks_of_one_engine_count_once() -> None:
     deployment = Deployment()
     for rank in range(2):
         report = EngineReport("a", rank, 2, [], 100, {}, "v1", "0", model="m", weights="w" if rank == 0 else "")
-        deployment.registry.report(report, 0.0)
+        deployment.registry.update(report, 0.0)
     assert deployment.registry.weights(NAMES, 0.0) == {"w": 1}
 
 

@@ -176,7 +176,7 @@ class Bench:
         self.pipeline.use_record(record, capture)
 
     async def score(self, *captures: Capture) -> None:
-        self.engines.taps.add(TapMessage("boot", self.runs), 0.0)
+        self.engines.taps.update(TapMessage("boot", self.runs), 0.0)
         task = asyncio.create_task(self.scorer.run(1))
         for item in captures:
             self.scorer.offer(item)

@@ -74,7 +74,7 @@ class WorldEngine:
 
     def reports(self) -> None:
         report = EngineReport("boot", 0, 1, self.held, VOCAB, {}, "v1", "0.32.0")
-        self.held = self.one.engines.reports.report(report, time.monotonic())
+        self.held = self.one.engines.reports.update(report, time.monotonic())
 
     def serves(self, seed: int, policy: Policy, **damage: Any) -> Capture:
         """A request's capture, after its tap. damage: fields of the tap's run."""
@@ -95,7 +95,7 @@ class WorldEngine:
         if reading is not None:
             features = z[:, reading] - z[:, reading].mean(1, keepdims=True)
             run |= {"anchors": transform.anchors_digest(reading), "features": features.astype("<f2").tobytes()}
-        self.one.engines.reports.taps.add(
+        self.one.engines.reports.taps.update(
             TapMessage("boot", [TapRun(nonce=f"n{seed}", start=0, tokens=TOKENS, **(run | damage))]), time.monotonic()
         )
         ids = np.full((TOKENS, K + 1), -1, "<i4")

@@ -124,8 +124,8 @@ class Pipeline:
         )
         consumers: Any = SimpleNamespace(
             measurements=self.measured,
-            alarms=SimpleNamespace(observe=lambda record, figures: None),
-            engines=SimpleNamespace(count=lambda record, figures: None, observe=lambda record, figures: None),
+            alarms=SimpleNamespace(update=lambda record, figures: None),
+            engines=SimpleNamespace(update_totals=lambda record, figures: None, update=lambda record, figures: None),
             profiles=profiles,
             learner=SimpleNamespace(offer=self.learned.append),
             records=self.records,

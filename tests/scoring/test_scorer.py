@@ -257,11 +257,11 @@ async def test_every_choice_of_a_response_without_ids_is_scored_when_its_answers
     assert not bench.records
     for choice, tokens in ((0, 3), (1, 2)):
         message = AnswerMessage("boot", [answer_of("n", choice, 2, tokens)], 0)
-        bench.engines.add_answers(message, bench.now)
+        bench.engines.update_answers(message, bench.now)
         # The engine's numbers are found by the ids of the choice.
         before = np.array([-1, *[0] * (tokens - 1)], "<i4").tobytes()
         run = TapRun("n", 0, tokens, {VERSION: sent([float(tokens)] * tokens)}, None, child=choice, previous_ids=before)
-        bench.engines.taps.add(TapMessage("boot", [run]), bench.now)
+        bench.engines.taps.update(TapMessage("boot", [run]), bench.now)
     await until(lambda: bench.counts.total() == 2)
     assert bench.counts == Counter({("scored", ""): 2})
     shifts = {len(record.output_ids): record.shifts[VERSION].log_normalizer.tolist() for record in bench.records}
@@ -277,7 +277,9 @@ async def test_a_response_without_ids_whose_answer_does_not_come_is_skipped(benc
     assert bench.counts == Counter({("skipped", "no_answer"): 1})
     # One that is not whole, and one that is too long.
     bench.now = 0.0
-    bench.engines.add_answers(AnswerMessage("boot", [answer_of("m", 0, 1, 3), answer_of("l", 0, 1, 60)], 0), bench.now)
+    bench.engines.update_answers(
+        AnswerMessage("boot", [answer_of("m", 0, 1, 3), answer_of("l", 0, 1, 60)], 0), bench.now
+    )
     result = await bench.ends(without_ids("m", generated=4), without_ids("l"))
     assert result == Counter({("skipped", "answer_mismatch"): 1, ("skipped", "too_long"): 1})
     await alive(bench)
@@ -292,7 +294,7 @@ async def test_answers_that_get_lost_are_counted_where_the_response_could_have_t
     for n in range(MAX_LOST):
         assert not bench.answer_losses.paused(bench.now)
         if n % 2:
-            bench.engines.add_answers(AnswerMessage("boot", [answer_of(str(n), 0, 1, 3)], 0), bench.now)
+            bench.engines.update_answers(AnswerMessage("boot", [answer_of(str(n), 0, 1, 3)], 0), bench.now)
         kept = without_ids(str(n), engine="a", also_in_response=True, generated=4)
         assert (await bench.ends(kept)).total() == 1
     assert bench.counts["skipped", "answer_mismatch"] == MAX_LOST / 2
@@ -301,7 +303,7 @@ async def test_answers_that_get_lost_are_counted_where_the_response_could_have_t
 
 async def test_an_answer_that_is_too_long_was_not_lost(bench: Bench) -> None:
     for n in range(2 * MAX_LOST):
-        bench.engines.add_answers(AnswerMessage("boot", [answer_of(str(n), 0, 1, 60)], 0), bench.now)
+        bench.engines.update_answers(AnswerMessage("boot", [answer_of(str(n), 0, 1, 60)], 0), bench.now)
         result = await bench.ends(without_ids(str(n), also_in_response=True))
         assert result == Counter({("skipped", "too_long"): 1})
     assert not bench.answer_losses.paused(bench.now)
@@ -314,7 +316,7 @@ async def test_a_reference_that_is_behind_loses_no_answer() -> None:
     async with running(bench, workers=1):
         bench.scorer.offer(capture("slow"))
         await until(lambda: bool(bench.reference.asked))
-        bench.engines.add_answers(AnswerMessage("boot", [answer_of("n", 0, 1, 3)], 0), bench.now)
+        bench.engines.update_answers(AnswerMessage("boot", [answer_of("n", 0, 1, 3)], 0), bench.now)
         bench.scorer.offer(without_ids("n"))
         await until(lambda: len(bench.queue) == 1)
         bench.now += 10 * ANSWER_SECONDS
@@ -338,9 +340,9 @@ async def test_a_fault_in_answers_ends_one_capture(bench: Bench, monkeypatch: py
 
     with monkeypatch.context() as patched:
         patched.setattr(intake, "captures_from_tap", fail)
-        bench.engines.add_answers(AnswerMessage("boot", [answer_of("n", 0, 1, 3)], 0), bench.now)
+        bench.engines.update_answers(AnswerMessage("boot", [answer_of("n", 0, 1, 3)], 0), bench.now)
         assert await bench.ends(without_ids()) == Counter({("dropped", "internal_error"): 1})
-    bench.engines.add_answers(AnswerMessage("boot", [answer_of("m", 0, 1, 3)], 0), bench.now)
+    bench.engines.update_answers(AnswerMessage("boot", [answer_of("m", 0, 1, 3)], 0), bench.now)
     bench.now = intake.MAX_TAP_SECONDS + 1  # its numbers are not waited for
     assert await bench.ends(without_ids("m")) == SCORED
 

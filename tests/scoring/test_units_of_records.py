@@ -35,8 +35,8 @@ def test_alike_turns_count_once(named: bool) -> None:
     measured = Measurements()
     consumers: Any = SimpleNamespace(
         measurements=measured,
-        alarms=SimpleNamespace(observe=lambda record, figures: alarmed.append(record)),
-        engines=SimpleNamespace(count=lambda record, figures: None, observe=lambda record, figures: None),
+        alarms=SimpleNamespace(update=lambda record, figures: alarmed.append(record)),
+        engines=SimpleNamespace(update_totals=lambda record, figures: None, update=lambda record, figures: None),
         profiles=profiles,
         learner=SimpleNamespace(offer=learned.append),
         records=None,

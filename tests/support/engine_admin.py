@@ -67,16 +67,16 @@ class EngineAdmin:
                     return self.answer(401)
                 if self.path == "/api/v1/engine/report":
                     with admin.lock:
-                        hold = admin.registry.report(decode_report(body), admin.now)
+                        hold = admin.registry.update(decode_report(body), admin.now)
                     said = {"hold": hold, **admin.own_requests()}
                     return self.answer(200, admin.answer or json.dumps(said).encode())
                 if self.path == "/api/v1/engine/answers":
                     with admin.lock:
-                        admin.registry.add_answers(decode_answers(body), admin.now)
+                        admin.registry.update_answers(decode_answers(body), admin.now)
                     return self.answer(200, json.dumps(admin.own_requests()).encode())
                 if self.path == "/api/v1/engine/tap":
                     with admin.lock:
-                        admin.registry.taps.add(decode_tap(body), admin.now)
+                        admin.registry.taps.update(decode_tap(body), admin.now)
                     return self.answer(204)
                 data = admin.files.get(self.path.removeprefix("/api/v1/engine/profiles/"))
                 return self.answer(404) if data is None else self.answer(200, data)

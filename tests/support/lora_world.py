@@ -112,11 +112,11 @@ class LoraWorld:
         report = EngineReport(
             self.boot, 0, 1, [], VOCAB, {}, "v1", "0.32.0", adapters=adapters, lora=state if lora.enabled else None
         )
-        self.registry.report(report, time.monotonic())
+        self.registry.update(report, time.monotonic())
         if self.second_after is not None:
             there = adapters if self.loads() >= self.second_after else []
             other = msgspec.structs.replace(report, boot_id="second", adapters=there)
-            self.registry.report(other, time.monotonic())
+            self.registry.update(other, time.monotonic())
 
     def restart(self, boot: str | None = "again") -> None:
         """The server, with nothing loaded. boot: of its agent's reports; the old agent's last report expires at

@@ -32,7 +32,7 @@ class PluginEngine(FakeEngine):
         for boot in filter(None, self.boots):
             held = list(self.versions.get(boot, ()))
             report = EngineReport(boot, 0, 1, held, 100, {}, "v1", "0.32.0")
-            self.registry.report(report, time.monotonic() if now is None else now)
+            self.registry.update(report, time.monotonic() if now is None else now)
 
     def _tapped(self, request: Request) -> bytes:
         if self.wants_key:
@@ -41,5 +41,5 @@ class PluginEngine(FakeEngine):
         boot = self.boots[len(self.asked) % len(self.boots)]
         if nonce and boot:
             run = TapRun(nonce, 0, 1, {}, None)
-            self.registry.taps.add(TapMessage(boot, [run]), time.monotonic())
+            self.registry.taps.update(TapMessage(boot, [run]), time.monotonic())
         return ANSWER

@@ -173,7 +173,7 @@ class Bench:
 
     def tap(self, nonce: str, start: int, tokens: int, applied: str | None, value: float | None = 0.25) -> None:
         run = TapRun(nonce, start, tokens, {VERSION: sent([value] * tokens)}, applied)
-        self.engines.taps.add(TapMessage("boot", [run]), self.now)
+        self.engines.taps.update(TapMessage("boot", [run]), self.now)
 
     async def ends(self, *captures: Capture) -> Counter[tuple[str, str]]:
         """What these captures came to; every one comes to something."""

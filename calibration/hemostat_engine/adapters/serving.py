@@ -33,7 +33,7 @@ class Serving:
         @functools.wraps(construct)
         def construct_and_note(models: Any, *arguments: Any, **named: Any) -> None:
             construct(models, *arguments, **named)
-            self.note(models)
+            self.update(models)
 
         @functools.wraps(unload)
         async def unload_and_free(models: Any, request: Any) -> Any:
@@ -50,7 +50,7 @@ class Serving:
         models_class.__init__ = construct_and_note
         models_class.unload_lora_adapter = unload_and_free
 
-    def note(self, models: Any) -> None:
+    def update(self, models: Any) -> None:
         self._models = weakref.ref(models)
         if self.engine().lora is False:
             log.warning("adapters are off: %s", LORA_OFF)

@@ -139,7 +139,7 @@ class EngineCanaries:
     def look(self) -> None:
         """Looks at the engine: one that comes back, or whose plugin reports another boot id, is asked at once."""
         health, report = self._engine.health, self._engine.report(self._clock())
-        self.pace.look(health.outstanding)
+        self.pace.update(health.outstanding)
         up, boot = health.up > 0, "" if report is None else report.boot_id
         if (up and not self.up) or (boot and self._boot and boot != self._boot):
             self.listed_at, self.not_before = -np.inf, 0.0

@@ -47,7 +47,7 @@ class Pace:
         self._low = asyncio.Event()
         """It is set if not more than one request above the average of the last hour is in progress."""
 
-    def look(self, outstanding: int) -> None:
+    def update(self, outstanding: int) -> None:
         """Notes the load. outstanding: clients' requests in progress there now."""
         now = self._clock()
         weight = -math.expm1(-(now - self._looked_at) / HOUR_SECONDS)

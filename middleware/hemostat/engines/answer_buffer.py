@@ -48,7 +48,7 @@ class AnswerBuffer:
         self._dropped_by_sender: OrderedDict[str, int] = OrderedDict()
         self._dropped_at_senders = 0
 
-    def add(self, message: AnswerMessage, now: float) -> None:
+    def update(self, message: AnswerMessage, now: float) -> None:
         """Keeps the answers of a message until they are taken."""
         self.expire(now)
         # A sender that was forgotten would count again from zero on.

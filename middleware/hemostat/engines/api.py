@@ -41,7 +41,7 @@ def engine_router(
         """
         body = await read_body(request, MAX_REPORT_BYTES)
         try:
-            versions = reports.report(decode_report(body), now())
+            versions = reports.update(decode_report(body), now())
             return {"hold": versions, **own_requests()}
         except InvalidEngineMessage as error:
             raise HTTPException(400, str(error)) from None
@@ -59,7 +59,7 @@ def engine_router(
         """Takes features and masks of sampled requests (msgpack)."""
         body = await read_body(request, MAX_TAP_BYTES)
         try:
-            reports.taps.add(decode_tap(body), now())
+            reports.taps.update(decode_tap(body), now())
         except InvalidEngineMessage as error:
             raise HTTPException(400, str(error)) from None
 
@@ -68,7 +68,7 @@ def engine_router(
         """Takes tokens and log-probabilities of sampled answers (msgpack); without any, the secrets are asked for."""
         body = await read_body(request, MAX_TAP_BYTES)
         try:
-            reports.add_answers(decode_answers(body), now())
+            reports.update_answers(decode_answers(body), now())
         except InvalidEngineMessage as error:
             raise HTTPException(400, str(error)) from None
         return own_requests()

@@ -63,7 +63,7 @@ class PluginReports:
         """Sets the versions that every engine should hold, most important first; at most MAX_HELD_VERSIONS."""
         self._wanted = tuple(dict.fromkeys(versions))[:MAX_HELD_VERSIONS]
 
-    def report(self, report: EngineReport, now: float) -> list[str]:
+    def update(self, report: EngineReport, now: float) -> list[str]:
         """Takes a rank's report; returns the versions that it should hold. Raises InvalidEngineMessage if ranks
         disagree, or where an engine, which loads weights once, says that it has other ones than before."""
         self._expire(now)
@@ -80,13 +80,13 @@ class PluginReports:
             self._forget(next(iter(self._engines)))
         return list(self._wanted)
 
-    def add_answers(self, message: AnswerMessage, now: float) -> None:
+    def update_answers(self, message: AnswerMessage, now: float) -> None:
         """Keeps the answers of this middleware's requests; an API server that does not know the prefixes yet sends each
         middleware all answers."""
         if self.nonce_prefix:
             own = [answer for answer in message.answers if answer.nonce.startswith(f"{self.nonce_prefix}-")]
             message = msgspec.structs.replace(message, answers=own)
-        self.answers.add(message, now)
+        self.answers.update(message, now)
 
     def hands_out_answers(self, now: float) -> bool:
         """Returns True if every live engine hands out answers."""

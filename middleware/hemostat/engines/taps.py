@@ -64,7 +64,7 @@ class _Child:
     """One more than the last position, while there is no gap before it."""
     tokens: int = 0
 
-    def add(self, run: TapRun) -> None:
+    def update(self, run: TapRun) -> None:
         self.runs.append(run)
         self.tokens += run.tokens
         if run.start <= self.covered:
@@ -107,7 +107,7 @@ class TapBuffer:
         self._number_bytes = 0
         self._feature_bytes = 0
 
-    def add(self, message: TapMessage, now: float) -> None:
+    def update(self, message: TapMessage, now: float) -> None:
         """Keeps the numbers of a message until they are taken."""
         self.expire(now)
         for run in message.taps:
@@ -124,7 +124,7 @@ class TapBuffer:
                 run, size = msgspec.structs.replace(run, anchors=None, features=None), 0  # noqa: PLW2901
             self._feature_bytes += size
             self._number_bytes += run.size
-            tap.children.setdefault(run.child, _Child()).add(run)
+            tap.children.setdefault(run.child, _Child()).update(run)
             self._taps.move_to_end(run.nonce)
         while len(self._taps) > MAX_TAPPED_REQUESTS or self._number_bytes > MAX_WAITING_NUMBER_BYTES:
             self._pop(next(iter(self._taps)))

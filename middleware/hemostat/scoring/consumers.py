@@ -41,7 +41,7 @@ class RecordLearner(Protocol):
 class TextLearner(Protocol):
     """The part of `hemostat.adapters.live.client.AdapterLearner` that a consumer uses."""
 
-    def offer(self, unit: bytes, prompt: Ids, output: Ids) -> None: ...
+    def update(self, unit: bytes, prompt: Ids, output: Ids) -> None: ...
 
 
 class Each:
@@ -161,7 +161,7 @@ class Texts:
         if Use.FIGURES in scored.uses and self.profiles.serving.uses(scored.record) and not scored.held_out:
             # By conversation: variants of a template are texts of their own.
             record = scored.record
-            self.learner.offer(record.conversation or record.prompt_key, scored.prompt, record.output_ids)
+            self.learner.update(record.conversation or record.prompt_key, scored.prompt, record.output_ids)
 
 
 @dataclass(frozen=True, slots=True)

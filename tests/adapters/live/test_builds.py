@@ -98,7 +98,7 @@ def texts(adapter_learner: AdapterLearner, count: int, first: int = 0) -> None:
     """Of 20 tokens each."""
     for n in range(first, first + count):
         ids = np.random.default_rng(n).integers(0, SECRET, 20).astype(np.int32)
-        adapter_learner.offer(n.to_bytes(16, "little"), ids[:8], ids[8:])
+        adapter_learner.update(n.to_bytes(16, "little"), ids[:8], ids[8:])
 
 
 def no_process_is_left() -> bool:
@@ -115,18 +115,18 @@ def job_folders() -> list[Path]:
 def test_the_newest_texts_are_kept_and_a_later_turn_takes_the_place_of_the_earlier_one() -> None:
     kept = Texts(100)
     for n in range(20):
-        kept.add(bytes([n]), np.full(4, n, np.int32), np.full(6, n, np.int32))
+        kept.update(bytes([n]), np.full(4, n, np.int32), np.full(6, n, np.int32))
     assert [int(text.output[0]) for text in kept.all()] == list(range(10, 20))
     assert kept.tokens == 100
-    kept.add(bytes([12]), np.full(14, 12, np.int32), np.full(6, 99, np.int32))
+    kept.update(bytes([12]), np.full(14, 12, np.int32), np.full(6, 99, np.int32))
     assert [int(text.output[0]) for text in kept.all()] == [11, 13, 14, 15, 16, 17, 18, 19, 99], "and the oldest went"
     assert kept.tokens == sum(map(len, kept.all())) == 100
 
 
 def test_of_a_long_text_the_newest_tokens_are_kept() -> None:
     kept = Texts(10_000)
-    kept.add(b"a", np.arange(3000, dtype=np.int32), np.arange(3000, 3010, dtype=np.int32))
-    kept.add(b"b", np.arange(5, dtype=np.int32), np.arange(3000, dtype=np.int32))
+    kept.update(b"a", np.arange(3000, dtype=np.int32), np.arange(3000, 3010, dtype=np.int32))
+    kept.update(b"b", np.arange(5, dtype=np.int32), np.arange(3000, dtype=np.int32))
     learning, other = kept.all()
     assert len(learning) == MAX_TEXT_TOKENS
     assert len(other) == MAX_TEXT_TOKENS
@@ -170,7 +170,7 @@ def test_the_folder_of_a_job_is_private_and_deleted_at_the_next_start_unless_it_
         JobFolder(job)
     assert job_folders() == [], "also where it could not be written"
     kept = Texts(100)
-    kept.add(b"a", np.array([1], np.int32), np.array([2], np.int32))
+    kept.update(b"a", np.array([1], np.int32), np.array([2], np.int32))
     used = JobFolder(Job(folders, ("", ""), "m", 1, kept.all(), {}))
     assert stat.S_IMODE(used.path.stat().st_mode) == 0o700
     left = JobFolder(Job(folders, ("", ""), "m", 1, kept.all(), {}))
@@ -290,7 +290,7 @@ def test_a_result_that_is_damaged_or_about_something_else_is_invalid(
     folders: CheckpointFolders, monkeypatch: pytest.MonkeyPatch, fault: str, says: str
 ) -> None:
     kept = Texts(100)
-    kept.add(b"a", np.arange(9, dtype=np.int32), np.arange(9, dtype=np.int32))
+    kept.update(b"a", np.arange(9, dtype=np.int32), np.arange(9, dtype=np.int32))
     digests = checkpoint_digest(str(folders.reference), None), checkpoint_digest(str(folders.compressed), None)
     job = Job(folders, digests, "m", tiny_checkpoints.VOCAB, kept.all(), {})
     folder = JobFolder(job)

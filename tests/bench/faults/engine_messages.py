@@ -74,7 +74,7 @@ def tap_row() -> Row:
     body = msgspec.msgpack.encode(TapMessage("boot", runs))
     registry = PluginReports()
     tracemalloc.start()
-    registry.taps.add(decode_tap(body), 0.0)
+    registry.taps.update(decode_tap(body), 0.0)
     registry.taps.take("n", TOKENS)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -87,7 +87,7 @@ def names_row() -> Row:
     registry = PluginReports()
     for number in range(ENGINES):
         counters = {f"x{number}_{name}": 1 for name in range(64)}
-        registry.report(EngineReport(f"b{number}", 0, 1, [], 9, counters, "v1", ""), 20.0 * number)
+        registry.update(EngineReport(f"b{number}", 0, 1, [], 9, counters, "v1", ""), 20.0 * number)
     kept = len(registry.counters(20.0 * ENGINES))
     case = f"{ENGINES:,} engines that each report 64 counters of their own: names kept"
     return Row(case, f"{64 * ENGINES:,}", float(kept), f"<= {len(EVENTS)}", kept <= len(EVENTS))
@@ -98,7 +98,7 @@ def silence_row() -> Row:
     hanging, healthy = EngineAdmin(), EngineAdmin()
     hanging.hang = ("/",)
     reports: list[float] = []
-    report = healthy.registry.report
+    report = healthy.registry.update
 
     def noted(*arguments: object) -> list[str]:
         reports.append(time.monotonic())

@@ -101,7 +101,7 @@ def measure(answers: Answers, given: TapAnswer, *, stream: bool, rounds: int = R
         awaited = AwaitedAnswers(engines.answers, 10, 4.0)
 
         def receive() -> None:
-            engines.add_answers(decode_answers(body), time.monotonic())
+            engines.update_answers(decode_answers(body), time.monotonic())
             for message in reader.feed(receiving.recv(len(frames.pop()))):
                 assert isinstance(message, Capture)
                 assert awaited.add(message)

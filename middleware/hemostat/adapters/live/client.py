@@ -149,11 +149,11 @@ class AdapterLearner:
         self.failing = why if unavailable else ""
         self._set_state(AdapterState.UNAVAILABLE if unavailable else AdapterState.OFF, why)
 
-    def offer(self, unit: bytes, prompt: Ids, output: Ids) -> None:
+    def update(self, unit: bytes, prompt: Ids, output: Ids) -> None:
         """A text of the learning side: whoever wrote the output, its ids are all that is used."""
         if self._target is None:
             return
-        self._texts.add(unit, prompt, output)
+        self._texts.update(unit, prompt, output)
         self._wake.set()
 
     @property

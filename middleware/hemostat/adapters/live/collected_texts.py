@@ -19,8 +19,8 @@ class Texts:
 
     >>> import numpy as np
     >>> texts = Texts(3)
-    >>> texts.add(b"a", np.array([1, 2], np.int32), np.array([3], np.int32))
-    >>> texts.add(b"b", np.array([4, 5], np.int32), np.array([6], np.int32))
+    >>> texts.update(b"a", np.array([1, 2], np.int32), np.array([3], np.int32))
+    >>> texts.update(b"b", np.array([4, 5], np.int32), np.array([6], np.int32))
     >>> [text.output.tolist() for text in texts.all()], texts.tokens, texts.known
     ([[6]], 3, 6)
     """
@@ -36,7 +36,7 @@ class Texts:
     def __len__(self) -> int:
         return len(self._texts)
 
-    def add(self, unit: bytes, prompt: Ids, output: Ids) -> None:
+    def update(self, unit: bytes, prompt: Ids, output: Ids) -> None:
         """unit: of the conversation, whose newest turn repeats the earlier ones: it takes their place."""
         output = output[-(MAX_TEXT_TOKENS - 1) :]
         text = Text(
