@@ -20,9 +20,13 @@ and the table says so; "sampled" always is.
 "bare relay" hands on bytes and does nothing else, "bare relay, heads" also parses the heads of messages: the bounds of
 what Python can do (proxy/bare_relay.py).
 LiteLLM's proxy forwards the same chat completions, in the same rounds. It is not measured with streams.
-"direct" is the upstream without a proxy: no proxy can be measured beyond it. `--beside FOLDER` measures the relay of
-another checkout in the same rounds (`git worktree add FOLDER REVISION`), compiled if its image is, and the ratio of
-this one to it.
+"direct" is the upstream without a proxy: no proxy can be measured beyond it.
+
+`--beside FOLDER` compares the relay with the one of another checkout (`git worktree add FOLDER REVISION`), and measures
+nothing else. In each round both are measured, one immediately after the other, and the next round begins with the other
+one. Printed is the median of the rounds' ratios with its interval. Both relays are compiled; with `--interpreted`, or
+without a C compiler, both run their sources. The CPU time is the figure to look at if the machine does other things.
+Instructions, which do not depend on these at all: `python -m tests.bench.proxy.instructions --beside FOLDER`.
 """
 
 from __future__ import annotations
@@ -39,8 +43,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +76,7 @@ from tests.bench.proxy.proxies import (  # noqa: E402
     BY_PLUGIN,
     HEADS_RELAY,
     Bench,
+    Proxy,
     compiled_build,
     install_litellm,
     install_vllm_router,
@@ -145,10 +150,34 @@ def ratios(values: Sequence[float], base: Sequence[float]) -> dict[str, float] |
     return spread([value / other for value, other in zip(values, base, strict=True)])
 
 
-async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    costs = await sampled_cost.measure_both()
-    by_plugin = plugin_cost.lines(await plugin_cost.measure_both(), plugin_cost.message_ms())
-    compiled = compiled_build()
+@dataclass
+class Setting:
+    """The upstreams, the load, and what starts proxies between them."""
+
+    bench: Bench
+    stack: contextlib.AsyncExitStack
+    folder: Path
+    answers: Answers
+    script: Path
+    """What wrk sends."""
+    request_bytes: int
+    seconds: int
+
+    @property
+    def chunks(self) -> int:
+        """The number of chunks of all streams that are sent at a time."""
+        return len(self.answers.stream_plain) * STREAMS_AT_ONCE
+
+    async def warm_up(self, proxies: Sequence[Proxy]) -> None:
+        for proxy in proxies:
+            for kind, port in proxy.ports.items():
+                await until_answering(port, proxy.name, self.folder / f"{proxy.name.replace(' ', '-')}-{kind}.log")
+        for proxy in proxies:
+            await run_wrk(proxy.ports["json"], self.seconds, self.script)
+
+
+@contextlib.asynccontextmanager
+async def upstreams(arguments: argparse.Namespace, folder: Path) -> AsyncIterator[Setting]:
     answers = await Answers.make()
     script, length = wrk_script(folder)
     kinds = ("json",) if arguments.without_streams else ("json", "stream")
@@ -163,7 +192,6 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
     )
     tapped = tapped_length(json.dumps(request_body(stream=False)).encode())
     config = upstream_config(folder / "upstream", bench.upstreams["json"], answers, length, tapped)
-    chunks = len(answers.stream_plain) * STREAMS_AT_ONCE
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(bench.stop)
         bench.start(
@@ -178,6 +206,94 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             )
         for kind, port in bench.upstreams.items():
             await until_answering(port, f"the {kind} upstream", folder / f"upstream-{kind}.log")
+        yield Setting(bench, stack, folder, answers, script, length, arguments.seconds)
+
+
+class Figures:
+    """What was measured of each proxy, round by round."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.rate: dict[str, list[float]] = {name: [] for name in names}
+        self.request_cpu: dict[str, list[float]] = {name: [] for name in names}
+        """Microseconds."""
+        self.chunk_cpu: dict[str, list[float]] = {name: [] for name in names}
+        """Microseconds; nothing where no streams are measured."""
+
+    async def measure(self, proxy: Proxy, setting: Setting) -> None:
+        before = cpu_seconds(proxy.pids["json"])
+        load = await run_wrk(proxy.ports["json"], setting.seconds, setting.script)
+        spent = cpu_seconds(proxy.pids["json"]) - before
+        self.rate[proxy.name].append(load.per_second)
+        self.request_cpu[proxy.name].append(spent / load.requests * 1e6)
+        if "stream" not in proxy.pids:
+            return
+        before = cpu_seconds(proxy.pids["stream"])
+        await run_streams(proxy.ports["stream"])
+        self.chunk_cpu[proxy.name].append((cpu_seconds(proxy.pids["stream"]) - before) / setting.chunks * 1e6)
+
+    def to(self, name: str, other: str) -> dict[str, dict[str, float] | None]:
+        """The ratios of one proxy's figures to those of the other, in the same rounds."""
+        return {
+            "requests_per_second": ratios(self.rate[name], self.rate[other]),
+            "cpu_per_request": ratios(self.request_cpu[name], self.request_cpu[other]),
+            "cpu_per_chunk": ratios(self.chunk_cpu[name], self.chunk_cpu[other]),
+        }
+
+
+async def measure_beside(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The relay, and the one of another checkout, in alternating rounds."""
+    builds = [None if arguments.interpreted else compiled_build(checkout) for checkout in (None, arguments.beside)]
+    if None in builds and builds != [None, None]:
+        print("one of the two cannot be compiled, so that both run their sources", flush=True)
+        builds = [None, None]
+    async with upstreams(arguments, folder) as setting:
+        bench, stack = setting.bench, setting.stack
+        pairs = [
+            [
+                await bench.hemostat(rate, stack, checkout, compiled=build)
+                for checkout, build in zip((None, arguments.beside), builds, strict=True)
+            ]
+            for rate in (0.0, 0.05)
+        ]
+        proxies = [proxy for pair in pairs for proxy in pair]
+        figures = Figures([proxy.name for proxy in proxies])
+        await setting.warm_up(proxies)
+        for number in range(arguments.rounds):
+            print(f"round {number + 1} of {arguments.rounds}", flush=True)
+            for pair in pairs:
+                for proxy in pair if number % 2 == 0 else reversed(pair):
+                    await figures.measure(proxy, setting)
+        await asyncio.sleep(1.5)  # the relays report once a second
+        received = {proxy.name: proxy.received for proxy in proxies}
+    if received["beside 0.05"] < 2 * received["beside 0"]:
+        raise SystemExit("the relay of the other checkout sampled nothing, so that no comparison at rate 0.05 is one")
+    return {
+        "settings": {"rounds": arguments.rounds, "seconds": arguments.seconds, "compiled": builds != [None, None]},
+        "requests_per_second": {name: spread(values) for name, values in figures.rate.items()},
+        "cpu_us_per_request": {name: spread(values) for name, values in figures.request_cpu.items()},
+        "cpu_us_per_chunk": {name: spread(values) for name, values in figures.chunk_cpu.items()},
+        "to_beside": {ours.name: figures.to(ours.name, other.name) for ours, other in pairs},
+    }
+
+
+def table_beside(result: dict[str, Any]) -> str:
+    rounds, how = result["settings"]["rounds"], "compiled" if result["settings"]["compiled"] else "interpreted"
+    kind = "95 % interval" if rounds >= 6 else "range"  # see median_interval
+    lines = [f"both relays are {how}; {rounds} rounds; a CPU time below 1 is better, requests/s above 1"]
+    for name, figures in result["to_beside"].items():
+        for figure, ratio in figures.items():
+            if ratio is not None:
+                interval = f"{kind} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+                lines.append(f"{name} / the same of the other checkout, {figure}: {ratio['median']:.3f}, {interval}")
+    return "\n".join(lines)
+
+
+async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    costs = await sampled_cost.measure_both()
+    by_plugin = plugin_cost.lines(await plugin_cost.measure_both(), plugin_cost.message_ms())
+    compiled = compiled_build()
+    async with upstreams(arguments, folder) as setting:
+        bench, stack = setting.bench, setting.stack
         proxies = [
             await bench.hemostat(0.0, stack, compiled=compiled),
             await bench.hemostat(0.05, stack, compiled=compiled),
@@ -193,62 +309,33 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             proxies.append(await bench.hemostat(0.0, stack, name=INTERPRETED))
         if not arguments.without_litellm:
             proxies.append(await bench.litellm(install_litellm()))
-        if arguments.beside is not None:
-            other = compiled_build(arguments.beside)
-            proxies += [await bench.hemostat(rate, stack, arguments.beside, compiled=other) for rate in (0.0, 0.05)]
-        for proxy in proxies:
-            for kind, port in proxy.ports.items():
-                log = folder / f"{proxy.name.replace(' ', '-')}-{kind}.log"
-                await until_answering(port, proxy.name, log)
         names = [proxy.name for proxy in proxies]
-        rate: dict[str, list[float]] = {name: [] for name in (*names, "direct")}
-        request_cpu: dict[str, list[float]] = {name: [] for name in names}
-        chunk_cpu: dict[str, list[float]] = {name: [] for name in names}
+        figures = Figures([*names, "direct"])
         order = random.Random(1)
-        for proxy in proxies:  # warm up
-            await run_wrk(proxy.ports["json"], arguments.seconds, script)
+        await setting.warm_up(proxies)
         for number in range(arguments.rounds):
             print(f"round {number + 1} of {arguments.rounds}", flush=True)
-            rate["direct"].append((await run_wrk(bench.upstreams["json"], arguments.seconds, script)).per_second)
+            direct = await run_wrk(bench.upstreams["json"], arguments.seconds, setting.script)
+            figures.rate["direct"].append(direct.per_second)
             for proxy in order.sample(proxies, len(proxies)):
-                before = cpu_seconds(proxy.pids["json"])
-                load = await run_wrk(proxy.ports["json"], arguments.seconds, script)
-                spent = cpu_seconds(proxy.pids["json"]) - before
-                rate[proxy.name].append(load.per_second)
-                request_cpu[proxy.name].append(spent / load.requests * 1e6)
-                if "stream" not in proxy.pids:
-                    continue
-                before = cpu_seconds(proxy.pids["stream"])
-                await run_streams(proxy.ports["stream"])
-                chunk_cpu[proxy.name].append((cpu_seconds(proxy.pids["stream"]) - before) / chunks * 1e6)
+                await figures.measure(proxy, setting)
         await asyncio.sleep(1.5)  # the relays report once a second
         sampled = next(p for p in proxies if p.name == "hemostat 0.05").stats
-        received = {proxy.name: proxy.received for proxy in proxies}
-    if arguments.beside is not None and received["beside 0.05"] < 2 * received["beside 0"]:
-        raise SystemExit("the relay of the other checkout sampled nothing, so that no comparison at rate 0.05 is one")
-    to_beside = {
-        name: {
-            "requests_per_second": ratios(rate[name], rate[other]),
-            "cpu_per_request": ratios(request_cpu[name], request_cpu[other]),
-            "cpu_per_chunk": ratios(chunk_cpu[name], chunk_cpu[other]),
-        }
-        for name, other in (("hemostat 0", "beside 0"), ("hemostat 0.05", "beside 0.05"))
-        if other in rate
-    }
+    rate, request_cpu, chunk_cpu = figures.rate, figures.request_cpu, figures.chunk_cpu
     return {
         "settings": {
             "rounds": arguments.rounds,
             "seconds": arguments.seconds,
             "cores": os.cpu_count(),
-            "request_bytes": length,
-            "response_bytes": {"plain": len(answers.json_plain), "asked": len(answers.json_asked)},
-            "chunks_per_stream": len(answers.stream_plain),
+            "request_bytes": setting.request_bytes,
+            "response_bytes": {"plain": len(setting.answers.json_plain), "asked": len(setting.answers.json_asked)},
+            "chunks_per_stream": len(setting.answers.stream_plain),
             "streams_at_once": STREAMS_AT_ONCE,
             "compiled": compiled is not None,
         },
         "requests_per_second": {name: spread(values) for name, values in rate.items()},
-        "cpu_us_per_request": {name: spread(values) for name, values in request_cpu.items()},
-        "cpu_us_per_chunk": {name: spread(values) for name, values in chunk_cpu.items()},
+        "cpu_us_per_request": {name: spread(request_cpu[name]) for name in names},
+        "cpu_us_per_chunk": {name: spread(chunk_cpu[name]) for name in names},
         "sampled_answer": {
             name: asdict(cost) | {"until_queued": cost.until_queued, "total": cost.total}
             for name, cost in costs.items()
@@ -261,34 +348,18 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             figure: {name: ratios(values[name], values["nginx"]) for name in ("hemostat 0", *BARE_RELAYS)}
             for figure, values in (("requests_per_second", rate), ("cpu_per_request", request_cpu))
         },
-        "to_bare_relay": {
-            name: {
-                "requests_per_second": ratios(rate["hemostat 0"], rate[name]),
-                "cpu_per_request": ratios(request_cpu["hemostat 0"], request_cpu[name]),
-                "cpu_per_chunk": ratios(chunk_cpu["hemostat 0"], chunk_cpu[name]),
-            }
-            for name in BARE_RELAYS
-        },
+        "to_bare_relay": {name: figures.to("hemostat 0", name) for name in BARE_RELAYS},
         "to_vllm_router": {
             "requests_per_second": {name: ratios(rate[name], rate["vllm-router"]) for name in names},
             "cpu_per_request": {name: ratios(request_cpu[name], request_cpu["vllm-router"]) for name in names},
             "cpu_per_chunk": {
-                name: ratios(values, chunk_cpu["vllm-router"] if values else []) for name, values in chunk_cpu.items()
+                name: ratios(chunk_cpu[name], chunk_cpu["vllm-router"] if chunk_cpu[name] else []) for name in names
             },
         },
-        "to_interpreted": None
-        if compiled is None
-        else {
-            "requests_per_second": ratios(rate["hemostat 0"], rate[INTERPRETED]),
-            "cpu_per_request": ratios(request_cpu["hemostat 0"], request_cpu[INTERPRETED]),
-            "cpu_per_chunk": ratios(chunk_cpu["hemostat 0"], chunk_cpu[INTERPRETED]),
-        },
-        "to_beside": to_beside,
+        "to_interpreted": None if compiled is None else figures.to("hemostat 0", INTERPRETED),
         "treated": {
             f"{name} / {base}": {
-                "requests_per_second": ratios(rate[name], rate[base]),
-                "cpu_per_request": ratios(request_cpu[name], request_cpu[base]),
-                "cpu_per_chunk": ratios(chunk_cpu[name], chunk_cpu[base]),
+                **figures.to(name, base),
                 "cpu_us_per_chunk_more": spread([a - b for a, b in zip(chunk_cpu[name], chunk_cpu[base], strict=True)]),
             }
             for name, base in (("profile", "hemostat 0"), ("adapter", "hemostat 0"), ("adapter", "profile"))
@@ -353,9 +424,6 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{name}: requests/s {cell(of_router, '.2f')} × vllm-router, {cell(of_nginx, '.2f')} × nginx")
         shown = ", ".join(f"{figure} {cell(values, '.2f')}" for figure, values in result["to_bare_relay"][name].items())
         lines.append(f"hemostat 0 / {name}: {shown}")
-    for name, interval in result["to_beside"].items():
-        shown = ", ".join(f"{figure} {cell(values, '.3f')}" for figure, values in interval.items())
-        lines.append(f"{name} / the same of the other checkout: {shown}")
     for name, interval in result["treated"].items():
         lines.append(f"{name}: " + ", ".join(f"{figure} {cell(values, '.3f')}" for figure, values in interval.items()))
     return "\n".join(lines)
@@ -377,7 +445,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=int, default=3, help="of wrk, each time; it takes whole seconds")
-    parser.add_argument("--beside", type=Path, metavar="FOLDER", help="a checkout of another revision to measure, too")
+    parser.add_argument(
+        "--beside", type=Path, metavar="FOLDER", help="compare with the checkout of another revision alone"
+    )
+    parser.add_argument("--interpreted", action="store_true", help="with --beside: compile neither of the two")
     parser.add_argument("--without-litellm", action="store_true", help="do not install and measure LiteLLM's proxy")
     parser.add_argument("--without-streams", action="store_true", help="measure requests alone, as on a busy machine")
     parser.add_argument("--stream-upstream", nargs=2, metavar=("PORT", "FILE"), help=argparse.SUPPRESS)
@@ -396,10 +467,11 @@ def main() -> int:
     os.sched_setaffinity(0, cores)
     BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="hemostat-bench-") as folder:
-        result = uvloop.run(measure(arguments, Path(folder)))
-    path = BUILD / "proxy.json"
+        measured = measure if arguments.beside is None else measure_beside
+        result = uvloop.run(measured(arguments, Path(folder)))
+    path = BUILD / ("proxy.json" if arguments.beside is None else "proxy-beside.json")
     path.write_text(json.dumps(result, indent=2) + "\n")
-    print(table(result))
+    print(table(result) if arguments.beside is None else table_beside(result))
     print(f"written to {path.relative_to(ROOT)}")
     return 0
 

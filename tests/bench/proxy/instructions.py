@@ -4,16 +4,22 @@ A client's connection gets a small chat completion, the upstream's connection th
 sampled or treated. valgrind counts the instructions of the whole process for two numbers of requests; the difference
 is theirs, and does not depend on what else the machine does. Two starts differ by up to 4 %. Compiled and interpreted,
 with one engine and with four. Takes six minutes and `apt-get install valgrind`.
+
+--beside FOLDER  Another checkout, whose relay is measured, too: several starts of each, one after the other, and the
+                 ratio of this one's instructions to the other's. With one engine only.
+--starts N       Starts of each relay; 6 unless given.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import gc
 import json
 import os
 import re
 import socket
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +29,7 @@ from typing import Any, cast
 import uvloop
 from tests.bench.proxy.load import PATH, ROOT, Answers, request_body
 from tests.bench.proxy.proxies import compiled_build, observing
+from tests.support.paths import SOURCES
 
 from hemostat.interception.interceptor import Interceptor
 from hemostat.openai.conversation_key import conversation_key
@@ -80,28 +87,59 @@ async def relay(requests: int, engines: int, answer: bytes) -> None:
     os._exit(0 if answered == requests else 1)  # without the end of the process, which takes instructions, too
 
 
-def counted(requests: int, engines: int, code: Path | None, answer: Path) -> int:
+def counted(requests: int, engines: int, code: Path | None, answer: Path, checkout: Path = ROOT) -> int:
+    """code: the compiled relay of the checkout; None: its sources."""
     command = ["valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null", sys.executable]
     command += ["-m", "tests.bench.proxy.instructions", str(requests), str(engines), str(answer)]
-    paths = [str(path) for path in (code, ROOT) if path is not None]
-    environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(paths)}
-    ran = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
+    paths = [str(path) for path in ([checkout / folder for folder in SOURCES] if code is None else [code])]
+    environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join([*paths, str(checkout)])}
+    ran = subprocess.run(command, env=environment, cwd=checkout, check=True, capture_output=True, text=True)
     match = re.search(r"I *refs: *([\d,]+)", ran.stderr)
     assert match is not None, ran.stderr
     return int(match[1].replace(",", ""))
 
 
+def of_request(engines: int, code: Path | None, answer: Path, checkout: Path = ROOT) -> float:
+    """Instructions a request."""
+    many, few = (counted(requests, engines, code, answer, checkout) for requests in (MANY, FEW))
+    return (many - few) / (MANY - FEW)
+
+
+def compare(beside: Path, starts: int, answer: Path) -> None:
+    builds: dict[str, tuple[Path | None, Path | None]] = {"interpreted": (None, None)}
+    ours, other = compiled_build(), compiled_build(beside)
+    if ours is not None and other is not None:
+        builds["compiled"] = (ours, other)
+    for name, (ours, other) in builds.items():
+        pairs = [(of_request(1, ours, answer), of_request(1, other, answer, beside)) for _ in range(starts)]
+        ratios = [present / past for present, past in pairs]
+        print(
+            f"{name}: {statistics.median(pair[0] for pair in pairs):,.0f} instructions a request, the other checkout "
+            f"{statistics.median(pair[1] for pair in pairs):,.0f}; ratio {statistics.median(ratios):.3f} "
+            f"({min(ratios):.3f}-{max(ratios):.3f}) of {starts} starts",
+            flush=True,
+        )
+
+
 def main() -> int:
-    if len(sys.argv) > 1:
-        uvloop.run(relay(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]).read_bytes()))
-    built = compiled_build()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--beside", type=Path, metavar="FOLDER")
+    parser.add_argument("--starts", type=int, default=6, metavar="N")
+    parser.add_argument("run", nargs="*", help=argparse.SUPPRESS)  # requests, engines, the answer's file
+    arguments = parser.parse_args()
+    if arguments.run:
+        requests, engines, file = arguments.run
+        uvloop.run(relay(int(requests), int(engines), Path(file).read_bytes()))
     with TemporaryDirectory(prefix="hemostat-bench-") as folder:
         answer = Path(folder, "answer.json")
         answer.write_bytes(asyncio.run(Answers.make()).json_plain)
+        if arguments.beside is not None:
+            compare(arguments.beside.resolve(), arguments.starts, answer)
+            return 0
+        built = compiled_build()
         for name, code in (("interpreted", None), *((("compiled", built),) if built is not None else ())):
             for engines in (1, 4):
-                many, few = (counted(requests, engines, code, answer) for requests in (MANY, FEW))
-                print(f"{name}, {engines} engine(s): {(many - few) / (MANY - FEW):,.0f} instructions a request")
+                print(f"{name}, {engines} engine(s): {of_request(engines, code, answer):,.0f} instructions a request")
     return 0
 
 
