@@ -31,8 +31,8 @@ from hemostat.ipc.ends import OUTCOMES
 from hemostat.measurement.figures import HEADLINE
 from hemostat.metrics.catalogue import METRICS
 from hemostat.metrics.reasons import UNJUDGED
-from hemostat.openai.adapter_routes import ADAPTER_ROUTE_REFUSED
 from hemostat.openai.requests import Uncalibrated
+from hemostat.openai.routes import ADAPTER_ROUTE_REFUSED
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay.client_connection import MEMORY_EXHAUSTED
 from hemostat.relay.exchange import UPLOADS_EXHAUSTED

@@ -15,7 +15,7 @@ from tests.support.relay import Request, UpstreamConnection, answering, post, re
 from tests.support.wire import VERSION, policy
 
 from hemostat.interception.interceptor import Interceptor
-from hemostat.openai.adapter_routes import loads_adapters
+from hemostat.openai.routes import loads_adapters
 from hemostat.relay.limits import Limits
 
 REFUSED = (

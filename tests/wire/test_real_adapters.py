@@ -22,8 +22,7 @@ from tests.support.slow import slow_unless
 from tests.support.wire import VERSION, Wire, policy
 
 from hemostat.ipc.messages import REST_KIND, Policy
-from hemostat.openai.adapter_routes import loads_adapters
-from hemostat.openai.routes import CHAT, COMPLETIONS, MODELS
+from hemostat.openai.routes import CHAT, COMPLETIONS, MODELS, loads_adapters
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

@@ -1,6 +1,5 @@
 """OpenAI's chat and completions API as vLLM implements it, without IO.
 
-adapter_routes    the routes by which LoRA adapters are loaded and unloaded, which the relay refuses to clients
 complexity        finds out if a body can be read in a few milliseconds, in one pass over its bytes
 conversation_key  finds out which conversation a request belongs to from a few of its bytes
 credentials       reads what names a client in a header, however it is spelled
@@ -16,7 +15,7 @@ reading           reads a client's body into a `Request`
 recompressing     responses that the upstream compresses without being asked to
 requests          a client's request, whatever its form
 restrictions      finds out if a grammar restricts the tokens of a request, as far as its body shows
-routes            the one table of the routes that vLLM serves
+routes            the one table of the routes that vLLM serves, and those that the relay refuses to clients
 sse               server-sent events, without IO
 stripping         responses with `choices` on their way to the client
 tokens            the tokens of one response, choice by choice, and why they could not be recorded

@@ -1,10 +1,19 @@
-"""The one table of the routes that vLLM serves: what Hemostat does with each, and how metrics and traces name it."""
+"""The one table of the routes that vLLM serves: what Hemostat does with each, and how metrics and traces name it.
+
+The routes by which LoRA adapters are loaded and unloaded are not in the table: the relay refuses them to clients. vLLM
+serves them where VLLM_ALLOW_RUNTIME_LORA_UPDATING is set, which adapters of Hemostat's need: there anybody who reaches
+the port could replace an adapter, or load one from any path of the server. In vLLM 0.32
+(`entrypoints/serve/lora/api_router.py`) they are POST /v1/load_lora_adapter, POST /v1/unload_lora_adapter, and
+SageMaker's names for the two, POST /adapters and DELETE /adapters/NAME.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
 from hemostat.openai.form import Form
 
@@ -80,3 +89,26 @@ SUPPORT: Final[dict[bytes, Support]] = {route.path.encode(): route.support for r
 
 OPERATIONS: Final[dict[str, str]] = {route.path: route.operation for route in ROUTES if route.operation}
 """The path of a traced route -> its `gen_ai.operation.name`."""
+
+ADAPTER_ROUTE_REFUSED = (
+    "Adapters cannot be loaded or unloaded through Hemostat. Use the vLLM server itself, or set "
+    "upstream.allow_adapter_routes: true."
+)
+_ADAPTER_SEGMENTS = frozenset((b"load_lora_adapter", b"unload_lora_adapter", b"adapters"))
+_separator = re.compile(rb"[/\\?#]")
+_MAX_DECODED = 4
+"""The largest number of times that a target is decoded: every proxy between Hemostat and vLLM may do so once."""
+
+
+def loads_adapters(target: bytes) -> bool:
+    """Returns True if a request's target (in origin form) may reach a route by which adapters are loaded or unloaded.
+
+    The path is compared by its segments, in any place (vLLM's --root-path), any case, with percent-encoding, doubled
+    slashes, dots or a fragment: what a server or a proxy may normalize must not get around this.
+    """
+    path = target.partition(b"?")[0].partition(b"#")[0]
+    for _ in range(_MAX_DECODED):
+        if b"%" not in path:
+            break
+        path = unquote_to_bytes(path)
+    return not _ADAPTER_SEGMENTS.isdisjoint(_separator.split(path.lower()))

@@ -193,7 +193,7 @@ class ChoiceStripper(ResponseBody):
             return self._take_finishing() + scrub(event.raw, stream=True)
         self._record(parsed)
         if self._cutter is not None and parsed.choices:
-            self._cutter.learn(event.data, parsed.body.start_of("choices"))
+            self._cutter.update(event.data, parsed.body.start_of("choices"))
         usage = parsed.body.has("usage")
         if not parsed.choices:
             if parsed.body.has("error"):

@@ -13,7 +13,7 @@ from typing import Final
 from hemostat.hooks import Hook, Refusal, Rewrite
 from hemostat.ipc import ends
 from hemostat.openai import routes
-from hemostat.openai.adapter_routes import ADAPTER_ROUTE_REFUSED, loads_adapters
+from hemostat.openai.routes import ADAPTER_ROUTE_REFUSED, loads_adapters
 from hemostat.relay.client_side import ClientSide
 from hemostat.relay.context import RelayContext
 from hemostat.relay.exchange_state import (

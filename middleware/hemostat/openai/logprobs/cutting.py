@@ -80,8 +80,8 @@ class EventCutter:
     def __init__(self) -> None:
         self._start = b""
 
-    def learn(self, data: bytes, choices_start: int) -> None:
-        """Learns the form of an event from one that was parsed. data: its bytes. choices_start: where the value of its
+    def update(self, data: bytes, choices_start: int) -> None:
+        """Takes the form of events from one that was parsed. data: its bytes. choices_start: where the value of its
         `choices` begins.
         """
         begin = choices_start - _CHOICES.index(b"[")
