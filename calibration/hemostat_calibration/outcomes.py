@@ -199,7 +199,7 @@ class Trial:
         """The number of tokens at which lengths are clipped; None before it is known."""
         return self._cap
 
-    def add(self, unit: Unit) -> bool:
+    def update(self, unit: Unit) -> bool:
         """Counts one unit. Returns False, and counts nothing, if its client has too many already."""
         known = unit.client in self._clients
         share = self.settings.client_share
@@ -214,10 +214,10 @@ class Trial:
             counts = self._counts.setdefault(outcome, [TwoArms()] * GROUPS)
             counts[group] = counts[group].update(treated=unit.treated, bad=bad)
         if unit.tokens is not None:
-            self._add_length(unit.treated, group, unit.tokens)
+            self._update_length(unit.treated, group, unit.tokens)
         return True
 
-    def _add_length(self, treated: bool, group: int, tokens: float) -> None:
+    def _update_length(self, treated: bool, group: int, tokens: float) -> None:
         if self._cap is None:
             self._first.append(tokens)
             if len(self._first) == CAP_UNITS:

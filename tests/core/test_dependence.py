@@ -134,17 +134,17 @@ def test_units_of_less_than_a_cycle_give_no_estimate_and_a_new_kind_borrows_what
     guard = Guard(cycle=24.0)
     day = MIN_CYCLES * 24.0
     for at in range(240):
-        guard.note("old", b"client %d" % (at % 8), float(rng.normal()), now=0.2 * at)
+        guard.update_dependence("old", b"client %d" % (at % 8), float(rng.normal()), now=0.2 * at)
         assert not guard.is_known("old")
         assert not guard.has_seen_cycles
-    guard.note("old", b"client", float(rng.normal()), now=day)
+    guard.update_dependence("old", b"client", float(rng.normal()), now=day)
     assert guard.is_known("old")
     assert guard.has_seen_cycles
-    guard.note("new", b"client", 5.0, now=day)
+    guard.update_dependence("new", b"client", 5.0, now=day)
     assert guard.is_known("new")
     alike = Guard(cycle=24.0)
     for at in range(2 * MIN_HISTORY):
-        alike.note("alike", b"client", float(at // 20), now=float(at))
+        alike.update_dependence("alike", b"client", float(at // 20), now=float(at))
     assert not alike.is_known("alike")
     assert Guard(cycle=day).is_known("never noted")
     assert Guard(cycle=day).has_seen_cycles
@@ -162,7 +162,7 @@ def with_history(cycle_hours: float = 24.0) -> Guard:
     """A guard that knows how much the figure that is noted depends: not at all."""
     rng, guard = np.random.default_rng(0), Guard(cycle=3600.0 * cycle_hours)
     for at in range(200):
-        guard.note("kind", b"client %d" % (at % 8), float(rng.normal()), now=3600.0 * 0.5 * at)
+        guard.update_dependence("kind", b"client %d" % (at % 8), float(rng.normal()), now=3600.0 * 0.5 * at)
     guard.begin_candidate("test", {"kind": (1.0, 1.0)})
     return guard
 
@@ -202,7 +202,7 @@ def test_a_full_test_learns_how_much_its_gains_depend_until_they_span_a_cycle(mo
     before = guard.evidence("test", "kind")
     rng = np.random.default_rng(7)
     for at in range(90, 400):
-        guard.note_gain("test", "kind", float(rng.normal(0.3, 0.1)), 3600.0 * (100.0 + 0.1 * at))
+        guard.update_gain_dependence("test", "kind", float(rng.normal(0.3, 0.1)), 3600.0 * (100.0 + 0.1 * at))
     assert guard.evidence("test", "kind").units == before.units == 90
     assert guard.decide("test", "kind").action is Action.PROMOTE
 
@@ -234,7 +234,7 @@ def test_a_guard_promotes_where_it_knows_how_much_units_depend_on_each_other():
     guard.begin_candidate("test", {"kind": (1.0, 1.0)})
     for at in range(MIN_HISTORY):
         unit, client = b"%d" % at, b"client %d" % (at % 8)
-        guard.note("kind", client, float(rng.normal()))
+        guard.update_dependence("kind", client, float(rng.normal()))
         gain = float(rng.normal(0.3, 0.1))
         guard.update("test", "kind", unit, client, gain, gain, 50)
         assert guard.decide("test", "kind").action is (Action.PROMOTE if at + 1 == MIN_HISTORY else Action.WAIT)
@@ -245,4 +245,4 @@ def test_a_guard_promotes_where_it_knows_how_much_units_depend_on_each_other():
     again.forget()
     assert again.dependence("kind") is None
     with pytest.raises(InvalidArgumentError, match="finite"):
-        guard.note("kind", b"", math.nan)
+        guard.update_dependence("kind", b"", math.nan)

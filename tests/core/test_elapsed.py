@@ -142,7 +142,9 @@ def test_an_alarm_of_a_kind_does_not_end_because_the_clock_is_set(jump: float) -
 def proven(guard: Guard, begin: float, hours: int, first: int) -> bool:
     for n in range(20 * hours):
         unit, client = (first + n).to_bytes(8, "big"), b"client %d" % (n % 9)
-        guard.note("chat", client, float(np.random.default_rng(first + n).normal(0.4, 0.1)), begin + 180.0 * n)
+        guard.update_dependence(
+            "chat", client, float(np.random.default_rng(first + n).normal(0.4, 0.1)), begin + 180.0 * n
+        )
         if guard.admit("profile", "chat", unit, client) is Admission.ADMITTED:
             gain = float(np.random.default_rng(first + n + 7).normal(0.3, 0.05))
             guard.update("profile", "chat", unit, client, gain, gain, 60, now=begin + 180.0 * n)
@@ -187,18 +189,18 @@ def test_engines_are_compared_with_those_that_were_active(jump: float) -> None:
 def test_kinds_keep_their_places_where_the_clock_is_set(jump: float) -> None:
     table = KindTable(limit=1)
     for n in range(100):
-        table = table.see("chat", now=NOW + n)
+        table = table.update("chat", now=NOW + n)
     table = table.after_break(TimeBreak(NOW + 100.0 + jump, jump, anew=True))
     for n in range(30):
-        table = table.see("code", now=NOW + 100.0 + jump + n)
+        table = table.update("code", now=NOW + 100.0 + jump + n)
     assert table.followed == ("chat",)
     before = table.seen("chat")
-    assert table.see("chat", now=NOW + jump + 2.0 * DAY).seen("chat") < before, "it goes on to decay"
+    assert table.update("chat", now=NOW + jump + 2.0 * DAY).seen("chat") < before, "it goes on to decay"
 
 
 def test_a_table_that_was_stored_by_another_clock_goes_on_to_decay() -> None:
     table = KindTable(limit=1)
     for n in range(100):
-        table = table.see("chat", now=NOW + 50.0 * YEAR + n)
-    table = table.see("chat", now=NOW)
-    assert table.see("chat", now=NOW + 2.0 * DAY).seen("chat") < 60.0
+        table = table.update("chat", now=NOW + 50.0 * YEAR + n)
+    table = table.update("chat", now=NOW)
+    assert table.update("chat", now=NOW + 2.0 * DAY).seen("chat") < 60.0

@@ -149,16 +149,16 @@ def test_a_kind_that_ends_stays_in_the_closed_test_as_it_was():
     assert guard.kinds(TEST) == ("a",)
     saved = len(guard.save())
     for _ in range(300):
-        guard.add_kind(TEST, "a", 1.0)
+        guard.begin_kind(TEST, "a", 1.0)
     assert len(guard.save()) < saved, "what no running test needs is not held"
 
 
 def test_a_kind_that_appears_later_is_a_test_of_its_own():
     guard = candidate(["a"])
-    assert guard.add_kind(TEST, "b", 1.0) == 2
+    assert guard.begin_kind(TEST, "b", 1.0) == 2
     assert guard.evidence(TEST, "b").alpha == pytest.approx(0.05 / 6)
     assert count(guard, TEST, "a", gains(0, 0.06))[0].action is Action.PROMOTE
-    assert guard.add_kind(TEST, "a", 1.0) == 3, "begun anew"
+    assert guard.begin_kind(TEST, "a", 1.0) == 3, "begun anew"
     assert guard.evidence(TEST, "a").units == 0
     assert guard.candidate_tests == 3
 
@@ -175,7 +175,7 @@ def test_alpha_is_spent_over_all_tests_of_candidates():
     guard.raise_counts(10, {})
     assert guard.begin_candidate(TEST, {"a": (1.0, 1.0)}) == 81
     assert guard.begin_candidate(TEST, {}) == 81, "no alpha is spent on nothing"
-    assert guard.add_kind(TEST, "a", 1.0) == 82
+    assert guard.begin_kind(TEST, "a", 1.0) == 82
 
 
 # --- units and clients ----------------------------------------------------------------------------------------------
@@ -437,7 +437,7 @@ def busy_guard():
     count(guard, TEST, "a", gains(0, 0.06))
     guard.freeze(TEST, "a")
     guard.end_kind(TEST, "c")
-    guard.add_kind(TEST, "c", 0.7)
+    guard.begin_kind(TEST, "c", 0.7)
     for kind in ("b", "c"):
         count(guard, TEST, kind, gains(1, 0.01, n=80))
     count(guard, WATCH, "a", gains(2, 0.02, n=150))
@@ -533,6 +533,6 @@ def test_arguments():
         with pytest.raises(InvalidArgumentError, match="not under test"):
             call(TEST, "z")
     with pytest.raises(InvalidArgumentError, match="not under test"):
-        guard.add_kind("another", "a", 1.0)
+        guard.begin_kind("another", "a", 1.0)
     guard.end("another")
     guard.end_kind("another", "a")

@@ -21,7 +21,7 @@ from hemostat_calibration.statistics.kind_table import (
 def table(names: list[str], limit: int = 2) -> KindTable:
     made = KindTable(limit)
     for name in names:
-        made = made.see(name)
+        made = made.update(name)
     return made
 
 
@@ -43,10 +43,10 @@ def test_a_few_requests_take_no_place() -> None:
 def test_a_name_that_must_be_kept_does_not_lose_its_place() -> None:
     made = table(["a", "b", "b"])
     for _ in range(100):
-        made = made.see("c", keep={"a"})
+        made = made.update("c", keep={"a"})
     assert made.followed == ("a", "c")
     for _ in range(500):
-        made = made.see("d", keep={"a", "c"})
+        made = made.update("d", keep={"a", "c"})
     assert made.followed == ("a", "c")
 
 
@@ -67,7 +67,7 @@ def test_a_name_that_is_missing_or_too_long_is_not_counted(name: str) -> None:
 def test_it_is_bounded_and_never_counts_too_much(names: list[str], limit: int) -> None:
     made = KindTable(limit)
     for name in names:
-        before, made = made, made.see(name)
+        before, made = made, made.update(name)
         assert len(set(made.followed) - set(before.followed)) <= 1
         assert len(set(before.followed) - set(made.followed)) <= 1
     assert len(made.followed) <= limit
@@ -79,7 +79,7 @@ def test_it_is_bounded_and_never_counts_too_much(names: list[str], limit: int) -
 def test_a_smaller_limit_keeps_the_most_frequent() -> None:
     made = table(["a", "b", "b", "c", "c", "c"], limit=3)
     assert KindTable.load(made.save(), 2).followed == ("b", "c")
-    assert KindTable.load(made.save(), 4).see("d").followed == ("a", "b", "c", "d")
+    assert KindTable.load(made.save(), 4).update("d").followed == ("a", "b", "c", "d")
 
 
 @pytest.mark.parametrize(
@@ -115,16 +115,16 @@ def test_a_shift_of_the_traffic_changes_what_is_followed() -> None:
 def test_counts_decay_with_time_and_not_with_requests() -> None:
     made = KindTable(2)
     for _ in range(1000):
-        made = made.see("a", now=1e6)
+        made = made.update("a", now=1e6)
     assert made.seen("a") == 1000.0
-    made = made.see("b", now=1e6 + HALF_LIFE_SECONDS)
+    made = made.update("b", now=1e6 + HALF_LIFE_SECONDS)
     assert (made.seen("a"), made.seen("b"), made.total) == (500.0, 1.0, 501.0)
     assert KindTable.load(made.save(), 2) == made
-    assert made.see("b", now=0.0).seen("a") == 500.0, "a clock that goes back"
+    assert made.update("b", now=0.0).seen("a") == 500.0, "a clock that goes back"
 
 
 def test_every_request_is_counted_once_in_the_total() -> None:
     table = KindTable(limit=2)
     for n in range(3 * MAX_COUNTED):
-        table = table.see(f"kind {n}")
+        table = table.update(f"kind {n}")
     assert table.total == 3 * MAX_COUNTED

@@ -27,7 +27,7 @@ def life(seed, units, treated_rate, control_rate, *, control_fraction=0.5, lengt
         treated = bool(rng.random() >= control_fraction)
         bad = bool(rng.random() < (treated_rate if treated else control_rate))
         tokens = None if lengths is None else float(rng.gamma(2.0, 0.5 * lengths[treated]))
-        trial.add(Unit(who[rng.integers(20)], treated, {Outcome.JSON: bad}, tokens))
+        trial.update(Unit(who[rng.integers(20)], treated, {Outcome.JSON: bad}, tokens))
         if n % every == 0 and trial.harm() is not None:
             break
     return trial
@@ -76,9 +76,9 @@ def attack(trial, honest, attacker, seed=0, share=0.2, units=3000):
     for _ in range(units):
         treated = bool(rng.random() < 0.5)
         if rng.random() < share:
-            trial.add(Unit(attacker, treated, {Outcome.JSON: treated}))
+            trial.update(Unit(attacker, treated, {Outcome.JSON: treated}))
         else:
-            trial.add(Unit(honest[rng.integers(len(honest))], treated, {Outcome.JSON: bool(rng.random() < 0.3)}))
+            trial.update(Unit(honest[rng.integers(len(honest))], treated, {Outcome.JSON: bool(rng.random() < 0.3)}))
     return trial
 
 
@@ -95,7 +95,7 @@ def test_a_client_has_at_most_its_share():
     who = clients(30)
     trial = Trial(Settings(client_share=0.25), "v", 1)
     for n in range(400):
-        trial.add(Unit(who[0] if n % 10 else who[1 + n // 10 % 29], True, {}))
+        trial.update(Unit(who[0] if n % 10 else who[1 + n // 10 % 29], True, {}))
     assert trial.limits_clients
     assert trial.refused > 200
     assert trial._clients[who[0]] <= 0.25 * trial.units + 31
@@ -103,7 +103,7 @@ def test_a_client_has_at_most_its_share():
 
 def test_few_clients_are_not_limited():
     trial = Trial(Settings(), "v", 1)
-    assert all(trial.add(Unit(client, True, {})) for client in clients(3) * 50)
+    assert all(trial.update(Unit(client, True, {})) for client in clients(3) * 50)
     assert not trial.limits_clients
 
 
@@ -111,17 +111,17 @@ def test_a_burst_of_one_client_decides_nothing_at_the_beginning():
     """It knows its arm by the answers, so that all treated ones can be bad and all control ones good."""
     trial = Trial(Settings(), "v", 1)
     for n in range(MIN_UNITS_OF_FEW_CLIENTS - 1):
-        trial.add(Unit(b"one client", n % 2 == 0, {Outcome.JSON: n % 2 == 0}))
+        trial.update(Unit(b"one client", n % 2 == 0, {Outcome.JSON: n % 2 == 0}))
         assert trial.harm() is None
         assert trial.readings()[0].evidence == 0.0
-    trial.add(Unit(b"one client", True, {Outcome.JSON: True}))
+    trial.update(Unit(b"one client", True, {Outcome.JSON: True}))
     assert trial.harm() is not None, "the evidence was there before"
 
 
 def test_memory_is_bounded():
     trial = Trial(Settings(), "v", 1)
     for n in range(1000):
-        trial.add(Unit(n.to_bytes(8, "little"), bool(n % 2), dict.fromkeys(Outcome, bool(n % 3)), 1e6 + n))
+        trial.update(Unit(n.to_bytes(8, "little"), bool(n % 2), dict.fromkeys(Outcome, bool(n % 3)), 1e6 + n))
     assert trial.clients == MAX_CLIENTS
     assert len(json.dumps(trial.save())) < 15_000
 
@@ -140,7 +140,7 @@ def test_a_restart_changes_nothing(units, at):
         if n == at:
             part = Trial.load(json.loads(json.dumps(part.save())), part.settings)
         unit = Unit(client, treated, {Outcome.CUT: bad}, tokens)
-        assert whole.add(unit) == part.add(unit)
+        assert whole.update(unit) == part.update(unit)
     assert part.save() == whole.save()
     assert (part.harm() is None) == (whole.harm() is None)
 

@@ -29,7 +29,7 @@ def test_turns_whose_beginning_changes_are_one_conversation(answer_tokens: int, 
         prompt = np.concatenate([text(random, 6), *history[max(turn - 1, 0) if dropped else 0 :]])
         conversations.append(known.conversation(prompt, b"%d" % turn))
         answer = text(random, answer_tokens)
-        known.add(prompt, answer, conversations[-1])
+        known.update(prompt, answer, conversations[-1])
         history += [np.concatenate([answer, text(random, 40)])]
     assert set(conversations) == {b"0"}
 
@@ -41,7 +41,7 @@ def test_variants_of_a_template_are_conversations_of_their_own() -> None:
     for number in range(20):
         prompt = np.concatenate([beginning, text(random, 3), end])
         assert known.conversation(prompt, b"%d" % number) == b"%d" % number
-        known.add(prompt, answer, b"%d" % number)
+        known.update(prompt, answer, b"%d" % number)
 
 
 def test_what_several_conversations_have_in_common_names_none_of_them() -> None:
@@ -53,7 +53,7 @@ def test_what_several_conversations_have_in_common_names_none_of_them() -> None:
         for _ in range(3):
             prompt, answer = np.concatenate([*history, end]), np.concatenate([call, text(random, 9)])
             assert known.conversation(prompt, own) == own
-            known.add(prompt, answer, own)
+            known.update(prompt, answer, own)
             history += [end, answer, text(random, 30)]
 
 
@@ -61,11 +61,11 @@ def test_less_than_a_window_is_not_remembered_and_memory_is_bounded(monkeypatch:
     monkeypatch.setattr(continuations, "MAX_REQUESTS", 8)
     random, known = np.random.default_rng(2), Continuations(b"key")
     short, answer = text(random, WINDOW - ANSWER - 1), text(random, ANSWER)
-    known.add(short, answer, b"short")
+    known.update(short, answer, b"short")
     assert known.conversation(np.concatenate([short, answer, short]), b"own") == b"own"
     asked = [(text(random, 40), text(random, 20)) for _ in range(12)]
     for number, (prompt, output) in enumerate(asked):
-        known.add(prompt, output, b"%d" % number)
+        known.update(prompt, output, b"%d" % number)
     conversations = [known.conversation(np.concatenate(both), b"own") for both in asked]
     assert conversations[0] == b"own"
     assert conversations[-1] == b"11"

@@ -28,10 +28,10 @@ from hemostat_calibration.alarm.alarm import (
     AlarmTest,
     Observation,
     Settings,
-    count,
     init,
     rebase,
     update,
+    update_workload,
     with_settings,
 )
 from hemostat_calibration.alarm.baseline import Baseline, RequestSpread, fit_baseline, request_spread
@@ -60,7 +60,6 @@ __all__ = [
     "Workload",
     "after_break",
     "begun_tests",
-    "count",
     "fit_baseline",
     "init",
     "kind_readings",
@@ -72,6 +71,7 @@ __all__ = [
     "save",
     "spread",
     "update",
+    "update_workload",
     "weighted_spread_ratio",
     "with_settings",
 ]

@@ -331,11 +331,11 @@ def _change_with(running: RunningTest | None, settings: Settings) -> RunningTest
     return replace(running, test=ChangeTest(settings.change_alpha, settings.tolerance, wealth))
 
 
-def count(alarm: Alarm, kind: str, now: float) -> Alarm:
+def update_workload(alarm: Alarm, kind: str, now: float) -> Alarm:
     """Returns the alarm with one more scored request of another model, such as an adapter: it counts in the mix of
     kinds, and in no test. now: seconds.
 
-    >>> alarm = count(init(Settings(baseline_requests=30)), "chat", now=0.0)
+    >>> alarm = update_workload(init(Settings(baseline_requests=30)), "chat", now=0.0)
     >>> dict(alarm.workload.baseline), alarm.kinds
     ({'chat': 1}, {})
     """

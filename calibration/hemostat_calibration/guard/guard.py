@@ -13,8 +13,8 @@ end. Units must be of the held-out side of the split.
   back as *no longer supported* at the end of a window of so many units, unless by then the evidence of this window that
   its gain is above 0 has reached 1/alpha.
 - Units may depend on each other: all evidence is raised to the power 1/v̂, with the variance inflation v̂ of their
-  sums, which comes from what is known of the kind outside the tests (`Guard.note`), and for a candidate from
-  its gains, too: the larger one. A candidate is not promoted before there are enough units to know it, over
+  sums, which comes from what is known of the kind outside the tests (`Guard.update_dependence`), and for a candidate
+  from its gains, too: the larger one. A candidate is not promoted before there are enough units to know it, over
   `MIN_CYCLES` of the traffic (`statistics.dependence`): of the kind, or of all kinds together. Then the larger v̂ of
   both counts, until the v̂ of the kind is known.
 - The gains of a candidate may depend on each other where the figure that is noted does not. So they have to span a
@@ -122,8 +122,8 @@ class Guard:
 
     # --- how much units depend on each other -----------------------------------------------------------------------
 
-    def note(self, kind: str, client: bytes, figure: float, now: float = 0.0) -> None:
-        """Notes a unit of a kind, whether it is judged by or not: its client's digest, a figure of it that no profile
+    def update_dependence(self, kind: str, client: bytes, figure: float, now: float = 0.0) -> None:
+        """Takes a unit of a kind, whether it is judged by or not: its client's digest, a figure of it that no profile
         has changed, and its time, seconds. How much these depend on each other (v̂ of `statistics.dependence`) is the
         least that is taken for the gains. Nothing is promoted in a kind before v̂ is known there, or for all kinds;
         without any note units count as independent unless their gains show otherwise. Raises InvalidArgumentError
@@ -197,8 +197,8 @@ class Guard:
         self._state.tests[name] = tests
         return number
 
-    def add_kind(self, name: str, kind: str, width: float, figure: Figure = Figure.NATS) -> int:
-        """Adds a kind that appeared later, or begins it anew since what serves there has changed. Returns its number:
+    def begin_kind(self, name: str, kind: str, width: float, figure: Figure = Figure.NATS) -> int:
+        """Begins a kind that appeared later, or begins it anew since what serves there has changed. Returns its number:
         it is a test of its own. Raises InvalidArgumentError if there is no test of that name, or width is not above
         0."""
         if name not in self._state.tests:
@@ -313,11 +313,11 @@ class Guard:
         if test.role is Role.SERVING and not test.supported:
             test.supported = test.reaches(-math.log(self._alpha), lambda: self._inflation(kind, test))
 
-    def note_gain(self, name: str, kind: str, lower: float, now: float) -> None:
-        """Notes the gain (lower end) of a unit that a candidate's test is too full to count: how much gains depend on
+    def update_gain_dependence(self, name: str, kind: str, lower: float, now: float) -> None:
+        """Takes the gain (lower end) of a unit that a candidate's test is too full to count: how much gains depend on
         each other is estimated from it, too. now: see `update`. Raises InvalidArgumentError for what is not under
         test."""
-        self._test(name, kind).note(lower, now, self._longest_gap)
+        self._test(name, kind).update_dependence(lower, now, self._longest_gap)
 
     def spans_cycle(self, name: str, kind: str) -> bool:
         """Returns True if the gains of a candidate's test span a cycle: before that it is not promoted there. Raises

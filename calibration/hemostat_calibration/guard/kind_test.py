@@ -146,8 +146,8 @@ class KindTest:
         result = float((batches.inflation_of_sums(self.units) if in_cycles else batches.inflation())[0])
         return result if math.isfinite(result) else 1.0
 
-    def note(self, gain: float, now: float, longest_gap: float) -> None:
-        """Notes a gain of the kind, whether it counts or not (`MAX_UNITS`), for its variance inflation. now: its time,
+    def update_dependence(self, gain: float, now: float, longest_gap: float) -> None:
+        """Takes a gain of the kind, whether it counts or not (`MAX_UNITS`), for its variance inflation. now: its time,
         seconds. longest_gap: what is counted at most of the time since the last one; where the clock has jumped, the
         time begins anew."""
         if self.last > 0.0:
@@ -203,8 +203,8 @@ class KindTest:
         now: float = 0.0,
         longest_gap: float = math.inf,
     ) -> None:
-        """Counts one unit. kl_gain, now: see `Guard.update`. longest_gap: see `note`. Raises InvalidArgumentError for a
-        gain outside of ±width or of another figure, or a unit that has counted."""
+        """Counts one unit. kl_gain, now: see `Guard.update`. longest_gap: see `update_dependence`. Raises
+        InvalidArgumentError for a gain outside of ±width or of another figure, or a unit that has counted."""
         width = self.width
         self._require(Figure.NATS if kl_gain is None else Figure.TOTAL_VARIATION)
         if kl_gain is not None and math.isnan(kl_gain):
@@ -232,7 +232,7 @@ class KindTest:
             loss = _within_one(-upper / width)
             self.harm.update(client, loss, loss * min(tokens / self.token_cap, 1.0))
         else:
-            self.note(lower, now, longest_gap)
+            self.update_dependence(lower, now, longest_gap)
         sums = self.sums[place]
         sums[GAIN_TOKENS] += shown * tokens
         sums[TOKENS] += tokens

@@ -61,7 +61,7 @@ class Continuations:
                 return known
         return own
 
-    def add(self, prompt: Ids, output: Ids, conversation: bytes) -> None:
+    def update(self, prompt: Ids, output: Ids, conversation: bytes) -> None:
         """Adds a request of this conversation, which is not empty. prompt, output: int32 [P], [T]. Nothing is
         remembered of less than a window."""
         window = np.concatenate([prompt[-WINDOW:], output[:ANSWER]])[-WINDOW:]

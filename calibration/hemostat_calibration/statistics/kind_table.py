@@ -44,11 +44,11 @@ class KindTable:
 
     >>> table = KindTable(limit=2)
     >>> for name in ["chat", "code", "json"]:
-    ...     table = table.see(name)
+    ...     table = table.update(name)
     >>> table.followed
     ('chat', 'code')
     >>> for _ in range(60):
-    ...     table = table.see("json").see("code")
+    ...     table = table.update("json").update("code")
     >>> table.followed
     ('code', 'json')
     """
@@ -76,7 +76,7 @@ class KindTable:
         """The number of requests of all kinds so far, decayed."""
         return sum(most for most, _ in self.counts.values())
 
-    def see(self, name: str, keep: Collection[str] = (), now: float = 0.0) -> KindTable:
+    def update(self, name: str, keep: Collection[str] = (), now: float = 0.0) -> KindTable:
         """Returns the table after a request of this kind. The result follows at most one name that this table did not,
         and lost at most one.
 

@@ -146,7 +146,7 @@ class Alarms:
         """
         now, kind = self._wall(), record.kind or REST_KIND
         if record.adapter is not None:
-            self._state = alarm.count(self._state, kind, now)
+            self._state = alarm.update_workload(self._state, kind, now)
             return
         observation = alarm.Observation(now, figures.kl_rc, alarm.spread(record), pooled=kind == REST_KIND)
         begun = _begun(self._state)

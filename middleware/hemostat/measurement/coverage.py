@@ -67,7 +67,7 @@ class Coverage:
         self._by_reason.setdefault((outcome, reason), Tally()).update(requests, unknown, tokens)
         name = UNREAD_KIND
         if kind:
-            self._table = self._table.see(kind, now=self._clock())
+            self._table = self._table.update(kind, now=self._clock())
             name = kind if kind in self._table else REST_KIND
         tallies = self._by_kind.pop(name, None) or {outcome: Tally() for outcome in OUTCOMES}
         self._by_kind[name] = tallies

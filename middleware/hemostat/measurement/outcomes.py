@@ -125,7 +125,7 @@ class Outcomes:
             self._spent.spend({kind: state.number})
         bad = {Outcome(name): value for name, value in report.bad.items() if name in _OUTCOMES}
         unit = Unit(report.client, report.treated, bad, report.output_tokens)
-        if not state.trial.add(unit):
+        if not state.trial.update(unit):
             return
         state.changed = True
 

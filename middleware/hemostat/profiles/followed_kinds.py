@@ -35,7 +35,7 @@ class FollowedKinds:
     def see(self, kind: str) -> str:
         """Counts one request, and returns what its kind is called from here on: its own name, or the rest's."""
         if kind not in (REST_KIND, REST_GRAMMAR_KIND):
-            before, self.table = self.table, self.table.see(kind, self._keep(), self._wall())
+            before, self.table = self.table, self.table.update(kind, self._keep(), self._wall())
             if self.table.followed != before.followed:
                 for evicted in set(before.followed).difference(self.table.followed):
                     self.on_evicted(evicted)

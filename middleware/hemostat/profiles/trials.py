@@ -320,7 +320,9 @@ class Trials:
         for candidate in self._queue:
             if self.has_begun(candidate) and self.is_wanted(candidate, kind):
                 figure = self.figure(candidate.version, state.version)
-                self.guard.add_kind(candidate.test.stored, kind, self._width(candidate.version, state.version), figure)
+                self.guard.begin_kind(
+                    candidate.test.stored, kind, self._width(candidate.version, state.version), figure
+                )
                 self._note_begun()
         self._arrange()
 
@@ -397,7 +399,7 @@ class Trials:
         and when, in seconds."""
         known = divergences[np.isfinite(divergences)]
         if len(known):
-            self.guard.note(kind, client, float(np.minimum(known, MAX_NOTED_NATS).mean()), now)
+            self.guard.update_dependence(kind, client, float(np.minimum(known, MAX_NOTED_NATS).mean()), now)
 
     def admit(self, test: GuardKey, unit: HeldOutUnit) -> Admission:
         """Returns the decision whether the unit may count in this test; it is asked before anything is known of its
@@ -416,7 +418,7 @@ class Trials:
     def note_gain(self, test: GuardKey, unit: HeldOutUnit, gain: UnitGain) -> None:
         """Notes a unit that the test is too full to count: how much gains depend on each other is estimated from it,
         too."""
-        self.guard.note_gain(test.stored, unit.kind, gain.lower, unit.time)
+        self.guard.update_gain_dependence(test.stored, unit.kind, gain.lower, unit.time)
 
     def oppose(self, test: GuardKey, unit: HeldOutUnit, gain: UnitGain) -> None:
         """Notes a unit that a candidate's test has refused for its client's share: it can only prevent a promotion."""

@@ -37,7 +37,7 @@ class SeenUnits:
             return True
         conversation = self._continuations.conversation(prompt, record.conversation)
         if not record.partial:  # else its first output ids are not those that follow the prompt
-            self._continuations.add(prompt, record.output_ids, conversation)
+            self._continuations.update(prompt, record.output_ids, conversation)
         key = conversation, record.kind
         if key in self._seen:
             return False

@@ -69,7 +69,7 @@ def promoted(rng: np.random.Generator, clock: Clock, days: float = LIFE_DAYS) ->
         if time_break is not None:
             guard.after_break(time_break)
         unit, gain = n.to_bytes(8, "big"), min(max(noise[n] + (0.3 if is_day(passed) else -0.3), -1.0), 1.0)
-        guard.note("chat", clients[n], figures[n], now)
+        guard.update_dependence("chat", clients[n], figures[n], now)
         if guard.admit("profile", "chat", unit, clients[n]) is Admission.ADMITTED:
             guard.update("profile", "chat", unit, clients[n], gain, gain, 60, now=now)
             if n % 5 == 0 and guard.decide("profile", "chat").action is Action.PROMOTE:

@@ -195,7 +195,7 @@ def stopping(lives: int, rng: np.random.Generator) -> Iterator[Row]:
             if at % 40 == 39:
                 result = guard.evidence(TEST, unit.kind)
                 if result.units > 30 and result.log_e < -1.0:
-                    guard.add_kind(TEST, unit.kind, WIDTH)
+                    guard.begin_kind(TEST, unit.kind, WIDTH)
             if at % 300 == 299:
                 guard = Guard.load(guard.save(), 0.05, 0.25)
         promoted += wrong

@@ -179,7 +179,7 @@ def lengths(lives: int, rng: np.random.Generator) -> Iterator[Row]:
             treated = rng.random(UNITS) < 0.5
             tokens = rng.gamma(2.0, 50.0, UNITS) * np.where(treated, change, 1.0)
             for n in range(UNITS):
-                trial.add(Unit(bytes([n % 20]), bool(treated[n]), {}, float(tokens[n])))
+                trial.update(Unit(bytes([n % 20]), bool(treated[n]), {}, float(tokens[n])))
                 harm = trial.harm() if n % 20 == 19 else None
                 if harm is not None and harm.outcome == LENGTH:
                     after = n + 1.0
@@ -204,7 +204,7 @@ def agreement(lives: int, rng: np.random.Generator) -> Row:
         # No unit is refused here: `decided` knows no shares of clients.
         trial, after = Trial(Settings(client_share=1.0), "v", 1), math.inf
         for n in range(600):
-            trial.add(Unit(bytes([int(group[0, n])]), bool(treated[0, n]), {Outcome.JSON: bool(bad[0, n])}))
+            trial.update(Unit(bytes([int(group[0, n])]), bool(treated[0, n]), {Outcome.JSON: bool(bad[0, n])}))
             if n % 10 == 9 and trial.harm() is not None:
                 after = n + 1.0
                 break

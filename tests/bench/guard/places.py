@@ -55,12 +55,12 @@ def days_until_followed(share: float, rng: np.random.Generator) -> float:
     now = 0.0
     for kind in rng.choice(KINDS, MONTHS * UNITS_PER_DAY, p=shares).tolist():
         now += DAY / UNITS_PER_DAY
-        table = table.see(f"kind {kind}", now=now)
+        table = table.update(f"kind {kind}", now=now)
     began = now
     mixed = np.append((1.0 - share) * shares, share)
     for kind in rng.choice(KINDS + 1, 40 * UNITS_PER_DAY, p=mixed).tolist():
         now += DAY / UNITS_PER_DAY
-        table = table.see(f"kind {kind}", now=now)
+        table = table.update(f"kind {kind}", now=now)
         if f"kind {KINDS}" in table:
             return (now - began) / DAY
     return float("inf")
@@ -70,6 +70,6 @@ def handed_over(rng: np.random.Generator) -> int:
     """How often a place changes hands in a month, after a month."""
     table, changes = KindTable(PLACES), 0
     for n, kind in enumerate(rng.integers(0, PLACES + 6, 60 * UNITS_PER_DAY).tolist()):
-        before, table = table, table.see(f"kind {kind}", now=n * DAY / UNITS_PER_DAY)
+        before, table = table, table.update(f"kind {kind}", now=n * DAY / UNITS_PER_DAY)
         changes += n > 30 * UNITS_PER_DAY and table.followed != before.followed
     return changes

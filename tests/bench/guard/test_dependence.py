@@ -60,7 +60,7 @@ def test_the_worlds_decide_as_the_guard_does(mean):
         guard.begin_candidate("test", {"kind": (1.0, 1.0)})
         for at in range(len(stream.gains)):
             client = b"client %d" % stream.clients[at, life]
-            guard.note("kind", client, float(stream.figure[at, life]), now=float(at))
+            guard.update_dependence("kind", client, float(stream.figure[at, life]), now=float(at))
             if at < worlds.HISTORY or at % worlds.HELD_OUT:
                 continue
             gain = float(np.clip(stream.gains[at, life], -1.0, 1.0))

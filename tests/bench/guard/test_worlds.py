@@ -66,13 +66,13 @@ def test_a_loss_would_be_hidden_by_an_earlier_gain_if_the_evidence_did_not_begin
 def test_an_adapter_would_be_replaced_on_gains_over_identity_if_tests_went_on(monkeypatch):
     """A test that goes on when what serves changes, and adds up nats and total variation."""
 
-    def add_kind(guard, name, kind, width, figure):
+    def begin_kind(guard, name, kind, width, figure):
         if kind not in guard.kinds(name):
             return begin(guard, name, kind, width, figure)
         return guard.candidate_tests
 
-    begin = Guard.add_kind
-    monkeypatch.setattr(Guard, "add_kind", add_kind)
+    begin = Guard.begin_kind
+    monkeypatch.setattr(Guard, "begin_kind", begin_kind)
     monkeypatch.setattr(KindTest, "_require", lambda test, figure: None)
     assert not adapters.switching(20, np.random.default_rng(0)).holds
 

@@ -83,7 +83,7 @@ def turned(lives: int, rng: np.random.Generator) -> Row:
     for _ in range(lives):
         guard = Guard()
         for figure, client in zip(normal(rng, 0.0, 1000), draw_clients(rng, 1000), strict=True):
-            guard.note("A", client, float(figure))
+            guard.update_dependence("A", client, float(figure))
         guard.begin_watch(WATCH, "A", WIDTH, window=MIN_WINDOW)
         stream = units(rng, ["A"] * 1300, np.concatenate([normal(rng, 0.27, 300), normal(rng, -0.1, 1000)]))
         needed.append(next((at - 299.0 for at, unit in enumerate(stream) if decided(guard, WATCH, unit)), np.inf))
