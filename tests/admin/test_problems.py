@@ -27,7 +27,7 @@ from hemostat.admin import problem_sources
 from hemostat.admin.alerts import ALERTS
 from hemostat.admin.recent import LONG_SECONDS, LOST_SECONDS, MINUTE_SECONDS
 from hemostat.control.composition import Control
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.messages import RankReport
 from hemostat.engines.reports import SILENCE_SECONDS
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, EngineHealth, Stats, encode
 from hemostat.metrics.reasons import Unscored
@@ -339,7 +339,7 @@ async def test_a_profile_that_failed_is_a_problem_until_its_engine_is_started_ag
             return [(problem.alert, problem.text) for problem in plane.one.problems.look().problems]
 
         def report(boot: str, **counters: int) -> None:
-            last = EngineReport(boot, 0, 1, [], 30, counters, "v1", "0", plugin=__version__)
+            last = RankReport(boot, 0, 1, [], 30, counters, "v1", "0", plugin=__version__)
             plane.one.engines.reports.update(last, plane.now)
 
         report("a", profiles_failed=0, profiles_refused=2)
@@ -357,7 +357,7 @@ async def test_a_plugin_whose_version_does_not_fit_is_a_problem_until_its_engine
     async with bench(tmp_path) as plane:
 
         def report(boot: str, version: str) -> None:
-            last = EngineReport(boot, 0, 1, [], 30, {}, "v1", "0", plugin=version)
+            last = RankReport(boot, 0, 1, [], 30, {}, "v1", "0", plugin=version)
             plane.one.engines.reports.update(last, plane.now)
 
         def found() -> list[str]:

@@ -17,7 +17,7 @@ from hemostat.canaries.engine import STATES_KEY
 from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS
 from hemostat.canaries.replay import FIRST_SECONDS
 from hemostat.canaries.sets import MAX_SETS, Sets
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.messages import RankReport
 from hemostat.metrics import names
 from hemostat_calibration import canary_cause
 from hemostat_calibration.canaries import MIN_SEQUENCES, Canary, CanarySet, Origin
@@ -98,7 +98,7 @@ async def test_an_engine_that_comes_back_or_is_started_again_is_asked_at_once(tm
         assert bench.asked() == [SEQUENCES]
 
         def report(boot: str, weights: str) -> None:
-            bench.registry.update(EngineReport(boot, 0, 1, [], 512, {}, "v1", "0.32.0", weights=weights), bench.now)
+            bench.registry.update(RankReport(boot, 0, 1, [], 512, {}, "v1", "0.32.0", weights=weights), bench.now)
 
         report("a", "1" * 32)
         await bench.settle(1)
@@ -116,9 +116,9 @@ async def test_a_replay_waits_for_low_load_and_for_the_budget(tmp_path: Path, mo
         bench.now += HOUR_SECONDS
         bench.outstanding[bench.names[0]] = 40
         # The average of an hour, in which there was nothing until now, is taken as it was before.
-        bench.canaries.known.current[bench.names[0]].pace.update(0)
+        bench.canaries.states.current[bench.names[0]].pace.update(0)
         bench.canaries.step()
-        engine = bench.canaries.known.current[bench.names[0]]
+        engine = bench.canaries.states.current[bench.names[0]]
         await asyncio.sleep(0.1)
         assert not engine.idle
         assert bench.asked() == [0]
@@ -273,7 +273,7 @@ async def test_the_cause_is_looked_for_once_within_the_budget_and_is_in_the_stat
     async with world(tmp_path, *fakes, prompts=prompts) as bench:
         await bench.settle(FIRST_SECONDS)
         assert sorted(looked_for()) == [0, canary_cause.REPLAYS]
-        pace = bench.canaries.known.current[bench.names[1]].pace
+        pace = bench.canaries.states.current[bench.names[1]].pace
         needed = 2 * bench.canaries.sets.base.tokens  # type: ignore[union-attr]
         fakes[1].noise = 0.3
         bench.now += HOUR_SECONDS

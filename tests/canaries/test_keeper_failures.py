@@ -19,7 +19,7 @@ from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS
 from hemostat.canaries.replay import FIRST_SECONDS
 from hemostat.canaries.schedule import RETRY_SECONDS
 from hemostat.canaries.sets import BLOB_KEY
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.messages import RankReport
 from hemostat.metrics import names
 from hemostat.reference.pair import ReferenceState
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ScoreRequest
@@ -33,7 +33,7 @@ async def test_a_replay_that_fails_costs_what_was_sent(tmp_path: Path) -> None:
     fake = FakeVllm()
     async with world(tmp_path, fake) as bench:
         await bench.settle(FIRST_SECONDS)
-        pace, base = bench.canaries.known.current[bench.names[0]].pace, bench.canaries.sets.base
+        pace, base = bench.canaries.states.current[bench.names[0]].pace, bench.canaries.sets.base
         assert base is not None
         bench.now += HOUR_SECONDS
         assert pace.left() == BUDGET_TOKENS
@@ -51,7 +51,7 @@ async def test_a_baseline_of_two_models_is_dropped(
 
         def report(boot: str) -> None:
             bench.now += 60  # the former process is silent
-            bench.registry.update(EngineReport(boot, 0, 1, [], 512, {}, "v1", "0.32.0", weights=boot * 32), bench.now)
+            bench.registry.update(RankReport(boot, 0, 1, [], 512, {}, "v1", "0.32.0", weights=boot * 32), bench.now)
 
         async def replace_after(self: client.CanaryClient, canaries: Any) -> Any:
             values = await plain(self, canaries)
@@ -90,7 +90,7 @@ async def test_an_engine_that_cannot_be_asked_is_counted_and_asked_again_later_a
         await bench.settle(FIRST_SECONDS)
         for number, (name, (value, text)) in enumerate(faults.items(), 1):
             bench.asked()
-            http = bench.canaries.known.current[bench.names[0]]._server._client
+            http = bench.canaries.states.current[bench.names[0]]._server._client
             if name == "hang":
                 http.timeout = 0.2  # type: ignore[assignment]
             setattr(fakes[0], name, value)

@@ -56,11 +56,11 @@ async def test_nothing_is_asked_before_what_it_costs_is_stored(tmp_path: Path, m
         with monkeypatch.context() as away:
             away.setattr(DirectWrites, "has_written", lambda *_: False)
             first.canaries.step()
-            await until(lambda: first.canaries.known.current[first.names[0]].pace.left() == 0)
+            await until(lambda: first.canaries.states.current[first.names[0]].pace.left() == 0)
             await asyncio.sleep(0.1)
             assert first.asked() == [0], "the store is away"
             killed = first.again()
-            for engine in first.canaries.known.current.values():
+            for engine in first.canaries.states.current.values():
                 assert engine.task is not None
                 engine.task.cancel()
         async with control_process(killed, first.now + 60.0) as bench:

@@ -18,7 +18,7 @@ from tests.support.lora_world import FakeCopy, adapter, hurry
 from tests.support.waiting import until
 
 from hemostat.control.composition import Control
-from hemostat.engines.messages import EngineReport, LoraState
+from hemostat.engines.messages import LoraState, RankReport
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.profiles.persistence import SERVING_KEY, StoredServing
@@ -102,7 +102,7 @@ async def successor(
             async def reports() -> None:
                 while True:
                     state = LoraState(lora.slots, lora.max_rank, lora.grouped, len(lora.loaded), lora.was_full)
-                    report = EngineReport(boot, 0, 1, [], VOCAB, {}, "v1", "0.32.0", adapters=lora.loaded, lora=state)
+                    report = RankReport(boot, 0, 1, [], VOCAB, {}, "v1", "0.32.0", adapters=lora.loaded, lora=state)
                     plane.engines.reports.update(report, time.monotonic())
                     await asyncio.sleep(0.01)
 

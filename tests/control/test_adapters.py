@@ -33,7 +33,7 @@ from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.config.schema import Adapter
 from hemostat.control import composition
 from hemostat.control.composition import Control
-from hemostat.engines.messages import EngineReport, LoraState
+from hemostat.engines.messages import LoraState, RankReport
 from hemostat.ipc.messages import REST_KIND, Capture, Policy
 from hemostat.reference.references import References
 from hemostat_calibration.adapters.factors import LowRank
@@ -100,7 +100,7 @@ class World:
                     self.engine.layers[version] = adapter_layers(profile)
                     lora.resolves[version] = max_rank(profile)
             state = LoraState(lora.slots, lora.max_rank, lora.grouped, len(lora.loaded), lora.was_full)
-            report = EngineReport(self.boot, 0, 1, held, V, {}, "v1", "0.32.0", adapters=lora.loaded, lora=state)
+            report = RankReport(self.boot, 0, 1, held, V, {}, "v1", "0.32.0", adapters=lora.loaded, lora=state)
             held = self.one.engines.reports.update(report, time.monotonic())
             await asyncio.sleep(0.02)
 

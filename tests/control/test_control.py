@@ -23,7 +23,7 @@ from tests.support.waiting import HANG_SECONDS, until
 from hemostat.config.schema import Settings
 from hemostat.control import composition, operator_actions, ownership
 from hemostat.control.composition import Control
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.messages import RankReport
 from hemostat.ipc.messages import Policy, Stats
 from hemostat.profiles.serving import ServedModel
 from hemostat.reference import monitor
@@ -517,7 +517,7 @@ async def test_relays_ask_for_adapters_only_once_every_engine_can_serve_them(
         plane.profile_manager.serving.max_adapters = 1  # the engine has a slot
         version = plane.profile_manager.operator.import_profile(adapter(vocabulary=30))
         plane.profile_manager.operator.promote(version)
-        report = EngineReport("boot", 0, 1, [version], 30, {}, "v1", "0")
+        report = RankReport("boot", 0, 1, [version], 30, {}, "v1", "0")
         plane.engines.reports.update(report, time.monotonic())
         plane.policy.publish()
         # The logits processor holds it, which says nothing of its weights.
@@ -529,6 +529,6 @@ async def test_relays_ask_for_adapters_only_once_every_engine_can_serve_them(
         assert told[-1].adapters == {version}
         assert told[-1].acknowledged == {version}
         assert set(told[-1].serving_by_kind.values()) == {version}
-        plane.engines.reports.update(EngineReport("anew", 0, 1, [], 30, {}, "v1", "0"), time.monotonic())
+        plane.engines.reports.update(RankReport("anew", 0, 1, [], 30, {}, "v1", "0"), time.monotonic())
         plane.policy.publish()
         assert told[-1].adapters == {version}

@@ -12,7 +12,7 @@ from tests.support.samples import values
 from tests.support.served_models import pair, served_models
 from tests.support.waiting import until
 
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.messages import RankReport
 from hemostat.ipc.messages import SampledCount, SampledCounts, encode
 from hemostat.metrics import names
 from hemostat_calibration.reasoning import Markers, Thinking
@@ -64,7 +64,7 @@ async def test_requests_under_a_grammar_are_scored_where_engines_say_what_is_all
     async with control(tmp_path) as plane:
         plane.monitor.served = served_models(pair("m", info=replace(INFO, full_vocabulary=full)))
         assert not plane.policy._policy(plane._clock()).grammars, "no plugin reports"
-        plane.engines.reports.update(EngineReport("boot", 0, 1, [], 512, {}, "v1", "0.32.0", sets=sets), plane._clock())
+        plane.engines.reports.update(RankReport("boot", 0, 1, [], 512, {}, "v1", "0.32.0", sets=sets), plane._clock())
         result = plane.policy._policy(plane._clock())
         assert (result.tap, result.grammars) == (True, sets and full)
 

@@ -19,7 +19,7 @@ from tests.support.stores import put, stored
 from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
 from hemostat.control.stored_state import MODELS_KEY
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.messages import RankReport
 from hemostat.engines.reports import SILENCE_SECONDS
 from hemostat.store.protocol import SetState
 
@@ -48,7 +48,7 @@ class Life:
         self.now += SILENCE_SECONDS + 1.0
         for boot, weights in engines.items():
             self.one.engines.reports.update(
-                EngineReport(boot, 0, 1, [], 30, {}, "v1", "0", model=support.MODEL, weights=weights), self.now
+                RankReport(boot, 0, 1, [], 30, {}, "v1", "0", model=support.MODEL, weights=weights), self.now
             )
         self.one.do_periodic()
 

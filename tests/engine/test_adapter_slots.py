@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat.engines.messages import EngineReport, LoraState
+from hemostat.engines.messages import LoraState, RankReport
 from hemostat_engine.adapters.slots import WARM_UP_PATH, SlotKeeper
 from hemostat_engine.adapters.state import AdapterState
 
@@ -131,7 +131,7 @@ def test_report_says_what_is_loaded() -> None:
 
     fields = {"boot_id": "b", "rank": 0, "world_size": 1, "versions": [], "vocab_size": 8, "counters": {}}
     body = fields | {"runner": "v1", "vllm": "0"} | state.report()
-    report = msgspec.json.decode(msgspec.json.encode(body), type=EngineReport)
+    report = msgspec.json.decode(msgspec.json.encode(body), type=RankReport)
     assert report.lora == LoraState(slots=3, max_rank=16, grouped=False, loaded=2, was_full=False)
 
 

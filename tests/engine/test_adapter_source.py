@@ -21,12 +21,11 @@ from tests.support.engine_admin import TOKEN, EngineAdmin
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.profiles.adapter import adapter_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_engine.adapters import api_server
 from hemostat_engine.adapters import folder as folders
-from hemostat_engine.adapters import resolver as resolvers
 from hemostat_engine.adapters import source as sources
+from hemostat_engine.adapters.api_server import Resolver, Serving
 from hemostat_engine.adapters.folder import AdapterFolder
-from hemostat_engine.adapters.resolver import Resolver
-from hemostat_engine.adapters.serving import Serving
 from hemostat_engine.adapters.source import AdapterSource, Engine
 from hemostat_engine.adapters.state import LORA_OFF, PROBE
 from hemostat_engine.peers import Peers
@@ -313,14 +312,14 @@ async def test_slow_source_blocks_neither_the_event_loop_nor_more_than_a_few_req
             release.wait(60)
             return None
 
-    monkeypatch.setattr(resolvers, "RESOLVE_SECONDS", 0.05)
+    monkeypatch.setattr(api_server, "RESOLVE_SECONDS", 0.05)
     resolver = Resolver(Slow(), Request)  # type: ignore[arg-type]
     names = [f"{i:032x}" for i in range(1, 30)]
     result = await asyncio.gather(*(resolver.resolve_lora(BASE, name) for name in names))
     assert result == [None] * len(names)
     release.set()
     resolver._thread.shutdown()
-    assert len(asked) <= resolvers.MAX_WAITING
+    assert len(asked) <= api_server.MAX_WAITING
 
 
 class Models:

@@ -16,7 +16,7 @@ import pytest
 from tests.support.adapter_profiles import smollm_adapter
 from tests.support.running_vllm import RunningVllm
 
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.messages import RankReport
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -69,12 +69,12 @@ class Client:
     def unload(self, version: str) -> int:
         return self.post("/v1/unload_lora_adapter", {"lora_name": version})[0]
 
-    def report(self) -> EngineReport:
+    def report(self) -> RankReport:
         with self.server.admin.lock:
             (report,) = self.server.admin.registry.live(self.server.admin.now)
         return report
 
-    def until_loaded(self, expected: set[str]) -> EngineReport:
+    def until_loaded(self, expected: set[str]) -> RankReport:
         end = time.monotonic() + 30
         while time.monotonic() < end:
             report = self.report()

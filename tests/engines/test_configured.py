@@ -20,7 +20,7 @@ from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
 from hemostat.engines import configured as module
 from hemostat.engines.configured import KEEP_SECONDS, ConfiguredEngines
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.messages import RankReport
 from hemostat.ipc.messages import EngineHealth, Stats
 from hemostat.reference.protocol import ReferenceFailure
 from hemostat.scoring.engine_scores import EngineScorer
@@ -58,7 +58,7 @@ async def test_an_address_that_only_a_relay_names_is_never_contacted(
 ) -> None:
     configured, evil = [FakeEngine() for _ in range(count)], FakeEngine()
     async with contacted(configured, evil, tmp_path) as plane:
-        plane.engines.reports.update(EngineReport("one", 0, 1, [], 100, {}, "v1", "0.32.0"), plane._clock())
+        plane.engines.reports.update(RankReport("one", 0, 1, [], 100, {}, "v1", "0.32.0"), plane._clock())
         loops = [asyncio.create_task(loop) for loop in (plane.engines.run(), plane.canaries.run())]
         try:
             await until(lambda: evil.asked or all(engine.asked for engine in configured))

@@ -25,8 +25,8 @@ from hemostat.engines.messages import (
     MAX_RUNS,
     MAX_VERSIONS_PER_TAP,
     AnswerMessage,
-    EngineReport,
     InvalidEngineMessage,
+    RankReport,
     TapAnswer,
     TapMessage,
     TapRun,
@@ -42,8 +42,8 @@ A, B, C, D = ("a" * 32, "b" * 32, "c" * 32, "d" * 32)
 
 def report(
     boot: str = "boot", rank: int = 0, size: int = 1, versions: tuple[str, ...] = (A,), **counters: int
-) -> EngineReport:
-    return EngineReport(boot, rank, size, list(versions), 100, counters, "v1", "0.32.0")
+) -> RankReport:
+    return RankReport(boot, rank, size, list(versions), 100, counters, "v1", "0.32.0")
 
 
 def run(start: int, values: list[float | None], nonce: str = "n", applied: str | None = A, version: str = A) -> TapRun:

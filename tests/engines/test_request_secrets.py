@@ -10,7 +10,7 @@ import pytest
 from tests.support.admin_server import admin_client
 from tests.support.control import AUTHORIZED, control, settings, status_json
 
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.messages import RankReport
 from hemostat.engines.request_secrets import ROTATE_SECONDS, RequestSecrets
 from hemostat_calibration.engine_keys import SECRET_CHARACTERS, is_signed
 
@@ -41,7 +41,7 @@ async def test_relays_and_engines_get_them_and_nobody_else(tmp_path: Path, caplo
     async with control(tmp_path, made) as plane:
         now = plane._clock()
         secrets = plane.engines.reports.secrets.for_engines(now)
-        plane.engines.reports.update(EngineReport("one", 0, 1, [], 100, {}, "v1", "0.32.0"), now)
+        plane.engines.reports.update(RankReport("one", 0, 1, [], 100, {}, "v1", "0.32.0"), now)
         plane.policy.publish()
         assert plane.link._policy is not None
         assert plane.link._policy.secret == secrets[0]

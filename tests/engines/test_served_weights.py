@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hemostat.engines.messages import EngineReport, InvalidEngineMessage, decode_report
+from hemostat.engines.messages import InvalidEngineMessage, RankReport, decode_report
 from hemostat.engines.reports import SILENCE_SECONDS, PluginReports, ServedWeights
 
 NAMES = frozenset(("m", "alias"))
@@ -20,7 +20,7 @@ class Deployment:
         """By boot id, the weights that each engine reports now; the weights in force afterwards."""
         self.now = now
         for boot, weights in engines.items():
-            report = EngineReport(boot, 0, 1, [], 100, {}, "v1", "0", model="m" if weights else "", weights=weights)
+            report = RankReport(boot, 0, 1, [], 100, {}, "v1", "0", model="m" if weights else "", weights=weights)
             self.registry.update(report, now)
         return self.served.of("m", NAMES, now)
 
@@ -68,7 +68,7 @@ def test_weights_of_another_model_do_not_count() -> None:
     deployment = Deployment()
     deployment.at(0.0, a="old")
     for boot, model, now in (("y", "alias", 1.0), ("z", "other", 10.0)):
-        report = EngineReport(boot, 0, 1, [], 100, {}, "v1", "0", model=model, weights=f"of {model}")
+        report = RankReport(boot, 0, 1, [], 100, {}, "v1", "0", model=model, weights=f"of {model}")
         deployment.registry.update(report, now)
     assert deployment.served.of("m", NAMES, 10.0) == "old"
     assert deployment.served.of("m", NAMES, 15.5) == "of alias", "another of its names"
@@ -79,7 +79,7 @@ def test_weights_of_another_model_do_not_count() -> None:
 def test_ranks_of_one_engine_count_once() -> None:
     deployment = Deployment()
     for rank in range(2):
-        report = EngineReport("a", rank, 2, [], 100, {}, "v1", "0", model="m", weights="w" if rank == 0 else "")
+        report = RankReport("a", rank, 2, [], 100, {}, "v1", "0", model="m", weights="w" if rank == 0 else "")
         deployment.registry.update(report, 0.0)
     assert deployment.registry.weights(NAMES, 0.0) == {"w": 1}
 

@@ -27,7 +27,7 @@ from tests.support.waiting import until
 from hemostat.config.schema import Calibration
 from hemostat.control import composition
 from hemostat.control.composition import Control
-from hemostat.engines.messages import EngineReport, TapMessage, TapRun
+from hemostat.engines.messages import RankReport, TapMessage, TapRun
 from hemostat.ipc.messages import REST_KIND, Capture, Policy
 from hemostat.learner.client import Learner
 from hemostat.reference import monitor
@@ -73,7 +73,7 @@ class WorldEngine:
         self.held: list[str] = []
 
     def reports(self) -> None:
-        report = EngineReport("boot", 0, 1, self.held, VOCAB, {}, "v1", "0.32.0")
+        report = RankReport("boot", 0, 1, self.held, VOCAB, {}, "v1", "0.32.0")
         self.held = self.one.engines.reports.update(report, time.monotonic())
 
     def serves(self, seed: int, policy: Policy, **damage: Any) -> Capture:

@@ -13,7 +13,7 @@ from tests.support.control import connect_relay, control, profile, relay_stats, 
 from tests.support.waiting import until
 
 from hemostat.control.composition import Control
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.messages import RankReport
 from hemostat.ipc.messages import OVERHEAD_BUCKETS
 from hemostat.metrics.reasons import Unscored
 from hemostat.profiles.decisions import DECISIONS
@@ -139,7 +139,7 @@ async def test_decisions_and_clamps_that_bind_are_counted(tmp_path: Path) -> Non
         plane.profile_manager.operator.roll_back("asked for")
         counted = {"rows_clamped": 3, "rows_kl_clamped": 2, "rows_masked": 5, "requests_declined": 1}
         for boot in ("a", "b"):
-            plane.engines.reports.update(EngineReport(boot, 0, 1, [], 30, counted, "v1", "0"), time.monotonic())
+            plane.engines.reports.update(RankReport(boot, 0, 1, [], 30, counted, "v1", "0"), time.monotonic())
         result = samples(scrape(plane))
         assert result["hemostat_engine_events_total", (("reason", "profiles_failed"),)] == 0, (
             "the alert sees it increase"

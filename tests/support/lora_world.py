@@ -24,7 +24,7 @@ from hemostat.adapters.serving.host import AdapterHost
 from hemostat.adapters.serving.loading import SharedFolder
 from hemostat.adapters.serving.probing import CopyUnavailable
 from hemostat.config.schema import Settings
-from hemostat.engines.messages import EngineReport, LoraState
+from hemostat.engines.messages import LoraState, RankReport
 from hemostat.engines.reports import PluginReports
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.arrays import Ids, Singles
@@ -109,7 +109,7 @@ class LoraWorld:
         lora = self.lora
         state = LoraState(lora.slots, lora.max_rank, lora.grouped, len(lora.loaded), lora.was_full)
         adapters = [name for name in lora.loaded if name in self.profiles.known]
-        report = EngineReport(
+        report = RankReport(
             self.boot, 0, 1, [], VOCAB, {}, "v1", "0.32.0", adapters=adapters, lora=state if lora.enabled else None
         )
         self.registry.update(report, time.monotonic())

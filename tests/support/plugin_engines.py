@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from tests.support.engines import FakeEngine
 from tests.support.relay import Request
 
-from hemostat.engines.messages import EngineReport, TapMessage, TapRun
+from hemostat.engines.messages import RankReport, TapMessage, TapRun
 from hemostat.engines.reports import PluginReports
 
 ANSWER = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 15\r\n\r\n{"choices": []}'
@@ -31,7 +31,7 @@ class PluginEngine(FakeEngine):
         """As the plugins do about every second."""
         for boot in filter(None, self.boots):
             held = list(self.versions.get(boot, ()))
-            report = EngineReport(boot, 0, 1, held, 100, {}, "v1", "0.32.0")
+            report = RankReport(boot, 0, 1, held, 100, {}, "v1", "0.32.0")
             self.registry.update(report, time.monotonic() if now is None else now)
 
     def _tapped(self, request: Request) -> bytes:

@@ -15,7 +15,7 @@ from hemostat.adapters.serving.host import AdapterHost, HostState
 from hemostat.adapters.serving.loading import SharedFolder
 from hemostat.config.schema import Settings
 from hemostat.engines.engine import Engine
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.messages import RankReport
 from hemostat.reference.server import VllmServer
 from hemostat_calibration.adapters.correction import low_rank
 from hemostat_calibration.adapters.factors import LowRank
@@ -41,7 +41,7 @@ class Engines:
     def known(self, _now: float) -> bool:
         return True
 
-    def live(self, _now: float) -> list[EngineReport]:
+    def live(self, _now: float) -> list[RankReport]:
         with self._admin.lock:
             return self._admin.registry.live(self._admin.now)
 

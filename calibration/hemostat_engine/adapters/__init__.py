@@ -3,10 +3,9 @@
 An adapter is a profile that vLLM serves as a LoRA adapter under the profile's version.
 
     install.py     what is changed in vLLM, after a check that it is there
-    resolver.py    in the API server: finds an adapter by its version
+    api_server.py  in the API server: finds an adapter by its version, and frees the engine's slot when it is unloaded
     source.py      fetches it from the admin port, and refuses what does not fit this engine
     folder.py      the private folder with the files that vLLM loads
-    serving.py     in the API server: unloading also frees the engine's slot
     slots.py       in the worker: what is loaded, and the slot that is kept free
     state.py       what the agent reports of it
     punica.py      on a CPU: the operations that vLLM calls

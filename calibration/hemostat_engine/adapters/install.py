@@ -13,9 +13,8 @@ from typing import Any
 
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 from hemostat_engine.adapters import punica
+from hemostat_engine.adapters.api_server import NAME, Resolver, Serving
 from hemostat_engine.adapters.folder import AdapterFolder
-from hemostat_engine.adapters.resolver import NAME, Resolver
-from hemostat_engine.adapters.serving import Serving
 from hemostat_engine.adapters.slots import SlotKeeper
 from hemostat_engine.adapters.source import AdapterSource
 from hemostat_engine.adapters.state import state

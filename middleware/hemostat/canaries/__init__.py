@@ -4,12 +4,12 @@ client    canaries at one vLLM server: takes a set of them, and replays it
 engine    one engine's canaries: which models it serves, when it is asked, and what its last replays say
 judge     judges replays: how far an engine is from its baseline and from the other engines, and the cause
 keeper    the canaries of the engines behind the relays
-known     the state of the canaries of every engine, and the part of it that outlasts the control process
 pace      decides when the next sequence may be sent to an engine
 prompts   the prompts of canaries
 replay    the requests to an engine: a set is taken, replayed and explained
 report    the output of canaries: statements, the report of the admin port, and metrics
 schedule  the times at which an engine is asked
 sets      the sets of canaries that are in force, and in the store
+states    the states of the canaries of every engine, and the part of them that outlasts the control process
 variants  the same tokens on an engine in variants, for the cause of a change
 """

@@ -14,8 +14,8 @@ from hemostat.canaries.engine import (
     Reading,
     statement,
 )
-from hemostat.canaries.known import KnownEngines
 from hemostat.canaries.pace import HOUR_SECONDS
+from hemostat.canaries.states import CanaryStates
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration.canaries import CanarySet
 from hemostat_calibration.canary_cause import UNCHANGED, Measured, Verdict, of_engines
@@ -33,13 +33,13 @@ class Judge:
 
     def __init__(
         self,
-        known: KnownEngines,
+        states: CanaryStates,
         writes: StoreWrites,
         tolerance: float,
         clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> None:
-        self._known = known
+        self._states = states
         self._writes = writes
         self._tolerance = tolerance
         self._clock, self._wall = clock, wall
@@ -53,7 +53,7 @@ class Judge:
         """Judges a replay of this engine: against the baseline, and all engines that serve the same against each
         other."""
         tolerance, now = self._tolerance, self._wall()
-        reading, alike = canaries.readings[model], self._known.alike(canaries, model)
+        reading, alike = canaries.readings[model], self._states.alike(canaries, model)
         before = {name: dict(reading.since) for name, reading in alike.items()}
         values = {name: reading.values for name, reading in alike.items() if reading.values is not None}
         reading.judge(BASELINE, taken.compare(values[canaries.name], tolerance), [reading.number], now)
@@ -68,9 +68,9 @@ class Judge:
             elif name == canaries.name:
                 current.due = self._clock() + HOUR_SECONDS
             if current.since.keys() != before[name].keys():
-                text = self.statement(self._known.current[name], model, current, taken)
+                text = self.statement(self._states.current[name], model, current, taken)
                 self.record(text or f"Canaries: {name} ({model}) is as it was", figures(current))
-        self._known.save()
+        self._states.save()
 
     def explain(self, canaries: EngineCanaries, base: CanarySet, measured: Measured) -> None:
         """Takes what variants of the base model's text have measured, and states the cause of what was found."""
@@ -79,13 +79,13 @@ class Judge:
             return
         reading.cause = base.cause.explain(measured, self._tolerance, base.origin.changes(canaries.now))
         self.record(self.statement(canaries, canaries.now.model, reading, base), figures(reading))
-        self._known.save()
+        self._states.save()
 
     def cause(self, canaries: EngineCanaries, model: str, reading: Reading) -> Verdict | None:
         """Returns the cause of what its replays have found, if it is known: a cause that all engines have, or the cause
         at this engine alone.
         """
-        alike = self._known.alike(canaries, model)
+        alike = self._states.alike(canaries, model)
         found = {name: other.cause if other.since else UNCHANGED for name, other in alike.items()}
         known = {name: cause for name, cause in found.items() if cause is not None}
         return of_engines(known) if reading.cause is not None and len(known) == len(found) > 1 else reading.cause

@@ -18,12 +18,12 @@ from typing import Any
 
 from hemostat.canaries.engine import STATES_KEY
 from hemostat.canaries.judge import Judge
-from hemostat.canaries.known import KnownEngines
 from hemostat.canaries.prompts import PromptFileError, load
 from hemostat.canaries.replay import FIRST_SECONDS, Replays
 from hemostat.canaries.report import CanaryReport
 from hemostat.canaries.schedule import Schedule
 from hemostat.canaries.sets import BLOB_KEY, Sets
+from hemostat.canaries.states import CanaryStates
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.metrics.samples import Sample
@@ -57,12 +57,12 @@ class Canaries:
     ) -> None:
         self._settings = settings.canaries
         self.sets = Sets(writes)
-        self.known = KnownEngines(engines, writes, wall)
-        self._judge = Judge(self.known, writes, settings.canaries.tolerance_nats, clock, wall)
-        self.replays = Replays(self.sets, self.known, self._judge, monitor, writes, clock=clock, wall=wall)
+        self.states = CanaryStates(engines, writes, wall)
+        self._judge = Judge(self.states, writes, settings.canaries.tolerance_nats, clock, wall)
+        self.replays = Replays(self.sets, self.states, self._judge, monitor, writes, clock=clock, wall=wall)
         self.schedule = Schedule(
             engines,
-            self.known,
+            self.states,
             self.replays,
             self._judge,
             settings.calibration.model,
@@ -70,7 +70,7 @@ class Canaries:
             clock=clock,
             wall=wall,
         )
-        self._report = CanaryReport(self.known, self.sets, self._judge)
+        self._report = CanaryReport(self.states, self.sets, self._judge)
         self.problem = "" if settings.canaries.enabled else "canaries.enabled is false"
         """The reason why nothing is replayed; "" if something is."""
 
@@ -80,7 +80,7 @@ class Canaries:
             return
         if BLOB_KEY not in blobs:
             log.info("canaries: the store has no set; one is taken in %.0f minutes", FIRST_SECONDS / 60.0)
-        for key, read in ((BLOB_KEY, self.sets.restore), (STATES_KEY, self.known.restore)):
+        for key, read in ((BLOB_KEY, self.sets.restore), (STATES_KEY, self.states.restore)):
             try:
                 if key in blobs:
                     read(blobs[key])
@@ -90,7 +90,7 @@ class Canaries:
 
     def after_break(self, time_break: TimeBreak) -> None:
         """Notes that the clock was set."""
-        self.known.after_break(time_break)
+        self.states.after_break(time_break)
 
     def accept(self) -> None:
         """Accepts what the engines compute now as right: a new set is taken at once. Raises HemostatError if none can

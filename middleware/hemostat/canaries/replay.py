@@ -16,10 +16,10 @@ from hemostat.canaries.engine import (
     served,
 )
 from hemostat.canaries.judge import Judge
-from hemostat.canaries.known import KnownEngines
 from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS
 from hemostat.canaries.prompts import Prompts
 from hemostat.canaries.sets import Sets
+from hemostat.canaries.states import CanaryStates
 from hemostat.canaries.variants import cost
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ReferenceState
@@ -44,7 +44,7 @@ class Replays:
     def __init__(
         self,
         sets: Sets,
-        known: KnownEngines,
+        states: CanaryStates,
         judge: Judge,
         monitor: ReferenceMonitor,
         writes: StoreWrites,
@@ -53,7 +53,7 @@ class Replays:
         wall: Callable[[], float],
     ) -> None:
         self._sets = sets
-        self._known = known
+        self._states = states
         self._judge = judge
         self._monitor = monitor
         self._writes = writes
@@ -76,7 +76,7 @@ class Replays:
         """Forgets the sets: new ones are taken at once."""
         self._judge.record(f"a new set of canaries is taken: {why}", {})
         self._sets.clear()
-        self._known.forget()
+        self._states.forget()
         self._take_at, self._reference_at = self._clock(), -np.inf
 
     def announced(self, now: Collection[tuple[str, str]]) -> str:
@@ -185,7 +185,7 @@ class Replays:
         a false statement."""
         client = canaries.client(model)
         canaries.pace.spend(tokens)
-        self._known.save()
+        self._states.save()
         try:
             await until_written(self._writes)
             yield client

@@ -10,8 +10,8 @@ from hemostat.canaries.engine import (
     ENGINES,
 )
 from hemostat.canaries.judge import Judge, figures
-from hemostat.canaries.known import KnownEngines
 from hemostat.canaries.sets import Sets
+from hemostat.canaries.states import CanaryStates
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 
@@ -19,14 +19,14 @@ from hemostat.metrics.samples import Sample
 class CanaryReport:
     """Reads what the other parts own, and owns nothing."""
 
-    def __init__(self, known: KnownEngines, sets: Sets, judge: Judge) -> None:
-        self._known = known
+    def __init__(self, states: CanaryStates, sets: Sets, judge: Judge) -> None:
+        self._states = states
         self._sets = sets
         self._judge = judge
 
     def statements(self) -> Iterator[tuple[str, float]]:
         """Yields what is wrong now, one line each, and since when (Unix time)."""
-        for canaries, model, reading in self._known.replayed():
+        for canaries, model, reading in self._states.replayed():
             taken = self._sets.of(model)
             if taken is not None and reading.since:
                 yield self._judge.statement(canaries, model, reading, taken), min(reading.since.values())
@@ -54,7 +54,9 @@ class CanaryReport:
                 "tokens": base.tokens,
             },
             "failures": {
-                name: text for name, engine in self._known.current.items() if (text := engine.failure or engine.differs)
+                name: text
+                for name, engine in self._states.current.items()
+                if (text := engine.failure or engine.differs)
             },
             "engines": [
                 {
@@ -67,14 +69,14 @@ class CanaryReport:
                     "cause": None if (cause := self._judge.cause(canaries, model, reading)) is None else cause.text,
                     **figures(reading),
                 }
-                for canaries, model, reading in self._known.replayed()
+                for canaries, model, reading in self._states.replayed()
             ],
         }
 
     def samples(self) -> Iterator[Sample]:
         for outcome, count in self._judge.outcomes.items():
             yield Sample(names.CANARY_REPLAYS, (outcome,), count)
-        for canaries, model, reading in self._known.replayed():
+        for canaries, model, reading in self._states.replayed():
             cause = self._judge.cause(canaries, model, reading)
             for against, comparison in reading.found.items():
                 labels = (canaries.name, model, against)

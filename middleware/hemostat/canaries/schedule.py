@@ -10,9 +10,9 @@ import numpy as np
 
 from hemostat.canaries.engine import EngineCanaries, served
 from hemostat.canaries.judge import Judge
-from hemostat.canaries.known import KnownEngines
 from hemostat.canaries.pace import HOUR_SECONDS, Pace
 from hemostat.canaries.replay import Replays
+from hemostat.canaries.states import CanaryStates
 from hemostat.engines.engine import Engine
 from hemostat.engines.registry import EngineRegistry
 from hemostat.reference.protocol import ReferenceFailure
@@ -36,7 +36,7 @@ class Schedule:
     def __init__(
         self,
         engines: EngineRegistry,
-        known: KnownEngines,
+        states: CanaryStates,
         replays: Replays,
         judge: Judge,
         model: str | None,
@@ -46,7 +46,7 @@ class Schedule:
         wall: Callable[[], float],
     ) -> None:
         self._engines = engines
-        self._known = known
+        self._states = states
         self._replays = replays
         self._judge = judge
         self._model = model
@@ -67,14 +67,14 @@ class Schedule:
                 canaries.task = asyncio.create_task(self._work(canaries), name=f"canaries of {name}")
 
     def _begin(self, engine: Engine) -> EngineCanaries:
-        state = self._known.stored_state(engine.name)
+        state = self._states.stored_state(engine.name)
         canaries = EngineCanaries(
             engine,
             Pace(self._clock, self._wall, state.pace),
             state.readings,
             sign=self._engines.signed,
             clock=self._clock,
-            on_end=self._known.keep,
+            on_end=self._states.keep,
         )
         engine.add(canaries)
         return canaries
@@ -114,7 +114,7 @@ class Schedule:
     def _served_now(self) -> set[tuple[str, str]]:
         """Returns what the engines that are in use serve."""
         drained = self._engines.drained
-        return {served(its.now) for name, its in self._known.current.items() if its.up and name not in drained}
+        return {served(its.now) for name, its in self._states.current.items() if its.up and name not in drained}
 
     def _fail(self, canaries: EngineCanaries, why: str) -> None:
         self._judge.failed()

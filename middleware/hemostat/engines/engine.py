@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.messages import RankReport
 from hemostat.ipc.messages import EngineHealth
 from hemostat.reference.server import VllmServer
 
@@ -28,7 +28,7 @@ class LiveReports(Protocol):
         """Returns False while it is not known which of the engines that report is meant."""
         ...
 
-    def live(self, now: float) -> Sequence[EngineReport]:
+    def live(self, now: float) -> Sequence[RankReport]:
         """Returns the last report of each of its ranks; none where it does not report."""
         ...
 
@@ -78,7 +78,7 @@ class Engine:
         """The figures that relays report of it."""
         self._parts: dict[type[EnginePart], EnginePart] = {}
 
-    def report(self, now: float) -> EngineReport | None:
+    def report(self, now: float) -> RankReport | None:
         """Returns what its plugin reports; None if it is not known which engine that is, or if there are several."""
         live = self.reports.live(now)
         return live[0] if len({report.boot_id for report in live}) == 1 else None

@@ -18,7 +18,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.messages import RankReport
 from hemostat.engines.reports import PluginReports
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import VllmServer
@@ -76,7 +76,7 @@ class Identification:
         """Returns True if it is known which engine that is, or no engine reports."""
         return self._alone() or self.boot(now) is not None or not self._reports.boots(now)
 
-    def live(self, now: float) -> list[EngineReport]:
+    def live(self, now: float) -> list[RankReport]:
         """Returns the last report of each of its ranks."""
         if self._alone():
             return self._reports.live(now)

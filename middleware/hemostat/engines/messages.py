@@ -66,7 +66,7 @@ class LoraState(msgspec.Struct, frozen=True):
     was_full: bool
 
 
-class EngineReport(msgspec.Struct, frozen=True):
+class RankReport(msgspec.Struct, frozen=True):
     """One rank's report; the plugin sends one about every second."""
 
     boot_id: Name
@@ -194,12 +194,12 @@ class InvalidEngineMessage(ValueError):
     """A message that the engine plugin does not send; the text names the field."""
 
 
-_report_decoder = msgspec.json.Decoder(EngineReport)
+_report_decoder = msgspec.json.Decoder(RankReport)
 _answer_decoder = msgspec.msgpack.Decoder(AnswerMessage)
 _tap_decoder = msgspec.msgpack.Decoder(TapMessage)
 
 
-def decode_report(body: bytes) -> EngineReport:
+def decode_report(body: bytes) -> RankReport:
     """Returns a report, decoded from JSON. Raises InvalidEngineMessage, which names the invalid field."""
     report = _decode(_report_decoder, body)
     if report.rank >= report.world_size:

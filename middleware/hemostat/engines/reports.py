@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from hemostat.engines.answer_buffer import AnswerBuffer
-from hemostat.engines.messages import EVENTS, AnswerMessage, EngineReport, InvalidEngineMessage
+from hemostat.engines.messages import EVENTS, AnswerMessage, InvalidEngineMessage, RankReport
 from hemostat.engines.request_secrets import RequestSecrets
 from hemostat.engines.taps import TapBuffer
 from hemostat.metrics import names
@@ -33,7 +33,7 @@ MAX_HELD_VERSIONS = 8
 
 @dataclass(slots=True)
 class _Rank:
-    report: EngineReport
+    report: RankReport
     reported_at: float
 
 
@@ -63,7 +63,7 @@ class PluginReports:
         """Sets the versions that every engine should hold, most important first; at most MAX_HELD_VERSIONS."""
         self._wanted = tuple(dict.fromkeys(versions))[:MAX_HELD_VERSIONS]
 
-    def update(self, report: EngineReport, now: float) -> list[str]:
+    def update(self, report: RankReport, now: float) -> list[str]:
         """Takes a rank's report; returns the versions that it should hold. Raises InvalidEngineMessage if ranks
         disagree, or where an engine, which loads weights once, says that it has other ones than before."""
         self._expire(now)
@@ -124,7 +124,7 @@ class PluginReports:
         """Returns True: all that report are meant."""
         return True
 
-    def live(self, now: float) -> list[EngineReport]:
+    def live(self, now: float) -> list[RankReport]:
         """Returns the last report of every live rank."""
         self._expire(now)
         return [rank.report for ranks in self._engines.values() for rank in ranks.values()]

@@ -13,15 +13,15 @@ from hemostat.adapters.serving import loading, verdicts
 from hemostat.adapters.serving.server import Completed
 from hemostat.adapters.serving.slots import complete, held_everywhere, room
 from hemostat.adapters.serving.verdicts import Moves, moves
-from hemostat.engines.messages import EngineReport, LoraState
+from hemostat.engines.messages import LoraState, RankReport
 
 A, B = "a" * 32, "b" * 32
 
 
 def report(
     boot: str = "x", rank: int = 0, size: int = 1, adapters: tuple[str, ...] = (), lora: LoraState | None = None
-) -> EngineReport:
-    return EngineReport(boot, rank, size, [], 100, {}, "v1", "0.32.0", adapters=list(adapters), lora=lora)
+) -> RankReport:
+    return RankReport(boot, rank, size, [], 100, {}, "v1", "0.32.0", adapters=list(adapters), lora=lora)
 
 
 def lora(slots: int = 2, *, grouped: bool = False, was_full: bool = False, max_rank: int = 16) -> LoraState:
@@ -45,7 +45,7 @@ def lora(slots: int = 2, *, grouped: bool = False, was_full: bool = False, max_r
     ],
 )
 def test_a_slot_is_left_free_and_the_clients_own_adapters_count(
-    reports: list[EngineReport], others: int, slots: int | None, capacity: int | None, problem: str
+    reports: list[RankReport], others: int, slots: int | None, capacity: int | None, problem: str
 ) -> None:
     result = room(reports, others, slots)
     assert result.capacity == capacity

@@ -17,7 +17,7 @@ from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.taps import sent
 from tests.support.wire import Wire, chat, policy
 
-from hemostat.engines.messages import EVENTS, MAX_POSITIONS, EngineReport, TapMessage, TapRun, decode_tap
+from hemostat.engines.messages import EVENTS, MAX_POSITIONS, RankReport, TapMessage, TapRun, decode_tap
 from hemostat.engines.reports import PluginReports
 from hemostat.openai.routes import CHAT
 from hemostat.scoring.record_builder import decode_capture
@@ -87,7 +87,7 @@ def names_row() -> Row:
     registry = PluginReports()
     for number in range(ENGINES):
         counters = {f"x{number}_{name}": 1 for name in range(64)}
-        registry.update(EngineReport(f"b{number}", 0, 1, [], 9, counters, "v1", ""), 20.0 * number)
+        registry.update(RankReport(f"b{number}", 0, 1, [], 9, counters, "v1", ""), 20.0 * number)
     kept = len(registry.counters(20.0 * ENGINES))
     case = f"{ENGINES:,} engines that each report 64 counters of their own: names kept"
     return Row(case, f"{64 * ENGINES:,}", float(kept), f"<= {len(EVENTS)}", kept <= len(EVENTS))

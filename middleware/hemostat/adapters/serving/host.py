@@ -28,7 +28,7 @@ from hemostat.adapters.serving.server import Listed, listed, lora_enabled, max_l
 from hemostat.adapters.serving.setting import without_lora
 from hemostat.adapters.serving.versions import Versions, VersionState
 from hemostat.engines.engine import Engine
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.messages import RankReport
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
@@ -280,7 +280,7 @@ class AdapterHost:
         elif failure.reason is not FailureReason.TIMEOUT or self._timeouts >= MAX_TIMEOUTS:
             self._set(HostState.WAITING, self.capacity, str(failure))
 
-    def _notice_restart(self, adapters: Listed, reports: Sequence[EngineReport], began: str | None) -> None:
+    def _notice_restart(self, adapters: Listed, reports: Sequence[RankReport], began: str | None) -> None:
         """Forget what was found about an earlier start of the server.
 
         began: where no engine reports. By the names alone a restart may go unnoticed: the first request for a version

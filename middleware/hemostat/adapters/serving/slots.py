@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.messages import RankReport
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for --max-lora-rank."""
@@ -39,7 +39,7 @@ def rank_setting(rank: int) -> int:
     return next((setting for setting in RANKS if setting >= rank), RANKS[-1])
 
 
-def room(reports: Sequence[EngineReport], others: int, slots: int | None = None) -> Room:
+def room(reports: Sequence[RankReport], others: int, slots: int | None = None) -> Room:
     """reports: the last one of every live rank. others: adapters of clients that the server lists. slots: --max-loras
     where no rank reports it, if known."""
     states = [report.lora for report in reports if report.lora is not None]
@@ -73,7 +73,7 @@ def room(reports: Sequence[EngineReport], others: int, slots: int | None = None)
     return Room(capacity, "", max_rank, limit)
 
 
-def held_everywhere(reports: Sequence[EngineReport], versions: frozenset[str]) -> frozenset[str]:
+def held_everywhere(reports: Sequence[RankReport], versions: frozenset[str]) -> frozenset[str]:
     """Returns the versions that are held by every rank which reports its adapters; all of them if no rank does."""
     for report in reports:
         if report.lora is not None:
@@ -81,12 +81,12 @@ def held_everywhere(reports: Sequence[EngineReport], versions: frozenset[str]) -
     return versions
 
 
-def boots(reports: Sequence[EngineReport]) -> frozenset[str]:
+def boots(reports: Sequence[RankReport]) -> frozenset[str]:
     """The engines that report."""
     return frozenset(report.boot_id for report in reports)
 
 
-def complete(reports: Sequence[EngineReport]) -> bool:
+def complete(reports: Sequence[RankReport]) -> bool:
     """Every rank of every engine reports."""
     sizes = {report.boot_id: report.world_size for report in reports}
     return all(sum(report.boot_id == boot for report in reports) == size for boot, size in sizes.items())

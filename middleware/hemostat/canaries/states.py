@@ -1,4 +1,4 @@
-"""The state of the canaries of every engine, and the part of it that outlasts the control process."""
+"""The states of the canaries of every engine, and the part of them that outlasts the control process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RECENT_SECONDS = 2 * HOUR_SECONDS
 """The age up to which replays of other engines are compared."""
 
 
-class KnownEngines:
+class CanaryStates:
     """Owns the stored states of engines that were reported, and stores them with the states of the ones that are.
 
     The canaries of an engine are a part of it. `Schedule` begins them; `Replays` and `Judge` change their readings; all
