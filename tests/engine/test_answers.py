@@ -10,13 +10,12 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
-from tests.support.captures import INFO, capture
+from tests.support.captures import INFO, candidates_of, capture
 from tests.support.engine_admin import TOKEN, EngineAdmin
 
 from hemostat.engines.messages import MAX_CHILDREN, AnswerMessage
 from hemostat.metrics.reasons import Unscored
 from hemostat.scoring.conditioning import ConditioningFailure, condition
-from hemostat.scoring.record_builder import decode_capture
 from hemostat.scoring.tapped_answers import captures_from_tap
 
 pytest.importorskip("vllm")
@@ -210,7 +209,7 @@ async def test_a_masked_answer_whose_grammar_is_not_known_is_not_pooled_with_the
     given = admins[0].registry.answers.take("nonce")
     (tapped,) = captures_from_tap(capture(from_tap=True, nonce="nonce"), given, 100)
     with pytest.raises(ConditioningFailure) as failure:
-        condition(tapped, decode_capture(tapped), INFO, None)
+        condition(tapped, candidates_of(tapped), INFO, None)
     assert failure.value.reason is Unscored.GRAMMAR_UNKNOWN
 
 

@@ -12,14 +12,15 @@ import httpx
 import msgspec
 import numpy as np
 import pytest
+from tests.support.captures import candidates_of
 from tests.support.running_vllm import RunningVllm, answers_of, wait_until_signed_answers_are_recorded
 from tests.support.slow import slow_unless
 from tests.support.wire import Wire, policy, rows
 
 from hemostat.ipc.messages import Capture
 from hemostat.openai.routes import CHAT, COMPLETIONS, MESSAGES, RESPONSES
+from hemostat.scoring.capture_arrays import output_ids
 from hemostat.scoring.conditioning import IMPOSSIBLE_LOGPROB, allowed_sets, restricted, shows_mask
-from hemostat.scoring.record_builder import decode_capture
 from hemostat.scoring.tapped_answers import captures_from_tap
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_lab.demo.checkpoints import Checkpoints
@@ -157,8 +158,7 @@ def test_the_sets_are_those_that_vllm_masked_by(
 
 def compare(capture: Capture, sets: AllowedSets, *, many: bool = False) -> None:
     """The sets are those of the capture's lists, id for id. many: everywhere more ids are allowed than listed."""
-    arrays = decode_capture(capture)
-    result = restricted(arrays.candidates, arrays.output, capture.top_k, sets)
+    result = restricted(candidates_of(capture), output_ids(capture), capture.top_k, sets)
     support = sets.support
     _, _, ids, logprobs, _ = rows(capture)
     small = np.nonzero(support <= TOP_K)[0]
@@ -236,7 +236,7 @@ def test_what_is_not_restricted_shows_no_mask(
     [capture] = wire.captures
     assert not capture.grammar
     assert " grammar " not in capture.kind
-    assert not shows_mask(decode_capture(capture).candidates)
+    assert not shows_mask(candidates_of(capture))
     assert (handed_out(vllm_server, capture, vocab_size).support == vocab_size).all()
 
 

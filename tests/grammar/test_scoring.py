@@ -34,7 +34,7 @@ from hemostat.scoring.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.scoring.reference_call import ReferenceCall
 from hemostat.scoring.routing import Router
 from hemostat.scoring.scorer import Scorer
-from hemostat.scoring.stages import CandidateCompletion, ProfileInputs, ScoringStages
+from hemostat.scoring.stages import CandidateCompletion, EngineFeatures, ScoringStages
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.records import TokenRecord
 
@@ -164,8 +164,9 @@ class Bench:
             Router(monitor, needs, Breakers(), clock),
             CandidateCompletion(None, budget, clock),
             budget,
-            ProfileInputs(needs),
-            ReferenceCall(needs, lambda prompt, conversation: b"", clock),
+            EngineFeatures(needs),
+            ReferenceCall(needs, clock),
+            lambda prompt, conversation: b"",
             clock,
         )
         intake = CaptureIntake(ShadowQueue(10), self.engines, self.endings, AnswerLosses(), max_tokens=0, clock=clock)

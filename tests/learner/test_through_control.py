@@ -234,7 +234,7 @@ async def test_a_contextual_profile_is_learned_evaluated_judged_and_serves(
         status = status_json(b.one)["learner"]
         assert status["sources"]["hidden"] == status["tokens"] > 1500
         assert b.one.pipeline.scorer is not None
-        assert not b.one.pipeline.scorer.stages.inputs.features_dropped
+        assert not b.one.pipeline.scorer.stages.features.dropped
         assert values(b.one.learner.samples())["hemostat_learned_tokens_total", "hidden"] == status["tokens"]
 
 
@@ -267,7 +267,7 @@ async def test_features_that_cannot_be_used_are_dropped_and_the_rest_is_learned_
         await b.requests(8, features=np.full(TOKENS * 48, np.inf, "<f2").tobytes())
         await b.requests(8, features=np.full(TOKENS * 48, np.nan, "<f2").tobytes())
         await b.requests(8, features=np.zeros(TOKENS * 47, "<f2").tobytes())
-        assert b.one.pipeline.scorer.stages.inputs.features_dropped == {
+        assert b.one.pipeline.scorer.stages.features.dropped == {
             "other_anchors": 8, "not_sent": 8, "not_finite": 8, "masked": 8, "shape": 8
         }  # fmt: skip
         assert status_json(b.one)["requests"]["scored"] == 40

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.adapters import FakeDistances, adapted_record, adapter, distances_of
-from tests.support.captures import INFO, capture, sized_capture
+from tests.support.captures import INFO, capture, record_of, sized_capture
 from tests.support.pipelines import record_pipeline
 from tests.support.records import Truth, make_record
 from tests.support.samples import values
@@ -22,13 +22,12 @@ from tests.support.world import World
 from hemostat.engines.taps import TapResult
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
-from hemostat.reference.protocol import ReferenceScores
 from hemostat.scoring import distances as distances_module
 from hemostat.scoring.consumers import NoiseFloorOffers
-from hemostat.scoring.record_builder import applied_version, build_record, decode_capture
+from hemostat.scoring.record_builder import applied_version
 from hemostat.scoring.records_file import RecordsFile
 from hemostat_calibration.profiles.profile import IDENTITY
-from hemostat_calibration.records import Arm, Candidates, ExactDistances, Features, TokenRecord
+from hemostat_calibration.records import Arm, ExactDistances, Features, TokenRecord
 
 A, B = "a" * 32, "b" * 32
 KIND = "chat text sampled"
@@ -69,24 +68,15 @@ def test_what_was_applied_follows_from_the_answer_and_the_tap(
 ) -> None:
     captured = capture(requested=requested, adapter=answered, arm="treated")
     assert applied_version(captured, tapped) == applied
-    record = build(captured, tapped)
+    record = record_of(captured, tapped)
     assert (record.applied, record.adapter) == (applied, answered)
     assert record.arm == (Arm.TREATED if applied == requested else Arm.NONE)
 
 
-def build(captured: Any, tapped: TapResult | None) -> TokenRecord:
-    arrays = decode_capture(captured)
-    flat = -np.log(30)
-    at = np.where(arrays.candidates.ids >= 0, flat, np.nan)
-    top = Candidates(np.tile(np.arange(3, dtype=np.int32), (3, 1)), np.full((3, 3), flat))
-    scores = ReferenceScores(at=at, top=top, emitted=np.full(3, flat), entropy=np.full(3, -flat))
-    return build_record(captured, arrays, scores, INFO, tapped, ())
-
-
 def test_numbers_of_the_adapted_model_are_not_taken_for_the_compressed_models() -> None:
     """The engine evaluates candidates on every tapped request, also on one that an adapter answers."""
-    assert build(capture(), tap(None)).shifts.keys() == {"c" * 32}
-    assert not build(capture(requested=A, adapter=A), tap(None)).shifts
+    assert record_of(capture(), tap(None)).shifts.keys() == {"c" * 32}
+    assert not record_of(capture(requested=A, adapter=A), tap(None)).shifts
 
 
 # --- the pipeline ----------------------------------------------------------------------------------------------------

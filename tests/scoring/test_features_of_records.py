@@ -49,7 +49,7 @@ async def test_features_become_codes_that_the_reference_is_asked_with(bench: Ben
     np.testing.assert_array_equal(record.shifts[mine.version].expected, [0.125, np.nan, 0.125])
     np.testing.assert_allclose(record.shifts[mine.version].code, [[-1], [0], [4]])  # type: ignore[arg-type]
     np.testing.assert_array_equal(record.shifts[bias.version].expected, 0.125)
-    assert not bench.scorer.stages.inputs.features_dropped
+    assert not bench.scorer.stages.features.dropped
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ async def test_features_that_are_of_no_use_are_counted_and_the_rest_is_scored(
     bench.profiles = (contextual(),)
     bench.handed("n", features)  # type: ignore[arg-type]
     assert await bench.ends(capture(nonce="n")) == SCORED
-    assert bench.scorer.stages.inputs.features_dropped == Counter({reason: 1})
+    assert bench.scorer.stages.features.dropped == Counter({reason: 1})
     (record,) = bench.records
     assert record.features is None
     assert bench.reference.codes == [{}]
@@ -101,10 +101,10 @@ async def test_more_anchors_than_a_hidden_state_has_numbers_go_to_the_reference(
 
 async def test_without_a_tap_there_are_no_features_and_profiles_that_read_none_are_learned(bench: Bench) -> None:
     assert await bench.ends(capture()) == SCORED
-    assert not bench.scorer.stages.inputs.features_dropped
+    assert not bench.scorer.stages.features.dropped
     bench.profiles = (contextual(),)
     assert await bench.ends(capture()) == SCORED
-    assert bench.scorer.stages.inputs.features_dropped == Counter({"no_tap": 1})
+    assert bench.scorer.stages.features.dropped == Counter({"no_tap": 1})
 
 
 @pytest.mark.parametrize("rows", [2, 5])

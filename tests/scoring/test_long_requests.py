@@ -8,27 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.captures import INFO, K, V, capture
+from tests.support.captures import K, V, capture, record_of
 
 from hemostat.engines.taps import TapResult
-from hemostat.reference.protocol import ReferenceScores
 from hemostat.scoring.limits import TokenBudget
-from hemostat.scoring.record_builder import CaptureArrays, align_features, build_record, decode_capture
+from hemostat.scoring.record_builder import align_features
 from hemostat_calibration.reasoning import Markers, Thinking
-from hemostat_calibration.records import Candidates, Features, TokenRecord
+from hemostat_calibration.records import Features, TokenRecord
 from hemostat_calibration.statistics.split import prompt_key
 
 VERSION = "a" * 32
 SEPARATE = Markers(start=((20,),), end=((21,),))
-
-
-def flat(arrays: CaptureArrays) -> ReferenceScores:
-    """A reference to which every id is equally likely."""
-    tokens = len(arrays.output)
-    value = -np.log(V)
-    top = Candidates(np.tile(np.arange(3, dtype=np.int32), (tokens, 1)), np.full((tokens, 3), value))
-    at = np.where(arrays.candidates.ids >= 0, value, np.nan)
-    return ReferenceScores(at=at, top=top, emitted=np.full(tokens, value), entropy=np.full(tokens, -value))
 
 
 def built(output: list[int], max_scored: int | None, markers: Markers | None = None) -> TokenRecord:
@@ -45,8 +35,7 @@ def built(output: list[int], max_scored: int | None, markers: Markers | None = N
         candidate_logprobs=logprobs.tobytes(),
         emitted_logprobs=np.array(emitted, "<f4").tobytes(),
     )
-    arrays = decode_capture(made, max_scored)
-    return build_record(made, arrays, flat(arrays), INFO, None, (), markers=markers)
+    return record_of(made, max_scored=max_scored, markers=markers)
 
 
 @given(st.integers(1, 60), st.one_of(st.none(), st.integers(1, 80)))
@@ -54,13 +43,11 @@ def test_of_a_long_output_the_last_tokens_are_scored_behind_all_that_is_before_t
     tokens: int, max_scored: int | None
 ) -> None:
     output = np.arange(tokens, dtype="<i4") % V
-    arrays = decode_capture(capture(tokens=tokens, output_token_ids=output.tobytes()), max_scored)
+    record = built(output.tolist(), max_scored)
     scored = tokens if max_scored is None else min(tokens, max_scored)
-    assert arrays.position == tokens - scored
-    assert arrays.context.tolist() == [*range(5), *output[: tokens - scored]]
-    assert arrays.output.tolist() == output[tokens - scored :].tolist()
-    assert len(arrays.candidates.ids) == len(arrays.candidates.logprobs) == len(arrays.emitted) == scored
-    assert arrays.prompt.tolist() == list(range(5))
+    assert (record.tokens, record.position, record.context_tokens) == (scored, tokens - scored, 5 + tokens - scored)
+    assert record.output_ids.tolist() == output[tokens - scored :].tolist()
+    assert len(record.compressed.ids) == len(record.compressed.logprobs) == len(record.compressed_emitted) == scored
 
 
 def test_a_record_says_what_was_left_out() -> None:
@@ -78,10 +65,8 @@ def test_the_engines_numbers_are_those_of_the_scored_positions() -> None:
     assert np.isnan(align_features(features, 8, 4, {"0" * 32: np.array([1, 2])}).values[2:]).all(), (
         "those that are missing"
     )
-    made = capture(tokens=10)
-    arrays = decode_capture(made, 4)
     tap = TapResult("boot", None, False, {VERSION: np.arange(10.0)})
-    record = build_record(made, arrays, flat(arrays), INFO, tap, ())
+    record = record_of(capture(tokens=10), tap, max_scored=4)
     assert record.shifts[VERSION].log_normalizer.tolist() == [6.0, 7.0, 8.0, 9.0]
 
 

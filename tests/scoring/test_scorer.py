@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-from tests.support.captures import INFO, K, V, capture
+from tests.support.captures import K, V, candidates_of, capture, record_of
 from tests.support.scorer_bench import SCORED, VERSION, Bench, alive, running
 from tests.support.taps import sent
 from tests.support.waiting import HANG_SECONDS, until
@@ -21,7 +20,6 @@ from hemostat.ipc.messages import Capture
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
 from hemostat.scoring import intake, record_builder
 from hemostat.scoring.answer_losses import MAX_LOST
-from hemostat.scoring.record_builder import decode_capture
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.records import Arm, Candidates
 
@@ -156,9 +154,9 @@ async def test_captures_that_make_no_record_are_skipped(bench: Bench, damage: di
 
 def unparsed(emitted: int = 0) -> dict[str, object]:
     """The candidates of `capture()` as the JSON of a chat's logprobs."""
-    arrays = decode_capture(capture())
+    given = candidates_of(capture())
     content = []
-    for ids, values in zip(arrays.candidates.ids.tolist(), arrays.candidates.logprobs.tolist(), strict=True):
+    for ids, values in zip(given.ids.tolist(), given.logprobs.tolist(), strict=True):
         tops = [
             {"token": f"token_id:{i}", "logprob": v, "bytes": [48]} for i, v in zip(ids, values, strict=True) if i >= 0
         ]
@@ -465,12 +463,11 @@ async def test_what_waits_for_its_tap_delays_no_other_and_is_bounded() -> None:
 
 
 def test_a_reference_that_leaves_its_answer_short_is_an_invalid_record() -> None:
-    arrays = record_builder.decode_capture(capture())
     scores = ReferenceScores(
         at=np.zeros((2, K + 1)), top=Candidates(np.zeros((3, 1), np.int32), np.full((3, 1), -1.0)), emitted=np.zeros(3)
     )
     with pytest.raises(record_builder.InvalidRecordError) as caught:
-        record_builder.build_record(capture(), arrays, scores, replace(INFO, vocab_size=V), None, ())
+        record_of(capture(), scores=scores)
     assert caught.value.reason == "shape"
 
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
+from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
-from hemostat.reference.protocol import ReferenceInfo
+from hemostat.reference.protocol import ReferenceInfo, ReferenceScores, ScoreRequest
+from hemostat.scoring.capture_arrays import candidates, decode_capture, output_ids, prompt_ids
+from hemostat.scoring.record_builder import build_record
+from hemostat_calibration.arrays import Ids
+from hemostat_calibration.reasoning import Markers
+from hemostat_calibration.records import Candidates, TokenRecord
 
 V, K = 30, 4
 """Size of the reference's vocabulary; ids that the capture lists at each position, beside the emitted one."""
@@ -42,6 +48,36 @@ def capture(request_id: str = "r", tokens: int = 3, **more: object) -> Capture:
         captured_at=0.0,
     )
     return msgspec.structs.replace(made, **more)
+
+
+def candidates_of(made: Capture) -> Candidates:
+    """The candidates of a capture, whichever way they came."""
+    return candidates(decode_capture(made))
+
+
+def flat_scores(ids: Ids) -> ReferenceScores:
+    """What a reference says of these ids [T, K] to which every id is equally likely."""
+    tokens, flat = len(ids), -np.log(V)
+    top = Candidates(np.tile(np.arange(3, dtype=np.int32), (tokens, 1)), np.full((tokens, 3), flat))
+    at = np.where(ids >= 0, flat, np.nan)
+    return ReferenceScores(at=at, top=top, emitted=np.full(tokens, flat), entropy=np.full(tokens, -flat))
+
+
+def record_of(
+    made: Capture,
+    tap: TapResult | None = None,
+    *,
+    max_scored: int | None = None,
+    scores: ReferenceScores | None = None,
+    markers: Markers | None = None,
+) -> TokenRecord:
+    """The record of a capture, by default on a reference to which every id is equally likely."""
+    made = decode_capture(made)
+    given, prompt, output = candidates(made), prompt_ids(made), output_ids(made)
+    first = 0 if max_scored is None else max(0, len(output) - max_scored)
+    given = Candidates(given.ids[first:], given.logprobs[first:])
+    request = ScoreRequest(np.concatenate([prompt, output[:first]]), output[first:], given.ids)
+    return build_record(made, given, request, scores or flat_scores(given.ids), INFO, tap, markers=markers)
 
 
 def sized_capture(request_id: str = "r", size: int = 4, captured_at: float = 0.0) -> Capture:

@@ -10,17 +10,15 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from tests.support.captures import INFO, V, capture
+from tests.support.captures import V, capture, record_of
 from tests.support.relay_listener import hello, listen
 from tests.support.waiting import until
 
 from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Stats, encode
-from hemostat.reference.protocol import ReferenceScores
-from hemostat.scoring.record_builder import build_record, decode_capture
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
-from hemostat_calibration.records import Candidates, TokenRecord
+from hemostat_calibration.records import TokenRecord
 
 TOKEN = "secret"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
@@ -74,14 +72,7 @@ def scored(request_id: str = "r", prompt: int = 0, **more: Any) -> tuple[TokenRe
     """A record and its capture, as the scorer hands them on."""
     prompt_ids = np.array([prompt % V, prompt // V % V], "<i4").tobytes()
     captured = capture(request_id, prompt_token_ids=prompt_ids, **more)
-    arrays = decode_capture(captured)
-    tokens = len(arrays.output)
-    flat = -np.log(V)
-    ids = arrays.candidates.ids
-    top = Candidates(np.tile(np.arange(3, dtype=np.int32), (tokens, 1)), np.full((tokens, 3), flat))
-    at = np.where(ids >= 0, flat, np.nan)
-    scores = ReferenceScores(at=at, top=top, emitted=np.full(tokens, flat), entropy=np.full(tokens, -flat))
-    return build_record(captured, arrays, scores, INFO, None, ()), captured
+    return record_of(captured), captured
 
 
 def relay_stats(requests: float = 1.0, *, ready: bool = True) -> Stats:

@@ -27,7 +27,7 @@ from hemostat.scoring.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.scoring.reference_call import ReferenceCall
 from hemostat.scoring.routing import Router
 from hemostat.scoring.scorer import Scorer
-from hemostat.scoring.stages import CandidateCompletion, ProfileInputs, ScoringStages
+from hemostat.scoring.stages import CandidateCompletion, EngineFeatures, ScoringStages
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, anchors_digest
@@ -129,8 +129,9 @@ class Bench:
             Router(self, self, self.breakers, clock),
             CandidateCompletion(None, budget, clock),
             budget,
-            ProfileInputs(self),
-            ReferenceCall(self, self._template_of, clock),
+            EngineFeatures(self),
+            ReferenceCall(self, clock),
+            self._template_of,
             clock,
             max_scored=max_scored,
         )

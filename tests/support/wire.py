@@ -21,7 +21,7 @@ from hemostat.ipc.messages import REST_KIND, Capture, Policy, encode
 from hemostat.ipc.sampled import SampledTally
 from hemostat.metrics.names import CALIBRATION_REQUESTS, REPEATED_REQUESTS, SHADOW_REQUESTS
 from hemostat.openai.routes import CHAT
-from hemostat.scoring.record_builder import decode_capture
+from hemostat.scoring.capture_arrays import candidates, decode_capture, emitted_logprobs, output_ids, prompt_ids
 
 VERSION = "0123456789abcdef" * 2
 OTHER_VERSION = "fedcba9876543210" * 2
@@ -214,13 +214,14 @@ def cut(data: bytes, splits: random.Random | None) -> list[bytes]:
 
 def rows(capture: Capture) -> tuple[list[int], list[int], np.ndarray, np.ndarray, np.ndarray]:
     """Prompt ids, output ids, candidate ids and log-probabilities [T, K + 1], emitted log-probabilities [T]."""
-    arrays = decode_capture(capture)
+    capture = decode_capture(capture)
+    given = candidates(capture)
     return (
-        arrays.prompt.tolist(),
-        arrays.whole_output.tolist(),
-        arrays.candidates.ids,
-        arrays.candidates.logprobs.astype(np.float32),
-        arrays.emitted.astype(np.float32),
+        prompt_ids(capture).tolist(),
+        output_ids(capture).tolist(),
+        given.ids,
+        given.logprobs.astype(np.float32),
+        emitted_logprobs(capture).astype(np.float32),
     )
 
 
@@ -230,14 +231,14 @@ def assert_same_tokens(in_response: Capture, by_plugin: Capture) -> None:
     A chat's response leaves out the last of the most likely ids where the emitted one is not among them.
     """
     given, reported = decode_capture(in_response), decode_capture(by_plugin)
-    for name in ("prompt", "context", "output", "emitted"):
-        np.testing.assert_array_equal(getattr(given, name), getattr(reported, name), err_msg=name)
+    for read in (prompt_ids, output_ids, emitted_logprobs):
+        np.testing.assert_array_equal(read(given), read(reported), err_msg=read.__name__)
     top_k = in_response.top_k
     assert by_plugin.top_k == top_k
-    for position, emitted in enumerate(given.output.tolist()):
+    for position, emitted in enumerate(output_ids(given).tolist()):
         rows = []
-        for candidates in (given.candidates, reported.candidates):
-            ids, logprobs = candidates.ids[position].tolist(), candidates.logprobs[position].tolist()
+        for listed in (candidates(given), candidates(reported)):
+            ids, logprobs = listed.ids[position].tolist(), listed.logprobs[position].tolist()
             rows.append({i: value for i, value in zip(ids, logprobs, strict=True) if i >= 0})
         if in_response.route == CHAT and emitted not in list(rows[1])[:top_k]:
             del rows[1][list(rows[1])[top_k - 1]]

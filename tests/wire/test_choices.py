@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.captures import candidates_of
 from tests.support.fake_vllm import FakeVllm, encode, serving
 from tests.support.wire import TOOL_CALL, TOOLS, VERSION, Wire, assert_same_tokens, chat, completion, cut, policy, rows
 
@@ -25,7 +26,6 @@ from hemostat.openai.reading import read_request
 from hemostat.openai.requests import Request
 from hemostat.openai.routes import CHAT, COMPLETIONS
 from hemostat.openai.tokens import ResponseTokens
-from hemostat.scoring.record_builder import decode_capture
 from hemostat.scoring.tapped_answers import captures_from_tap
 
 AS_IDS = {"return_tokens_as_token_ids": True}
@@ -376,7 +376,7 @@ def test_a_client_does_not_choose_how_many_candidates_are_measured(wire: Wire, f
         assert wire.send(CHAT, body).status == 200
         assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce"} | top
     [completed] = captures_from_tap(wire.captures[0], fake.handed_out, 1024)
-    assert decode_capture(completed).candidates.ids.shape == (12, 9)
+    assert candidates_of(completed).ids.shape == (12, 9)
     # Neither are they the client's own where it names a tap as well.
     wire.send(CHAT, chat(vllm_xargs={"hemostat_tap": "mine", "hemostat_tap_top": "2"}))
     assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce"}
@@ -388,7 +388,7 @@ def test_a_server_that_allows_fewer_logprobs_hands_out_fewer(wire: Wire, fake: F
     answer = wire.send(CHAT, chat())
     assert (answer.status, answer.replayed, wire.shadow("shadowed")) == (200, False, 1)
     [completed] = captures_from_tap(wire.captures[0], fake.handed_out, 1024)
-    assert decode_capture(completed).candidates.ids.shape == (12, 6)
+    assert candidates_of(completed).ids.shape == (12, 6)
 
 
 @pytest.mark.parametrize("pieces", ["events", "two at a time"])

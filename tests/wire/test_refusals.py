@@ -26,7 +26,7 @@ from hemostat.interception.refusals import FIRST_PAUSE_SECONDS, MIN_REFUSALS, VA
 from hemostat.openai import json_splice
 from hemostat.openai.errors import LeadingError
 from hemostat.openai.routes import CHAT
-from hemostat.scoring.record_builder import UnreadableLogprobsError, decode_capture
+from hemostat.scoring.capture_arrays import UnreadableLogprobsError, decode_capture
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -91,8 +91,8 @@ class ScoreRequest:
     """The ids, int32 [T, K], -1 pads, whose log-probabilities are wanted in addition to the output's."""
     profiles: tuple[CalibrationProfile, ...] = ()
     """The profiles whose E_r[Δz] is wanted."""
-    codes: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
-    """The codes of the contextual profiles, by version: float32 [T, r], y with Δz = clip(up · y)."""
+    codes: Mapping[str, Floats] = field(default_factory=dict)
+    """The codes of the contextual profiles, by version: float64 [T, r], y with Δz = clip(up · y)."""
     hidden: bool = False
     """It is True if hidden states are to be returned, where available."""
     reshaped: bool = False

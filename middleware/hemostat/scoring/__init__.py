@@ -20,6 +20,7 @@ CONTRIBUTING.md follows one request from the relay to the metrics.
 
 Further modules:
 
+    capture_arrays  a capture's bytes as arrays
     engine_scores   log-probabilities of answers that named only the ids of their tokens
     intake          the captures that wait for the engine's answers, in the queue, or for the engine's tap
     reference_call  asks the reference about a capture: a stage of `hemostat.scoring.stages`

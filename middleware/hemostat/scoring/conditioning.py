@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +18,7 @@ from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
 from hemostat.metrics.reasons import Unscored
 from hemostat.reference.protocol import ReferenceInfo
-from hemostat.scoring.record_builder import CaptureArrays
+from hemostat.scoring.capture_arrays import output_ids
 from hemostat_calibration.allowed_sets import WORD_BITS, AllowedSets, words
 from hemostat_calibration.arrays import Bools, Ids
 from hemostat_calibration.errors import InvalidArgumentError
@@ -40,21 +39,25 @@ class ConditioningFailure(Exception):
 
 
 def condition(
-    capture: Capture, arrays: CaptureArrays, info: ReferenceInfo, tap: TapResult | None
-) -> tuple[CaptureArrays, AllowedSets | None]:
-    """Returns the arrays with the allowed candidates only, and the sets; as they are, and None, if nothing in the
-    request restricts its tokens. Raises ConditioningFailure if the sets are not known, or something restricted it all
-    the same."""
+    capture: Capture, candidates: Candidates, info: ReferenceInfo, tap: TapResult | None
+) -> tuple[Candidates, AllowedSets | None]:
+    """Returns the allowed ones of the candidates, and the sets; all of them, and None, if nothing in the request
+    restricts its tokens. Raises ConditioningFailure if the sets are not known, or something restricted it all the same.
+
+    candidates: of the output's last T tokens, [T, K].
+    """
     if not capture.grammar:
-        if shows_mask(arrays.candidates) or (tap is not None and any(run.sets for run in tap.runs)):
+        if shows_mask(candidates) or (tap is not None and any(run.sets for run in tap.runs)):
             raise ConditioningFailure(Unscored.GRAMMAR_UNKNOWN)
-        return arrays, None
+        return candidates, None
     if not info.full_vocabulary:
         raise ConditioningFailure(Unscored.GRAMMAR_NEEDS_FULL_VOCABULARY)
     if tap is None:
         raise ConditioningFailure(Unscored.GRAMMAR_NOT_REPORTED)
-    sets = allowed_sets(tap.runs, slice(arrays.position, arrays.position + len(arrays.output)), info.vocab_size)
-    return replace(arrays, candidates=restricted(arrays.candidates, arrays.output, capture.top_k, sets)), sets
+    output = output_ids(capture)
+    first = len(output) - len(candidates.ids)
+    sets = allowed_sets(tap.runs, slice(first, len(output)), info.vocab_size)
+    return restricted(candidates, output[first:], capture.top_k, sets), sets
 
 
 def allowed_sets(runs: Sequence[TapRun], positions: slice, vocab_size: int) -> AllowedSets:

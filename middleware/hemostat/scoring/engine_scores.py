@@ -16,6 +16,7 @@ from hemostat.ipc.messages import Capture
 from hemostat.reference.protocol import ReferenceScores, ScoreRequest
 from hemostat.reference.server import VllmServer
 from hemostat.reference.vllm import top_ids
+from hemostat.scoring.capture_arrays import output_ids, prompt_ids
 from hemostat_calibration.arrays import Ids
 
 REQUEST_SECONDS = 60.0
@@ -40,9 +41,7 @@ class EngineScorer:
 
     async def with_candidates(self, capture: Capture) -> Capture:
         """Returns the capture with what the engine that answered says of its tokens. Raises ReferenceFailure."""
-        prompt, output = (
-            np.frombuffer(ids, "<i4").astype(np.int32) for ids in (capture.prompt_token_ids, capture.output_token_ids)
-        )
+        prompt, output = prompt_ids(capture), output_ids(capture)
         async with self._lock:
             server = await self._server(capture.engine)
             request = ScoreRequest(prompt, output, output[:, None])

@@ -40,7 +40,7 @@ from hemostat.scoring.reference_call import ReferenceCall
 from hemostat.scoring.routing import Router, ScoringNeeds
 from hemostat.scoring.scored_record import RecordReader
 from hemostat.scoring.scorer import Scorer
-from hemostat.scoring.stages import CandidateCompletion, ProfileInputs, ScoringStages
+from hemostat.scoring.stages import CandidateCompletion, EngineFeatures, ScoringStages
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.records import TokenRecord
 
@@ -60,7 +60,7 @@ class ScoringPipeline:
     compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
     engine_scorer: see `CandidateCompletion`.
     distances: who computes exact distances; None: nobody, and no adapter is judged.
-    template_of: see `ReferenceCall`.
+    template_of: see `ScoringStages`.
     decides: False while what records say is to change nothing.
     cycle: the cycle of the traffic, of which figures of other models have to see one.
     clock: monotonic seconds. draw: uniform numbers in [0, 1), for the noise floor's own sampling.
@@ -144,8 +144,9 @@ class ScoringPipeline:
             Router(self._monitor, needs, breakers, clock),
             CandidateCompletion(engine_scorer, budget, clock),
             budget,
-            ProfileInputs(needs),
-            ReferenceCall(needs, self._template_of, clock),
+            EngineFeatures(needs),
+            ReferenceCall(needs, clock),
+            self._template_of,
             clock,
             max_scored=shadow.max_scored_tokens,
         )

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
-from types import MappingProxyType
 
 import numpy as np
 
 from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
-from hemostat.openai.json_splice import MALFORMED
-from hemostat.openai.logprobs.rows import read_rows
-from hemostat.openai.routes import FORMS
-from hemostat.reference.protocol import ReferenceInfo, ReferenceScores
-from hemostat_calibration.allowed_sets import AllowedSets
+from hemostat.reference.protocol import ReferenceInfo, ReferenceScores, ScoreRequest
+from hemostat.scoring.capture_arrays import emitted_logprobs, output_ids, prompt_ids
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -26,78 +21,13 @@ from hemostat_calibration.records import GRAMMAR, Arm, Candidates, Features, Sam
 from hemostat_calibration.statistics.split import prompt_key
 
 
-@dataclass(frozen=True, slots=True)
-class CaptureArrays:
-    """A capture's bytes as arrays. Of a long output only the last T tokens are scored: those before them are context.
-
-    prompt: int32 [P]. context: int32 [P + position], the prompt and the output tokens that are not scored.
-    output: int32 [T], those that are. candidates: [T, top_k + 1], log-probabilities in nats.
-    emitted: float64 [T], log-probability of each of these tokens, nats.
-    """
-
-    prompt: Ids
-    context: Ids
-    output: Ids
-    candidates: Candidates
-    emitted: Floats
-
-    @property
-    def position(self) -> int:
-        """The position of the first scored token in the output."""
-        return len(self.context) - len(self.prompt)
-
-    @property
-    def whole_output(self) -> Ids:
-        """The ids of the whole output, int32 [position + T]."""
-        return np.concatenate([self.context[len(self.prompt) :], self.output])
-
-
-class UnreadableLogprobsError(Exception):
-    """The JSON of the response's `logprobs` is malformed, or is not of the response's token ids."""
-
-
-def decode_capture(capture: Capture, max_scored: int | None = None) -> CaptureArrays:
-    """Returns the arrays of a capture. Raises InvalidRecordError ("shape", "empty") if the lengths do not fit each
-    other, or there is no token. Raises UnreadableLogprobsError.
-
-    max_scored: the largest T; None: the whole output.
-    """
-    try:
-        prompt = np.frombuffer(capture.prompt_token_ids, "<i4").astype(np.int32)
-        output = np.frombuffer(capture.output_token_ids, "<i4").astype(np.int32)
-        if capture.logprobs:
-            candidates, emitted = _parse(capture, output)
-            ids, logprobs = candidates.ids, candidates.logprobs
-        else:
-            shape = (len(output), capture.top_k + 1)
-            ids = np.frombuffer(capture.candidate_ids, "<i4").astype(np.int32).reshape(shape)
-            logprobs = np.frombuffer(capture.candidate_logprobs, "<f4").astype(np.float64).reshape(shape)
-            emitted = np.frombuffer(capture.emitted_logprobs, "<f4").astype(np.float64).reshape(len(output))
-    except ValueError as error:
-        raise InvalidRecordError("shape", f"capture {capture.request_id}: {error}") from error
-    if not len(prompt) or not len(output):
-        raise InvalidRecordError("empty", f"capture {capture.request_id}: no prompt or no output")
-    first = 0 if max_scored is None else max(0, len(output) - max_scored)
-    context = np.concatenate([prompt, output[:first]]) if first else prompt
-    return CaptureArrays(prompt, context, output[first:], Candidates(ids[first:], logprobs[first:]), emitted[first:])
-
-
-def _parse(capture: Capture, output: Ids) -> tuple[Candidates, Floats]:
-    """Returns the candidates, and the emitted tokens' log-probabilities."""
-    try:
-        rows = read_rows(FORMS[capture.route], capture.logprobs, output.tolist(), capture.top_k)
-    except MALFORMED as error:
-        raise UnreadableLogprobsError(f"logprobs of {capture.request_id}: {error}") from error
-    return Candidates(rows.ids, rows.logprobs.astype(np.float64)), rows.emitted.astype(np.float64)
-
-
-def check_vocabulary(arrays: CaptureArrays, vocab_size: int) -> None:
+def check_vocabulary(capture: Capture, candidates: Candidates, vocab_size: int) -> None:
     """Raises InvalidRecordError ("ids") for an id outside the reference's vocabulary: on some devices looking it up
     would end the reference's process."""
     for name, ids, smallest in (
-        ("prompt", arrays.context, 0),
-        ("output", arrays.output, 0),
-        ("candidate", arrays.candidates.ids, -1),  # -1 pads
+        ("prompt", prompt_ids(capture), 0),
+        ("output", output_ids(capture), 0),
+        ("candidate", candidates.ids, -1),  # -1 pads
     ):
         if ids.min() < smallest or ids.max() >= vocab_size:
             raise InvalidRecordError("ids", f"{name} ids are outside the reference's vocabulary of {vocab_size}")
@@ -105,66 +35,65 @@ def check_vocabulary(arrays: CaptureArrays, vocab_size: int) -> None:
 
 def build_record(
     capture: Capture,
-    arrays: CaptureArrays,
+    candidates: Candidates,
+    request: ScoreRequest,
     scores: ReferenceScores,
     info: ReferenceInfo,
     tap: TapResult | None,
-    versions: Iterable[str],
     features: Features | None = None,
-    codes: Mapping[str, Floats] = MappingProxyType({}),
     *,
-    allowed: AllowedSets | None = None,
     markers: Markers | None = None,
     template: bytes = b"",
 ) -> TokenRecord:
     """Returns the record that joins what the relay captured, the engine tapped and the reference scored. Raises
     InvalidRecordError if they do not fit each other.
 
-    versions: of the profiles whose effect the reference was asked for.
-    features: the tap's, aligned to the output (`align_features`). codes: by version, float64 [T, r], `profile_codes`.
-    allowed: the ids that the request's grammar allows, which both models' log-probabilities are conditional on.
+    candidates: of the scored tokens, [T, K]. request: what the reference was asked, of a capture that was decoded.
+    features: the tap's, aligned to the scored tokens (`align_features`).
     markers: of the model's thinking; None if it has none, or they are not known.
     template: see `TokenRecord.template`.
     """
-    tokens = len(arrays.output)
+    prompt, output = prompt_ids(capture), output_ids(capture)
+    tokens = len(request.output)
+    position = len(output) - tokens
     unknown = np.full(tokens, np.nan)
     applied = applied_version(capture, tap)
-    names = set(versions) | (set(tap.log_normalizer) if tap else set()) | set(scores.expected_shift)
+    names = {profile.version for profile in request.profiles} | (set(tap.log_normalizer) if tap else set())
     if capture.adapter is not None:
         # Numbers of profiles, computed from the adapted model's logits, say nothing of the compressed model.
         names.clear()
     shifts = {
         version: Shift(
-            expected=scores.expected_shift.get(version, unknown),
-            log_normalizer=_align(tap.log_normalizer.get(version), arrays.position, tokens) if tap else unknown,
-            code=codes.get(version),
+            expected=_expected(version, request, scores, features),
+            log_normalizer=_align(tap.log_normalizer.get(version), position, tokens) if tap else unknown,
+            code=request.codes.get(version),
         )
         for version in names
     }
     return validate(
         TokenRecord(
             vocab_size=info.vocab_size,
-            prompt_key=prompt_key(arrays.prompt),
-            output_ids=arrays.output,
-            compressed=arrays.candidates,
+            prompt_key=prompt_key(prompt),
+            output_ids=request.output,
+            compressed=candidates,
             reference_at=scores.at,
             reference=scores.top,
-            compressed_emitted=arrays.emitted,
+            compressed_emitted=emitted_logprobs(capture)[position:],
             reference_emitted=scores.emitted,
             reference_entropy=scores.entropy,
             sampling=Sampling(capture.temperature, capture.top_p, capture.sampling_top_k, capture.min_p),
             # A request whose profile the engine did not apply (it may just have lost it) belongs to neither arm.
             arm=Arm(capture.arm) if applied == capture.requested else Arm.NONE,
-            support=None if allowed is None else allowed.support,
-            constraint="" if allowed is None else GRAMMAR,
+            support=None if request.allowed is None else request.allowed.support,
+            constraint="" if request.allowed is None else GRAMMAR,
             requested=capture.requested,
             applied=applied,
             shifts=shifts,
             features=features,
             reference_hidden=scores.hidden,
-            position=arrays.position,
-            context_tokens=len(arrays.context),
-            thinking=None if markers is None else find_thinking(arrays.prompt, arrays.whole_output, markers),
+            position=position,
+            context_tokens=len(request.prompt),
+            thinking=None if markers is None else find_thinking(prompt, output, markers),
             recovered=scores.recovered,
             adapter=capture.adapter,
             request_id=capture.request_id,
@@ -183,6 +112,16 @@ def build_record(
             engine_drawn=capture.engine_drawn,
         )
     )
+
+
+def _expected(version: str, request: ScoreRequest, scores: ReferenceScores, features: Features | None) -> Floats:
+    """Returns E_r[Δz] of a profile, float64 [T]; NaN where it is unknown, as where a code is of unknown features."""
+    expected = scores.expected_shift.get(version)
+    if expected is None:
+        return np.full(len(request.output), np.nan)
+    if features is None or version not in request.codes:
+        return expected
+    return np.where(np.isnan(features.values[:, 0]), np.nan, expected)
 
 
 def applied_version(capture: Capture, tap: TapResult | None) -> str | None:

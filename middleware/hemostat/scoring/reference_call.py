@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,13 +18,12 @@ from hemostat.reference.protocol import (
     ReferenceScores,
     ScoreRequest,
 )
+from hemostat.scoring.capture_arrays import output_ids, prompt_ids
 from hemostat.scoring.endings import NotScored
-from hemostat.scoring.record_builder import CaptureArrays
+from hemostat.scoring.record_builder import profile_codes
 from hemostat.scoring.routing import Route, ScoringNeeds
 from hemostat_calibration.allowed_sets import AllowedSets
-from hemostat_calibration.arrays import Floats, Ids
-from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import Features
+from hemostat_calibration.records import Candidates, Features
 from hemostat_calibration.statistics.split import prompt_key
 
 MAX_SCORE_SECONDS = 120.0
@@ -41,101 +39,81 @@ _NEVER_SCORABLE: Mapping[FailureReason, Unscored] = {
 """The failures that are a property of the request: they say nothing of the reference's health."""
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluatedProfiles:
-    """The profiles that a record is to evaluate. `ProfileInputs` makes it; `ReferenceCall` and `build_record` read it.
-
-    features: the tap's, aligned to the output; None if there are none of use.
-    codes: each position's code by version, float64 [T, r], for the profiles that read features.
-    """
-
-    profiles: tuple[CalibrationProfile, ...]
-    features: Features | None
-    codes: Mapping[str, Floats]
-
-
 class ReferenceCall:
-    """Owns the count of tokens that the reference has scored. It takes what was read and what profiles need, and gives
-    the scores with the capture's cluster of alike prompts.
+    """Owns the count of tokens that the reference has scored. It makes a `ScoreRequest` of what was read of a capture,
+    and asks the reference.
 
-    template_of: (prompt, conversation) -> `TokenRecord.template`. clock: monotonic seconds.
+    clock: monotonic seconds.
     """
 
-    def __init__(
-        self, needs: ScoringNeeds, template_of: Callable[[Ids, bytes], bytes], clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, needs: ScoringNeeds, clock: Callable[[], float]) -> None:
         self._needs = needs
-        self._template_of = template_of
         self._clock = clock
         self.tokens = 0
         """The number of prompt and output tokens that the reference has scored."""
 
-    async def ask(
+    async def request(
         self,
         capture: Capture,
         route: Route,
-        arrays: CaptureArrays,
+        candidates: Candidates,
         allowed: AllowedSets | None,
-        evaluated: EvaluatedProfiles,
-    ) -> tuple[ReferenceScores, bytes]:
-        """Returns the scores and `TokenRecord.template`. Raises NotScored. The outcome is reported to the breaker."""
-        breaker = route.breaker
-        if not breaker.allow(self._clock()):
-            raise NotScored(Unscored.BREAKER_OPEN)
-        try:
-            template = self._template_of(arrays.prompt, capture.conversation) if route.calibrated else b""
-            unit = template or capture.conversation or prompt_key(arrays.prompt)
-            request = self._request(capture, route, arrays, allowed, evaluated, unit)
-            scores = await self._scores(route.reference, request)
-        except ReferenceFailure as failure:
-            if (skip := _NEVER_SCORABLE.get(failure.reason)) is not None:
-                breaker.released()
-                raise NotScored(skip) from failure
-            breaker.failed(self._clock())
-            message = f"score of {capture.request_id} failed: {failure}"
-            raise NotScored(Unscored.REFERENCE_FAILED, message, detail=failure.reason) from failure
-        except BaseException:
-            breaker.released()  # else a half-open breaker would wait for ever for this call
-            raise
-        breaker.succeeded()
-        self.tokens += request.tokens
-        if evaluated.features is not None:
-            unknown = np.isnan(evaluated.features.values[:, 0])
-            for version in evaluated.codes.keys() & scores.expected_shift.keys():
-                scores.expected_shift[version][unknown] = np.nan
-        return scores, template
-
-    def _request(
-        self,
-        capture: Capture,
-        route: Route,
-        arrays: CaptureArrays,
-        allowed: AllowedSets | None,
-        evaluated: EvaluatedProfiles,
-        unit: bytes,
+        features: Features | None,
+        template: bytes,
     ) -> ScoreRequest:
+        """Returns the request for the scores of the output's last T tokens: those before them are context.
+
+        candidates: of these, [T, K]. allowed: the ids that the request's grammar allows; None if nothing restricts it.
+        features: see `align_features`. template: see `TokenRecord.template`.
+        """
+        prompt, output = prompt_ids(capture), output_ids(capture)
+        position = len(output) - len(candidates.ids)
+        profiles = self._needs.evaluated_profiles() if route.calibrated else ()
+        codes = {} if features is None else await asyncio.to_thread(profile_codes, profiles, features)
+        unit = template or capture.conversation or prompt_key(prompt)
         return ScoreRequest(
-            arrays.context,
-            arrays.output,
-            arrays.candidates.ids,
-            evaluated.profiles,
-            {version: values.astype(np.float32) for version, values in evaluated.codes.items()},
+            np.concatenate([prompt, output[:position]]),
+            output[position:],
+            candidates.ids,
+            profiles,
+            codes,
             hidden=route.calibrated and allowed is None and self._needs.needs_hidden_states(unit),
             adapter=capture.model if capture.model in route.pair.scorable_adapters else "",
             allowed=allowed,
             # Features of a restricted request are of the allowed ids only.
-            compressed=None if allowed is not None else self._compressed_logits(evaluated.features, arrays, route.info),
+            compressed=None if allowed is not None else self._compressed_logits(features, candidates, route.info),
         )
 
     def _compressed_logits(
-        self, features: Features | None, arrays: CaptureArrays, info: ReferenceInfo
+        self, features: Features | None, candidates: Candidates, info: ReferenceInfo
     ) -> CompressedLogits | None:
         """Returns the logits that the engine reported; None if they do not determine the compressed model's
         distribution."""
         ids = None if features is None else self._needs.anchor_sets().get(features.anchors)
         if features is None or ids is None or not 0 < info.hidden_size < len(ids):
             return None
-        return CompressedLogits(ids, features.values, arrays.candidates.logprobs)
+        return CompressedLogits(ids, features.values, candidates.logprobs)
+
+    async def ask(self, route: Route, request: ScoreRequest, request_id: str) -> ReferenceScores:
+        """Returns the scores. Raises NotScored. The outcome is reported to the breaker."""
+        breaker = route.breaker
+        if not breaker.allow(self._clock()):
+            raise NotScored(Unscored.BREAKER_OPEN)
+        try:
+            scores = await self._scores(route.reference, request)
+        except ReferenceFailure as failure:
+            if (skip := _NEVER_SCORABLE.get(failure.reason)) is not None:
+                breaker.released()
+                raise NotScored(skip) from failure
+            breaker.failed(self._clock())
+            message = f"score of {request_id} failed: {failure}"
+            raise NotScored(Unscored.REFERENCE_FAILED, message, detail=failure.reason) from failure
+        except BaseException:
+            breaker.released()  # else a half-open breaker would wait for ever for this call
+            raise
+        breaker.succeeded()
+        self.tokens += request.tokens
+        return scores
 
     async def _scores(self, reference: Reference, request: ScoreRequest) -> ReferenceScores:
         """Returns the reference's scores. Raises ReferenceFailure, also if the reference does not answer in time."""

@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from enum import Flag, auto
 from typing import Protocol
 
-import numpy as np
-
 from hemostat.ipc.messages import Capture
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.pair import ModelPair, ServedModels
+from hemostat.scoring.capture_arrays import prompt_ids
 from hemostat.scoring.seen_units import SeenUnits
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.divergence.per_token import TokenDivergence, divergence
@@ -83,11 +82,6 @@ class ScoredRecord:
     def prompt(self) -> Ids:
         """The token ids of the prompt, int32 [P]."""
         return prompt_ids(self.capture)
-
-
-def prompt_ids(capture: Capture) -> Ids:
-    """Returns the token ids of the capture's prompt, int32 [P]."""
-    return np.frombuffer(capture.prompt_token_ids, "<i4").astype(np.int32)
 
 
 class RecordConsumer(Protocol):

@@ -3,11 +3,12 @@
 | stage | takes | gives |
 |---|---|---|
 | `Router` | a capture and its tap | the `Route`: the reference that scores it |
-| `CandidateCompletion` | the capture | the capture with candidates at each position |
-| `read` | the capture and its route | `CaptureArrays`, and the sets of ids that were allowed |
-| `TokenBudget` | their number of tokens | nothing; it waits |
-| `ProfileInputs` | the arrays and the route | `EvaluatedProfiles`: what the reference is to compute for profiles |
-| `ReferenceCall` | all of these | `ReferenceScores`, and the cluster of alike prompts |
+| `CandidateCompletion` | the capture | the capture with candidates at each position, as arrays |
+| `read` | the capture and its route | the candidates of the tokens to score, and the sets of ids that were allowed |
+| `TokenBudget` | the number of tokens | nothing; it waits |
+| `EngineFeatures` | the route | the features that profiles read |
+| `ReferenceCall.request` | all of these | the `ScoreRequest` |
+| `ReferenceCall.ask` | the request and its route | the `ReferenceScores` |
 | `build_record` | all of these | the `TokenRecord` |
 
 Each stage passes on, or ends the capture: it raises `NotScored` with the reason. What is wrong with the engine's
@@ -27,32 +28,30 @@ from hemostat.metrics import names
 from hemostat.metrics.reasons import Unscored
 from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import ReferenceFailure
+from hemostat.scoring.capture_arrays import UnreadableLogprobsError, candidates, decode_capture, output_ids, prompt_ids
 from hemostat.scoring.conditioning import ConditioningFailure, condition
 from hemostat.scoring.endings import NotScored
 from hemostat.scoring.engine_scores import EngineScorer
 from hemostat.scoring.intake import ID_BYTES
 from hemostat.scoring.limits import TokenBudget
 from hemostat.scoring.record_builder import (
-    CaptureArrays,
     FeatureError,
     FeatureReason,
-    UnreadableLogprobsError,
     align_features,
     build_record,
     check_vocabulary,
-    decode_capture,
-    profile_codes,
 )
-from hemostat.scoring.reference_call import EvaluatedProfiles, ReferenceCall
+from hemostat.scoring.reference_call import ReferenceCall
 from hemostat.scoring.routing import Route, Router, ScoringNeeds
 from hemostat_calibration.allowed_sets import AllowedSets
+from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import InvalidRecordError
-from hemostat_calibration.records import Features, TokenRecord
+from hemostat_calibration.records import Candidates, Features, TokenRecord
 
 
 class CandidateCompletion:
-    """Has the engine compute the candidates of a capture that names only the ids of its tokens. It takes the capture
-    that was routed, and gives the one that is read.
+    """Gives a capture its candidates as arrays, whichever way they came. It has the engine compute those of a capture
+    that names only the ids of its tokens. It takes the capture that was routed, and gives the one that is read.
 
     engine_scorer: None if relays capture none of these. clock: monotonic seconds.
     """
@@ -63,9 +62,19 @@ class CandidateCompletion:
         self._clock = clock
 
     async def complete(self, capture: Capture) -> Capture:
-        """Returns the capture with candidates. Raises NotScored if the engine does not say them."""
-        if not capture.ids_only:
-            return capture
+        """Returns the capture with candidates. Raises NotScored if they cannot be read, or the engine does not say
+        them.
+        """
+        if capture.ids_only:
+            capture = await self._scored_again(capture)
+        try:
+            return decode_capture(capture)
+        except UnreadableLogprobsError as error:
+            raise NotScored(Unscored.NO_LOGPROBS, str(error)) from error
+        except InvalidRecordError as error:
+            raise _invalid(capture, error) from error
+
+    async def _scored_again(self, capture: Capture) -> Capture:
         if self._engine_scorer is None:
             raise NotScored(Unscored.NO_LOGPROBS)
         tokens = (len(capture.prompt_token_ids) + len(capture.output_token_ids)) // ID_BYTES
@@ -77,21 +86,19 @@ class CandidateCompletion:
             raise NotScored(Unscored.ENGINE_FAILED, message, detail=failure.reason) from failure
 
 
-async def read(
-    capture: Capture, route: Route, max_scored: int | None = None
-) -> tuple[CaptureArrays, AllowedSets | None]:
-    """Returns the arrays of a complete capture, and the sets of ids that its grammar allowed; None if nothing restricts
-    its tokens. Raises NotScored if the capture cannot be read, or the sets are not known.
+async def read(capture: Capture, route: Route, max_scored: int | None = None) -> tuple[Candidates, AllowedSets | None]:
+    """Returns the candidates [T, K] of the output's last T tokens, and the sets of ids that the grammar allowed; None
+    if nothing restricts its tokens. Raises NotScored if an id is in no vocabulary, or the sets are not known.
 
-    max_scored: see `decode_capture`.
+    max_scored: the largest T; None: the whole output.
     """
     try:
-        arrays = decode_capture(capture, max_scored)
-        check_vocabulary(arrays, route.info.vocab_size)
-        given = (capture, arrays, route.info, route.tap)
-        return await asyncio.to_thread(condition, *given) if capture.grammar else condition(*given)
-    except UnreadableLogprobsError as error:
-        raise NotScored(Unscored.NO_LOGPROBS, str(error)) from error
+        given = candidates(capture)
+        first = 0 if max_scored is None else max(0, len(given.ids) - max_scored)
+        given = Candidates(given.ids[first:], given.logprobs[first:])
+        check_vocabulary(capture, given, route.info.vocab_size)
+        arguments = (capture, given, route.info, route.tap)
+        return await asyncio.to_thread(condition, *arguments) if capture.grammar else condition(*arguments)
     except ConditioningFailure as failure:
         message = f"what was allowed in {capture.request_id}: {failure.reason}: {failure}"
         raise NotScored(failure.reason, message, level=logging.INFO) from failure
@@ -104,42 +111,35 @@ def _invalid(capture: Capture, error: InvalidRecordError) -> NotScored:
     return NotScored(Unscored.INVALID_RECORD, message, detail=error.reason)
 
 
-class ProfileInputs:
-    """Owns the count of features that could not be used. It takes the arrays that were read, and gives what the
-    reference needs to evaluate profiles.
+class EngineFeatures:
+    """Owns the count of features that could not be used. It takes the route of a capture, and gives the features that
+    profiles read.
     """
 
     def __init__(self, needs: ScoringNeeds) -> None:
         self._needs = needs
-        self.features_dropped: Counter[FeatureReason] = Counter()
+        self.dropped: Counter[FeatureReason] = Counter()
         """The number of requests whose features were needed and could not be used, by reason."""
 
-    async def collect(self, route: Route, arrays: CaptureArrays) -> EvaluatedProfiles:
-        if not route.calibrated:
-            return EvaluatedProfiles((), None, {})
-        profiles = self._needs.evaluated_profiles()
-        features = self._features(route.tap, arrays)
-        if features is None:
-            return EvaluatedProfiles(profiles, None, {})
-        return EvaluatedProfiles(profiles, features, await asyncio.to_thread(profile_codes, profiles, features))
-
-    def _features(self, tap: TapResult | None, arrays: CaptureArrays) -> Features | None:
-        anchor_sets = self._needs.anchor_sets()
+    def usable(self, route: Route, position: int, tokens: int) -> Features | None:
+        """Returns the features at `tokens` positions of the output, from `position` on; None if there are none of
+        use."""
+        anchor_sets = self._needs.anchor_sets() if route.calibrated else {}
         if not anchor_sets:
             return None
         try:
-            if tap is None:
+            if route.tap is None:
                 raise FeatureError(FeatureReason.NO_TAP)
-            return align_features(tap.features, arrays.position, len(arrays.output), anchor_sets)
+            return align_features(route.tap.features, position, tokens, anchor_sets)
         except FeatureError as error:
-            self.features_dropped[error.reason] += 1
+            self.dropped[error.reason] += 1
             return None
 
 
 class ScoringStages:
     """The stages in their order. `Scorer` gives it a capture with its tap, and hands on the record that it gets.
 
-    max_scored: see `decode_capture`. clock: monotonic seconds.
+    max_scored: see `read`. template_of: (prompt, conversation) -> `TokenRecord.template`. clock: monotonic seconds.
     """
 
     def __init__(
@@ -147,8 +147,9 @@ class ScoringStages:
         router: Router,
         completion: CandidateCompletion,
         budget: TokenBudget,
-        inputs: ProfileInputs,
+        features: EngineFeatures,
         call: ReferenceCall,
+        template_of: Callable[[Ids, bytes], bytes],
         clock: Callable[[], float],
         *,
         max_scored: int | None = None,
@@ -156,8 +157,9 @@ class ScoringStages:
         self._router = router
         self._completion = completion
         self._budget = budget
-        self.inputs = inputs
+        self.features = features
         self.call = call
+        self._template_of = template_of
         self._clock = clock
         self._max_scored = max_scored
 
@@ -165,21 +167,22 @@ class ScoringStages:
         """Returns the record, and the capture that it was made of. Raises NotScored."""
         route = self._router.route(capture, tap)
         capture = await self._completion.complete(capture)
-        arrays, allowed = await read(capture, route, self._max_scored)
-        await self._budget.take(len(arrays.context) + len(arrays.output), self._clock)
-        evaluated = await self.inputs.collect(route, arrays)
-        scores, template = await self.call.ask(capture, route, arrays, allowed, evaluated)
+        compressed, allowed = await read(capture, route, self._max_scored)
+        prompt, output, tokens = prompt_ids(capture), output_ids(capture), len(compressed.ids)
+        await self._budget.take(len(prompt) + len(output), self._clock)
+        features = self.features.usable(route, len(output) - tokens, tokens)
+        template = self._template_of(prompt, capture.conversation) if route.calibrated else b""
+        request = await self.call.request(capture, route, compressed, allowed, features, template)
+        scores = await self.call.ask(route, request, capture.request_id)
         try:
             record = build_record(
                 capture,
-                arrays,
+                compressed,
+                request,
                 scores,
                 route.info,
                 route.tap,
-                [profile.version for profile in evaluated.profiles],
-                evaluated.features,
-                evaluated.codes,
-                allowed=allowed,
+                features,
                 markers=route.pair.markers,
                 template=template,
             )
@@ -190,4 +193,4 @@ class ScoringStages:
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.REFERENCE_TOKENS, (), self.call.tokens)
         for reason in FeatureReason:
-            yield Sample(names.FEATURES_DROPPED, (reason,), self.inputs.features_dropped[reason])
+            yield Sample(names.FEATURES_DROPPED, (reason,), self.features.dropped[reason])

@@ -12,6 +12,7 @@ import httpx
 import msgspec
 import numpy as np
 from tests.bench.faults import Row
+from tests.support.captures import candidates_of
 from tests.support.engine_admin import TOKEN, EngineAdmin
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.taps import sent
@@ -20,7 +21,7 @@ from tests.support.wire import Wire, chat, policy
 from hemostat.engines.messages import EVENTS, MAX_POSITIONS, RankReport, TapMessage, TapRun, decode_tap
 from hemostat.engines.reports import PluginReports
 from hemostat.openai.routes import CHAT
-from hemostat.scoring.record_builder import decode_capture
+from hemostat.scoring.capture_arrays import output_ids, prompt_ids
 from hemostat.scoring.tapped_answers import captures_from_tap
 from hemostat_engine.agent import Agent, Identity
 from hemostat_engine.library import Counters, Library
@@ -46,15 +47,15 @@ def kl_told(own: dict[str, str] | None) -> float:
         wire.interceptor.policy = policy(tap=True, tap_tokens=True, prefer_plugin=True, shadow_top_k=20)
         wire.send(CHAT, chat(max_tokens=TOKENS, ignore_eos=True) | ({"vllm_xargs": own} if own else {}))
     (capture,) = captures_from_tap(wire.captures[0], fake.handed_out, 1 << 14)
-    arrays, total = decode_capture(capture), 0.0
-    context = arrays.prompt.tolist()
-    for row, token in enumerate(arrays.output.tolist()):
-        ids = arrays.candidates.ids[row]
-        compressed, wanted = arrays.candidates.logprobs[row][ids >= 0], reference.logprobs(context)[ids[ids >= 0]]
+    given, total = candidates_of(capture), 0.0
+    context, output = prompt_ids(capture).tolist(), output_ids(capture).tolist()
+    for row, token in enumerate(output):
+        ids = given.ids[row]
+        compressed, wanted = given.logprobs[row][ids >= 0], reference.logprobs(context)[ids[ids >= 0]]
         rests = [max(1e-12, 1.0 - float(np.exp(values).sum())) for values in (wanted, compressed)]
         total += float((np.exp(wanted) * (wanted - compressed)).sum()) + rests[0] * float(np.log(rests[0] / rests[1]))
         context.append(token)
-    return total / len(arrays.output)
+    return total / len(output)
 
 
 def figure_row() -> Row:

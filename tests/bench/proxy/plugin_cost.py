@@ -21,6 +21,7 @@ import httpx
 import msgspec
 import uvicorn
 from fastapi import FastAPI
+from tests.support.captures import candidates_of
 from tests.support.fake_vllm import FakeVllm
 
 from hemostat.admin.hardening import server_settings
@@ -30,7 +31,6 @@ from hemostat.engines.reports import PluginReports
 from hemostat.interception.interceptor import Interceptor
 from hemostat.ipc.messages import Capture, MessageReader, encode
 from hemostat.scoring.limits import ShadowQueue
-from hemostat.scoring.record_builder import decode_capture
 from hemostat.scoring.tapped_answers import AwaitedAnswers, captures_from_tap
 from hemostat_engine.admin_client import AdminClient
 from hemostat_engine.answer_sender import COLLECT_SECONDS
@@ -112,7 +112,7 @@ def measure(answers: Answers, given: TapAnswer, *, stream: bool, rounds: int = R
         def parse() -> None:
             capture = queue.take()
             assert capture is not None
-            assert decode_capture(capture).candidates.ids.shape == (TOKENS, TOP_K + 1)
+            assert candidates_of(capture).ids.shape == (TOKENS, TOP_K + 1)
 
         for _ in range(rounds):
             watch.time("plain", lambda: answer.through(plain))

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from tests.support.captures import candidates_of
 
 from hemostat.interception.interceptor import Interceptor
 from hemostat.ipc.messages import Capture, MessageReader, encode
 from hemostat.openai.logprobs.rows import ChatLogprobs
 from hemostat.openai.routes import CHAT
 from hemostat.scoring.limits import ShadowQueue
-from hemostat.scoring.record_builder import decode_capture
 
 from .load import TOP_K, Answers, request_body
 from .proxies import observing
@@ -166,7 +166,7 @@ def measure(answers: Answers, *, stream: bool, rounds: int = ROUNDS) -> Cost:
         def parse() -> None:
             capture = queue.take()
             assert capture is not None
-            assert decode_capture(capture).candidates.ids.shape == (TOKENS, TOP_K + 1)
+            assert candidates_of(capture).ids.shape == (TOKENS, TOP_K + 1)
 
         documents = answer.documents()
         size = sum(map(len, documents))
