@@ -1,4 +1,4 @@
-"""The thread that sends recorded answers from the API server's process to the admin ports."""
+"""The queue of recorded answers, and the thread that sends them from the API server's process to the admin ports."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ from hemostat_engine.secrets import Secrets
 
 log = logging.getLogger("vllm.hemostat")
 
+MAX_QUEUE_BYTES = 64 << 20
+MAX_QUEUED_ANSWERS = 1 << 14
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_MESSAGE_ANSWERS = 4096
 """The admin port refuses a message with more."""
@@ -30,15 +33,71 @@ PAUSE_SECONDS = 0.5
 """The time between two attempts. Hemostat waits some seconds for an answer, so one that is late is of no use."""
 
 
-class Queue(Protocol):
-    """The part of `hemostat_engine.answer_tap.AnswerQueue` that the sender uses."""
+class Answer(Protocol):
+    """The part of `hemostat_engine.answer_tap.RecordedAnswer` that is used here."""
 
-    filled: threading.Event
-    dropped: int
+    @property
+    def bytes(self) -> int:
+        """The bytes of the message's arrays."""
+        ...
 
-    def take(self, max_bytes: int, max_answers: int) -> list[dict[str, Any]]: ...
+    def message(self) -> dict[str, Any]:
+        """Returns the message. Raises ValueError if it cannot be made."""
+        ...
 
-    def drop(self, answers: int = 1) -> None: ...
+
+class AnswerQueue:
+    """A bounded queue of finished answers, between the server's event loop and the sender's thread.
+
+    count of `dropped` answers: there was no room, they could not be recorded, or not be sent.
+    """
+
+    def __init__(self, max_bytes: int = MAX_QUEUE_BYTES) -> None:
+        self._answers: deque[Answer] = deque()
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._lock = threading.Lock()
+        self.dropped = 0
+        self.filled = threading.Event()
+
+    def push(self, answer: Answer) -> None:
+        with self._lock:
+            if self._bytes + answer.bytes > self._max_bytes or len(self._answers) >= MAX_QUEUED_ANSWERS:
+                self.dropped += 1
+                return
+            self._bytes += answer.bytes
+            self._answers.append(answer)
+        self.filled.set()
+
+    def take(self, max_bytes: int, max_answers: int) -> list[dict[str, Any]]:
+        """Returns the messages of the oldest answers: of one, and of as many more as stay within both bounds.
+
+        One that cannot be made is dropped and counted.
+        """
+        taken: list[Answer] = []
+        size = 0
+        with self._lock:
+            while (
+                self._answers and len(taken) < max_answers and (not taken or size + self._answers[0].bytes <= max_bytes)
+            ):
+                taken.append(self._answers.popleft())
+                size += taken[-1].bytes
+            self._bytes -= size
+            if not self._answers:
+                self.filled.clear()
+        messages = []
+        for answer in taken:
+            try:
+                messages.append(answer.message())
+            except ValueError as error:
+                self.drop()
+                log.warning("an answer was not recorded: %s", error)
+        return messages
+
+    def drop(self, answers: int = 1) -> None:
+        """Counts answers that are lost."""
+        with self._lock:
+            self.dropped += answers
 
 
 class AnswerSender:
@@ -48,7 +107,7 @@ class AnswerSender:
 
     def __init__(
         self,
-        queue: Queue,
+        queue: AnswerQueue,
         peers: Peers,
         boot_id: str,
         secrets: Secrets,

@@ -18,16 +18,14 @@ import functools
 import inspect
 import logging
 import sys
-import threading
 import uuid
 from array import array
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from hemostat_calibration.engine_keys import TAP_TOP_KEY
 from hemostat_engine import xargs
-from hemostat_engine.answer_sender import AnswerSender
+from hemostat_engine.answer_sender import AnswerQueue, AnswerSender
 from hemostat_engine.byte_order import little_endian
 from hemostat_engine.numbering import Numbering
 from hemostat_engine.peers import Peers
@@ -37,70 +35,14 @@ from hemostat_engine.settings import Settings
 log = logging.getLogger("vllm.hemostat")
 
 ENGINE_MODULE = "vllm.v1.engine.async_llm"
-MAX_QUEUE_BYTES = 64 << 20
 MAX_ANSWER_BYTES = 12 << 20
 """The largest size of one choice; a longer one is dropped. The admin port accepts messages of 16 MiB."""
-MAX_QUEUED_ANSWERS = 1 << 14
 MAX_ACTIVE = 128
 """The largest number of generations that are recorded at the same time; further ones are served without being
 recorded."""
 
 _PARAMETERS = ("self", "prompt", "sampling_params", "request_id")
 _WRAPPED = "_hemostat_wrapped"
-
-
-class AnswerQueue:
-    """A bounded queue of finished answers, between the server's event loop and the sender's thread.
-
-    count of `dropped` answers: there was no room, they could not be recorded, or not be sent.
-    """
-
-    def __init__(self, max_bytes: int = MAX_QUEUE_BYTES) -> None:
-        self._answers: deque[RecordedAnswer] = deque()
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._lock = threading.Lock()
-        self.dropped = 0
-        self.filled = threading.Event()
-
-    def push(self, answer: RecordedAnswer) -> None:
-        with self._lock:
-            if self._bytes + answer.bytes > self._max_bytes or len(self._answers) >= MAX_QUEUED_ANSWERS:
-                self.dropped += 1
-                return
-            self._bytes += answer.bytes
-            self._answers.append(answer)
-        self.filled.set()
-
-    def take(self, max_bytes: int, max_answers: int) -> list[dict[str, Any]]:
-        """Returns the messages of the oldest answers: of one, and of as many more as stay within both bounds.
-
-        One that cannot be made is dropped and counted.
-        """
-        taken: list[RecordedAnswer] = []
-        size = 0
-        with self._lock:
-            while (
-                self._answers and len(taken) < max_answers and (not taken or size + self._answers[0].bytes <= max_bytes)
-            ):
-                taken.append(self._answers.popleft())
-                size += taken[-1].bytes
-            self._bytes -= size
-            if not self._answers:
-                self.filled.clear()
-        messages = []
-        for answer in taken:
-            try:
-                messages.append(answer.message())
-            except ValueError as error:
-                self.drop()
-                log.warning("an answer was not recorded: %s", error)
-        return messages
-
-    def drop(self, answers: int = 1) -> None:
-        """Counts answers that are lost."""
-        with self._lock:
-            self.dropped += answers
 
 
 class RecordedAnswer:
@@ -221,7 +163,7 @@ def _shortened(logprobs: Any, ids: Any, top_k: int) -> Any:
 
 
 class Recording:
-    """One generation. `params` are what the engine is asked for, `note` takes what it yields."""
+    """One generation. `params` are what the engine is asked for, `update` takes what it yields."""
 
     def __init__(self, queue: AnswerQueue, nonce: str, call: int, params: Any, max_logprobs: int, top: int) -> None:
         """params: the request's own. max_logprobs: the server's limit, -1 for none. top: what was asked for."""

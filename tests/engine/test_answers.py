@@ -28,8 +28,8 @@ with warnings.catch_warnings():
     from vllm.outputs import CompletionOutput, RequestOutput
 
 from hemostat_engine import answer_sender, answer_tap, numbering
-from hemostat_engine.answer_sender import AnswerSender
-from hemostat_engine.answer_tap import AnswerQueue, AnswerTap, wrapped
+from hemostat_engine.answer_sender import AnswerQueue, AnswerSender
+from hemostat_engine.answer_tap import AnswerTap, wrapped
 from hemostat_engine.peers import Peers
 from hemostat_engine.secrets import Secrets
 from hemostat_engine.settings import Settings

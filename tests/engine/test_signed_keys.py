@@ -24,8 +24,8 @@ from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_proce
 
 from hemostat_calibration.engine_keys import ACTING_KEYS, FORCE_KEY, MAC_KEY, acts, is_signed, signed
 from hemostat_engine.agent import Agent, Identity
-from hemostat_engine.answer_sender import AnswerSender
-from hemostat_engine.answer_tap import AnswerQueue, AnswerTap, wrapped
+from hemostat_engine.answer_sender import AnswerQueue, AnswerSender
+from hemostat_engine.answer_tap import AnswerTap, wrapped
 from hemostat_engine.library import Counters, Library
 from hemostat_engine.peers import Peers
 from hemostat_engine.processor import BatchV1
