@@ -6,6 +6,7 @@ import gc
 import os
 import re
 import ssl
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,8 @@ _LONGEST = [
 assert all(file.is_file() for file in _LONGEST), "one of them is gone"
 _missed: list[str] = []
 """Tests that were skipped for want of something that could be installed: their reason says how."""
+
+_THREADS_BEFORE = pytest.StashKey[int]()
 
 
 @pytest.fixture(scope="session")
@@ -170,6 +173,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("vllm"):
                 item.add_marker(skip)
+
+
+def _torch_threads() -> int:
+    """Returns how many threads torch computes with in this process; 0 if it is not imported."""
+    count = getattr(sys.modules.get("torch"), "get_num_threads", None)
+    return 0 if count is None else int(count())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[_THREADS_BEFORE] = _torch_threads()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """A test that leaves torch with more threads slows down every later one of its process that computes with torch:
+    the threads wait for each other in every small matrix product. Such a test fails."""
+    yield
+    before, after = item.stash.get(_THREADS_BEFORE, 0), _torch_threads()
+    if 0 < before < after:
+        sys.modules["torch"].set_num_threads(before)
+        pytest.fail(f"it left torch with {after} threads in place of {before}", pytrace=False)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

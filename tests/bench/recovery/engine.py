@@ -93,10 +93,13 @@ class Written:
 def one_thread_each() -> Iterator[ThreadPoolExecutor]:
     """Workers of one torch thread each: on a machine in use, many small operations on several threads wait for each
     other most of the time."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with ThreadPoolExecutor(CORES, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield pool
-    torch.set_num_threads(CORES)
+    try:
+        with ThreadPoolExecutor(CORES, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Server(uvicorn.Server):
