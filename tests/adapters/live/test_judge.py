@@ -26,8 +26,9 @@ from hemostat.adapters.live import judge as judging
 from hemostat.adapters.live import judge_messages, judge_requests
 from hemostat.adapters.live.folders import CheckpointFolders
 from hemostat.adapters.live.job import linear_shapes
-from hemostat.adapters.live.judge import AdapterJudge, JudgeTarget, JudgeUnavailable
+from hemostat.adapters.live.judge import AdapterJudge, JudgeTarget
 from hemostat.adapters.live.judge_requests import BACK_OFF, TARGET_SECONDS, AnswerLimit
+from hemostat.adapters.serving.probing import CopyUnavailable
 from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.checkpoints.output_embedding import load as load_embedding
 from hemostat.learner.learner_messages import parts as pieces
@@ -297,7 +298,7 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
         os.kill(running, signal.SIGKILL)
         await until(lambda: len(order) == offers)
         assert order == [(n, False) for n in range(offers)], "each once, in the order of the offers"
-        with pytest.raises(JudgeUnavailable, match="ended"):
+        with pytest.raises(CopyUnavailable, match="ended"):
             await asking
         assert live_judge.dropped["ended"] == offers
         result = values(live_judge.samples())
@@ -397,7 +398,7 @@ async def test_they_come_back_in_the_order_of_the_offers_and_one_that_fails_keep
         for version in (*known, *known):
             assert len(await live_judge.logprobs(np.arange(4, dtype=np.int32), version)) == 3
             assert list(live_judge._requests._held) == [version]
-        with pytest.raises(JudgeUnavailable, match="not known"):
+        with pytest.raises(CopyUnavailable, match="not known"):
             await live_judge.logprobs(np.arange(4, dtype=np.int32), "f" * 32)
         live_judge.stop("calibration is off")
         await until(lambda: pid() is None and live_judge.loaded is None)
@@ -408,7 +409,7 @@ async def test_they_come_back_in_the_order_of_the_offers_and_one_that_fails_keep
 
 async def test_another_checkpoint_than_the_one_that_serves_is_refused(folders: CheckpointFolders) -> None:
     async with judge(JudgeTarget(folders, V, 0, "0" * 32), {}) as live_judge:
-        with pytest.raises(JudgeUnavailable, match="idle"):
+        with pytest.raises(CopyUnavailable, match="idle"):
             await live_judge.logprobs(np.arange(4, dtype=np.int32), None)
         await until(lambda: live_judge.state == "unavailable")
         assert live_judge.detail.startswith("adapter.reference: ")
@@ -430,5 +431,5 @@ async def test_without_a_target_nothing_is_started() -> None:
         assert live_judge.state == "off"
         assert not live_judge.wants_hidden_states
         assert not live_judge.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
-        with pytest.raises(JudgeUnavailable):
+        with pytest.raises(CopyUnavailable):
             await live_judge.logprobs(np.arange(4, dtype=np.int32), None)

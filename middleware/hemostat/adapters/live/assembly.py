@@ -9,9 +9,8 @@ from typing import Any
 
 from hemostat.adapters.live.client import AdapterLearner, AdapterTarget
 from hemostat.adapters.live.folders import CheckpointFolders, FolderError, find_folders
-from hemostat.adapters.live.judge import AdapterJudge, JudgeTarget, JudgeUnavailable
+from hemostat.adapters.live.judge import AdapterJudge, JudgeTarget
 from hemostat.adapters.serving.hosts import AdapterHosts
-from hemostat.adapters.serving.probing import CopyUnavailable
 from hemostat.checkpoints import packages
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
@@ -21,7 +20,6 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import ReferenceInfo
-from hemostat_calibration.arrays import Ids, Singles
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 
@@ -42,19 +40,6 @@ class _HostedProfiles:
 
     def reject(self, version: str, why: str) -> None:
         self._profiles.lifecycle.reject(version, why)
-
-
-class _Copy:
-    """Implements `hemostat.adapters.serving.probing.ModelCopy`."""
-
-    def __init__(self, judge: AdapterJudge) -> None:
-        self._judge = judge
-
-    async def logprobs(self, ids: Ids, version: str | None) -> Singles:
-        try:
-            return await self._judge.logprobs(ids, version)
-        except JudgeUnavailable as why:
-            raise CopyUnavailable(str(why)) from None
 
 
 class Adapters:
@@ -80,7 +65,7 @@ class Adapters:
             settings,
             engines,
             _HostedProfiles(settings, profiles),
-            copy=_Copy(self.judge),
+            copy=self.judge,
             base=lambda: monitor.served.calibrated_name,
             clock=clock,
             on_change=self._host_changed,

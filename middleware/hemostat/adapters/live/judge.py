@@ -21,6 +21,7 @@ import numpy.typing as npt
 from hemostat.adapters.live import judge_messages
 from hemostat.adapters.live.folders import CheckpointFolders
 from hemostat.adapters.live.judge_requests import AnswerLimit, JudgeRequest, JudgeRequests
+from hemostat.adapters.serving.probing import CopyUnavailable
 from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.ipc.supervisor import ChildRefused, Supervisor
 from hemostat.metrics import names
@@ -43,10 +44,6 @@ JUDGED = "judged"
 """The outcome of a record that got its distances."""
 
 Done = Callable[[Mapping[str, ExactDistances]], None]
-
-
-class JudgeUnavailable(Exception):
-    """It cannot be asked now; the text says why."""
 
 
 class JudgeState(StrEnum):
@@ -96,8 +93,8 @@ class JudgeTarget:
 
 
 class AdapterJudge:
-    """Implements `hemostat.scoring.distances.DistanceSource` and `hemostat.ipc.supervisor.ChildOwner`. Lives in the
-    control process's event loop.
+    """Implements `hemostat.scoring.distances.DistanceSource`, `hemostat.adapters.serving.probing.ModelCopy` and
+    `hemostat.ipc.supervisor.ChildOwner`. Lives in the control process's event loop.
 
     profile: a version's profile; None where it is not known any more. on_change: called when it gets ready. clock:
     monotonic seconds.
@@ -200,13 +197,13 @@ class AdapterJudge:
         """Returns the log-probability in nats of each token of `ids` [n] after the first, float32 [n - 1]. version:
         the adapter it is computed with; None: the compressed model alone.
 
-        Raises JudgeUnavailable if the copies cannot answer, or do not know the version.
+        Raises CopyUnavailable if the copies cannot answer, or do not know the version.
         """
         self.need()
         if self.state is not JudgeState.READY:
-            raise JudgeUnavailable(f"the copies are {self.state}: {self.detail}" if self.detail else f"{self.state}")
+            raise CopyUnavailable(f"the copies are {self.state}: {self.detail}" if self.detail else f"{self.state}")
         if version is not None and self._profile(version) is None:
-            raise JudgeUnavailable(f"profile {version} is not known")
+            raise CopyUnavailable(f"profile {version} is not known")
         answer: asyncio.Future[judge_messages.Answer | None] = asyncio.get_running_loop().create_future()
         name = version or IDENTITY
         data = ids.astype("<i4").tobytes()
@@ -221,7 +218,7 @@ class AdapterJudge:
         self._add(JudgeRequest((name,), request, answered, tokens=len(ids)))
         result = await answer
         if not isinstance(result, judge_messages.Scored):
-            raise JudgeUnavailable(getattr(result, "message", "") or "the copies' process ended")
+            raise CopyUnavailable(getattr(result, "message", "") or "the copies' process ended")
         return np.frombuffer(result.logprobs, "<f4").astype(np.float32)
 
     def need(self) -> None:
