@@ -22,8 +22,10 @@ MODULES = {module.NAME: module for module in modules() if getattr(module, "TEST_
 
 
 QUICK = set(MODULES) - {
+    "alarm",
     "clients",
     "conversations",
+    "dependence",
     "excess",
     "kinds",
     "sampled_outcomes",
@@ -31,7 +33,8 @@ QUICK = set(MODULES) - {
     "templates",
     "watch",
 }
-"""The modules left out simulate for five to twenty seconds each."""
+"""The modules left out simulate for five to twenty seconds each. For those of the alarm and of dependence,
+`test_alarm.py` and `test_dependence.py` try the rule in the hardest worlds, with 20 to 120 lives each."""
 
 
 @pytest.mark.parametrize("name", slow_unless(QUICK, list(MODULES)))
