@@ -286,7 +286,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
             JudgeDropReason.NO_HIDDEN_STATES: "the reference's hidden states are missing",
             JudgeDropReason.FAILED: "the copies could not compute them",
             JudgeDropReason.OTHER_REFERENCE: "the copies' reference gives the tokens other log-probabilities than the "
-            "reference that scored them: see `adapter.reference`",
+            "reference that scored them: see `reference.folder`",
             JudgeDropReason.TOO_LONG: "by how fast the copies have answered so far, the answer would take too long: "
             "`max_tokens` of the judge's status",
         },

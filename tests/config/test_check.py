@@ -39,8 +39,10 @@ async def findings_of(
     upstream: dict[str, Any],
     reference: dict[str, Any] | None,
     models: dict[str, Any] | None = None,
+    folder: str | None = None,
     **sections: Any,
 ) -> dict[str, Finding]:
+    """folder: `reference.folder`."""
     async with (
         running(FakeVllm(**({"plugin": True} | upstream))) as ours,
         running(FakeVllm(**(reference or {}))) as theirs,
@@ -48,9 +50,9 @@ async def findings_of(
         settings = Settings.model_validate(
             {
                 "upstream": {"url": ours.url},
-                "reference": {"backend": "vllm", "url": theirs.url, "models": models or {}}
+                "reference": {"backend": "vllm", "url": theirs.url, "models": models or {}, "folder": folder}
                 if reference is not None
-                else {},
+                else {"folder": folder},
             }
             | sections
         )
@@ -373,27 +375,42 @@ async def test_a_real_vllm_that_was_not_started_for_adapters_is_told_what_it_lac
 async def test_adapters_need_both_checkpoints_of_one_model_on_this_machine(tmp_path: Path) -> None:
     pair = make_pair(tmp_path)
     reference, compressed = str(pair.reference), str(pair.compressed)
-    both = {"enabled": True, "reference": reference, "compressed": compressed}
+    both = {"enabled": True, "compressed": compressed}
     (tmp_path / "other").mkdir()
     shutil.copy(pair.compressed / "model.safetensors", tmp_path / "other")
     config = json.loads((pair.compressed / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    for upstream, adapter, state, detail in (
-        ({}, both, "ok", f"{reference} and {compressed}"),
-        ({"root": compressed}, {"enabled": True, "reference": reference}, "ok", f"{reference} and {compressed}"),
-        ({}, {"enabled": True, "reference": reference}, "NO", "adapter.compressed: name the folder"),
-        ({"root": compressed}, {"enabled": True}, "NO", "adapter.reference: name the folder"),
-        ({}, both | {"compressed": str(tmp_path)}, "NO", "adapter.compressed: .*"),
+    for upstream, folder, adapter, state, detail in (
+        ({}, reference, both, "ok", f"{reference} and {compressed}"),
+        ({"root": compressed}, reference, {"enabled": True}, "ok", f"{reference} and {compressed}"),
+        ({}, reference, {"enabled": True}, "NO", "adapter.compressed: name the folder"),
+        ({"root": compressed}, None, {"enabled": True}, "NO", "reference.folder: name the folder"),
+        ({}, str(tmp_path / "gone"), both, "NO", "reference.folder: .*gone is no folder"),
+        ({}, reference, both | {"compressed": str(tmp_path)}, "NO", "adapter.compressed: .*"),
         (
             {},
+            reference,
             both | {"compressed": str(tmp_path / "other")},
             "NO",
             "no adapter can be made of .*num_hidden_layers",
         ),
     ):
-        result = (await findings_of(upstream, None, adapter=adapter))["adapter checkpoints"]
+        result = (await findings_of(upstream, None, folder=folder, adapter=adapter))["adapter checkpoints"]
         assert result.state.value == state, result
         assert re.search(detail, result.detail), result
+
+
+async def test_the_reference_s_checkpoint_is_also_found_in_a_hub_cache(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path)
+    compressed = str(pair.compressed)
+    adapter = {"enabled": True, "compressed": compressed}
+    cache = tmp_path / "hub" / "models--org--name"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc")
+    (cache / "snapshots").mkdir()
+    (cache / "snapshots" / "abc").symlink_to(pair.reference)
+    result = await findings_of({}, {"root": "org/name"}, folder=str(tmp_path / "hub"), adapter=adapter)
+    assert result["adapter checkpoints"].detail == f"{cache / 'snapshots' / 'abc'} and {compressed}"
 
 
 async def test_what_adapters_do_not_correct_is_said(tmp_path: Path) -> None:
@@ -402,8 +419,8 @@ async def test_what_adapters_do_not_correct_is_said(tmp_path: Path) -> None:
     whole, compressed = tmp_path / "whole", tmp_path / "compressed"
     tiny_model("olmoe").save_pretrained(whole)
     compress(whole, compressed, "w4a16")
-    given = {"enabled": True, "reference": str(whole), "compressed": str(compressed)}
-    finding = (await findings_of({}, None, adapter=given))["adapter checkpoints"]
+    given = {"enabled": True, "compressed": str(compressed)}
+    finding = (await findings_of({}, None, folder=str(whole), adapter=given))["adapter checkpoints"]
     assert finding.state is State.OK
     assert "; 36 layers of experts that a router chooses are not corrected; vLLM's CPU build ends" in finding.detail
 
@@ -423,9 +440,9 @@ async def test_a_package_that_adapters_need_is_named_with_its_bounds(
     config = json.loads((pair.compressed / "config.json").read_text())
     quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
     (pair.compressed / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    given = {"enabled": True, "reference": str(pair.reference), "compressed": str(pair.compressed)}
+    given = {"enabled": True, "compressed": str(pair.compressed)}
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == absent else find(name, *more))
-    finding = (await findings_of({}, None, adapter=given))["adapter checkpoints"]
+    finding = (await findings_of({}, None, folder=str(pair.reference), adapter=given))["adapter checkpoints"]
     assert finding.state is State.NO
     assert message in f"{finding.detail} -> {finding.fix}"

@@ -129,6 +129,10 @@ WRONG = [
         "limits.connections: this setting has gone: a relay process accepts 16384 connections",
     ),
     (
+        UPSTREAM + "adapter: {reference: /models/whole}\n",
+        "adapter.reference: this setting has gone: adapters are made from the reference's checkpoint",
+    ),
+    (
         UPSTREAM + "calibration: {apply: engine}\n",
         "calibration.apply: this setting has gone: the plugin in vLLM applies",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ from hemostat.adapters.live.builder import BuildFailed, check_pair
 from hemostat.adapters.live.folders import CheckpointFolders, FolderError, find_compressed, find_folders
 from hemostat.adapters.serving.check import probe_adapters
 from hemostat.checkpoints import packages
+from hemostat.checkpoints.output_embedding import EmbeddingError
 from hemostat.config.schema import Admin, Settings
 from hemostat.ipc.addresses import ControlAddresses
 from hemostat.ipc.messages import NOT_ACTIVE, Stats
 from hemostat.ipc.relay_end import ControlLink
 from hemostat.reference.configured import make_references
 from hemostat.reference.engines import other_engines
+from hemostat.reference.hidden.folders import find_checkpoint
 from hemostat.reference.itself import same_model
 from hemostat.reference.listing import served_pairs, without_own
 from hemostat.reference.match import compare
@@ -192,40 +195,60 @@ async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:
     findings.append(await _plugin(server, card.id, settings))
     if settings.adapter.enabled:
         findings += await probe_adapters(server, card.id, settings)
-        findings.append(await _adapter_checkpoints(settings, card.root or ""))
+        findings.append(await _adapter_checkpoints(settings, card.id, card.root or ""))
     return findings
 
 
-async def _adapter_checkpoints(settings: Settings, root: str) -> Finding:
+async def _adapter_checkpoints(settings: Settings, served: str, root: str) -> Finding:
     """Reports if an adapter can be made from both checkpoints on this machine.
 
-    root: the folder or name from which the upstream has loaded its model.
+    served: the name of the upstream's model. root: the folder or name from which the upstream has loaded it.
     """
     if problem := packages.missing("lab"):
         detail, _, fix = problem.rpartition("; ")
         return Finding(CHECKPOINTS, State.NO, detail, f"{fix}, where the control process runs")
-    found = await asyncio.to_thread(_folders, settings, root)
+    reference_root = await _reference_root(settings, served)
+    found = await asyncio.to_thread(_folders, settings, served, root, reference_root)
     if isinstance(found, Finding):
         return found
     try:
         notes = await check_pair(found, settings.adapter.device)
     except BuildFailed as failed:
-        fix = "REFERENCE is adapter.reference, COMPRESSED is adapter.compressed"
+        fix = "REFERENCE is the reference's checkpoint, COMPRESSED is adapter.compressed"
         return Finding(CHECKPOINTS, State.NO, f"no adapter can be made of them: {failed}", fix)
     return Finding(CHECKPOINTS, State.OK, "; ".join([f"{found.reference} and {found.compressed}", *notes]))
 
 
-def _folders(settings: Settings, root: str) -> CheckpointFolders | Finding:
-    """Returns both checkpoints' folders, or why they are not examined."""
-    given, reference = settings.adapter, settings.reference
-    in_process = reference.backend == "transformers"
+async def _reference_root(settings: Settings, served: str) -> str:
+    """Returns the folder or name from which the reference's server has loaded its model; "" if no server says it."""
+    reference, own = settings.reference, settings.reference.models.get(served)
+    url = (own and own.url) or reference.url
+    if reference.backend != "vllm" or url is None:
+        return ""
+    server = VllmServer(url, reference.api_key)
     try:
-        compressed = find_compressed(given, root)
-        if in_process and given.reference is None and not Path(reference.model or "").is_dir():
-            detail = f"{compressed}; the reference's is where {reference.model} is loaded from"
-            return Finding(CHECKPOINTS, State.OK, detail)
-        return find_folders(given, reference.model if in_process else None, None, root)
-    except FolderError as error:
+        card = await server.model(own.model if own is not None else reference.model)
+    except ReferenceFailure:
+        return ""  # the reference's own probe says it
+    finally:
+        await server.close()
+    return card.root or ""
+
+
+def _folders(settings: Settings, served: str, root: str, reference_root: str) -> CheckpointFolders | Finding:
+    """Returns both checkpoints' folders, or why they are not examined. See `_adapter_checkpoints`."""
+    reference, own = settings.reference, settings.reference.models.get(served)
+    model = own.model if own is not None else reference.model or ""
+    folder = (own.folder if own is not None else None) or reference.folder
+    try:
+        compressed = find_compressed(settings.adapter, root)
+        if reference.backend != "transformers":
+            found = find_checkpoint(folder, reference_root) if folder is not None else None
+            return find_folders(settings.adapter, None, found, root)
+        if not os.path.isdir(model):
+            return Finding(CHECKPOINTS, State.OK, f"{compressed}; the reference's is where {model} is loaded from")
+        return find_folders(settings.adapter, model, None, root)
+    except (FolderError, EmbeddingError) as error:
         return Finding(CHECKPOINTS, State.NO, str(error), "adapters are made from both folders, on this machine")
 
 

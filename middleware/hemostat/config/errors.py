@@ -23,6 +23,8 @@ REMOVED: Mapping[str, str] = {
     "drain_seconds": "this setting has gone: relays that were replaced have 600 s; leave it out",
     "limits.connections": "this setting has gone: a relay process accepts 16384 connections, or what ulimit -n allows; "
     "leave it out, and set workers for more",
+    "adapter.reference": "this setting has gone: adapters are made from the reference's checkpoint; leave it out, and "
+    "if the reference is a server, name the folder in reference.folder",
     "calibration.apply": "this setting has gone: the plugin in vLLM applies profiles; leave it out",
     "calibration.scope": "this setting has gone: profiles are learned from all traffic, and each kind of it decides "
     "which one serves; leave it out",

@@ -192,9 +192,9 @@ class Reference(Section):
     """A file that contains the key and nothing else, in place of `api_key`. It is read at the start and at SIGHUP."""
     folder: Path | None = None
     """The folder of the reference's checkpoint (config.json and safetensors) with backend vllm, or a hub cache that
-    has it. Only the output embedding is read. The hidden states of a pooling server need it. If it is none, Hemostat
-    uses the path that the server names, provided that it exists on this machine. The folder may appear after the
-    start."""
+    has it. The hidden states of a pooling server need its output embedding, and adapters are made from all of it. If
+    it is none, Hemostat uses the path that the server names, provided that it exists on this machine. The folder may
+    appear after the start."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """The type of the weights with backend transformers. auto takes the type of the checkpoint."""
     device: Device = "auto"
@@ -335,9 +335,6 @@ class Adapter(Section):
 
     enabled: bool = False
     """If it is true, adapters are learned and served."""
-    reference: Path | None = None
-    """The checkpoint folder of the uncompressed model. With none, it is `reference.model`, provided that this is a
-    folder on this machine."""
     compressed: Path | None = None
     """The checkpoint folder of the compressed model. With none, it is the path that the upstream names, provided that
     it exists on this machine."""

@@ -145,21 +145,23 @@ def test_the_folders_are_those_of_the_settings_or_those_that_the_models_were_loa
     reference, compressed = folders.reference, folders.compressed
     assert find_folders(Adapter(), None, reference, str(compressed)) == folders
     assert find_folders(Adapter(), str(reference), None, str(compressed)) == folders
-    both = Adapter(reference=reference, compressed=compressed)
-    assert find_folders(both, "org/name", None, "org/name-w4") == folders
+    assert find_folders(Adapter(compressed=compressed), "org/name", reference, "org/name-w4") == folders
     empty = tmp_path / "empty"
     empty.mkdir()
     for settings, model, root, says in (
-        (Adapter(), "org/name", str(compressed), "adapter.reference: name the folder"),
+        (Adapter(), "org/name", str(compressed), "reference.folder: name the folder"),
         (Adapter(), str(reference), "org/name-w4", "adapter.compressed: name the folder .* org/name-w4, which is no"),
         (Adapter(), str(reference), "", "adapter.compressed: name the folder .* names none"),
-        (Adapter(reference=tmp_path / "gone"), None, str(compressed), "adapter.reference: .*gone is not a folder"),
         (Adapter(compressed=empty), str(reference), "", r"adapter.compressed: .*empty holds no \.safetensors"),
         (Adapter(compressed=reference), str(reference), "", "adapter.compressed: .* is also the reference's"),
     ):
         with pytest.raises(FolderError, match=says) as raised:
             find_folders(settings, model, None, root)
         assert "\n" not in str(raised.value)
+    with pytest.raises(FolderError, match=r"reference.folder: .*empty holds no \.safetensors"):
+        find_folders(Adapter(), None, empty, str(compressed))
+    with pytest.raises(FolderError, match=r"reference.model: .*empty holds no \.safetensors"):
+        find_folders(Adapter(), str(empty), None, str(compressed))
 
 
 def test_the_folder_of_a_job_is_private_and_deleted_at_the_next_start_unless_it_is_in_use(
@@ -366,7 +368,7 @@ async def test_a_folder_that_is_not_what_the_reference_serves_is_refused(folders
         texts(learning, 5)
         await until(lambda: learning.outcomes == {"refused": 1})
         assert learning.state == "unavailable"
-        assert learning.failing.startswith("adapter.reference: ")
+        assert learning.failing.startswith("reference.folder: ")
         learning.stop("no folder", unavailable=True)
         learning.stop("no folder", unavailable=True)
         assert (learning.outcomes, learning.failing) == ({"refused": 2}, "no folder"), "a build that cannot begin, once"

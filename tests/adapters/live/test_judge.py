@@ -265,7 +265,7 @@ def test_checkpoints_that_cannot_be_copied_are_one_line(folders: CheckpointFolde
     reference, compressed = str(folders.reference), str(folders.compressed)
     for start, says in (
         (judge_messages.Start(compressed, reference, V + 1, 0, "cpu"), "adapter.compressed: .* token ids"),
-        (judge_messages.Start(compressed, reference, V, D + 1, "cpu"), "adapter.reference: .* columns"),
+        (judge_messages.Start(compressed, reference, V, D + 1, "cpu"), "reference.folder: .* columns"),
         (judge_messages.Start(str(torn), reference, V, 0, "cpu"), "torn"),
         (judge_messages.Start(compressed, str(torn), V, D, "cpu"), "torn"),
         (judge_messages.Start(compressed, reference, V, 0, "cuda:99"), "cuda:99"),
@@ -312,7 +312,7 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
         # Scored by another reference than the copy.
         assert await distances(live_judge, record_of(1, folders=folders, apart=0.5), prompt_of(1), (IDENTITY,)) == {}
         assert live_judge.dropped["other_reference"] == 1
-        assert "adapter.reference is not the model that the reference serves" in live_judge.status()["detail"]
+        assert "reference.folder is not the model that the reference serves" in live_judge.status()["detail"]
         assert "judged" in live_judge.status()
         # One that does not answer is ended.
         monkeypatch.setattr(judge_requests, "MAX_ANSWER_SECONDS", 0.3)
@@ -412,7 +412,7 @@ async def test_another_checkpoint_than_the_one_that_serves_is_refused(folders: C
         with pytest.raises(CopyUnavailable, match="idle"):
             await live_judge.logprobs(np.arange(4, dtype=np.int32), None)
         await until(lambda: live_judge.state == "unavailable")
-        assert live_judge.detail.startswith("adapter.reference: ")
+        assert live_judge.detail.startswith("reference.folder: ")
         assert not live_judge.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
 
 

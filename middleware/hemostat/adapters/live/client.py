@@ -264,7 +264,7 @@ class AdapterLearner:
         compressed = await asyncio.to_thread(checkpoint_digest, str(folders.compressed), None)
         if target.reference_digest and reference != target.reference_digest:
             raise HemostatError(
-                f"adapter.reference: {folders.reference} is not the checkpoint that the reference serves"
+                f"reference.folder: {folders.reference} is not the checkpoint that the reference serves"
             )
         options = {
             "rank": settings.rank,

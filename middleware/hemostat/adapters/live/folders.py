@@ -23,25 +23,26 @@ class CheckpointFolders:
 def find_folders(
     settings: Adapter, reference_model: str | None, reference_folder: Path | None, root: str
 ) -> CheckpointFolders:
-    """The settings' folders, else where the models that serve were loaded from. FolderError.
+    """Returns the folders of both checkpoints. FolderError.
 
-    reference_model: `reference.model`. reference_folder: where a reference in process was loaded from. root: the
-    path that the upstream names for the compressed model; "" where it names none.
+    reference_model: `reference.model`. reference_folder: the folder that a reference in process was loaded from, or
+    that `reference.folder` names. root: the path that the upstream names for the compressed model; "" where it names
+    none.
     """
-    reference = find_reference(settings, reference_model, reference_folder)
+    reference = find_reference(reference_model, reference_folder)
     compressed = find_compressed(settings, root)
     if reference.resolve() == compressed.resolve():
         raise FolderError(f"adapter.compressed: {compressed} is also the reference's checkpoint")
     return CheckpointFolders(reference.absolute(), compressed.absolute())
 
 
-def find_reference(settings: Adapter, model: str | None, folder: Path | None) -> Path:
+def find_reference(model: str | None, folder: Path | None) -> Path:
     """See `find_folders`."""
     named = Path(model) if model and Path(model).is_dir() else None
-    reference = settings.reference or folder or named
+    reference = folder or named
     if reference is None:
-        raise FolderError("adapter.reference: name the folder of the uncompressed model's checkpoint on this machine")
-    _check("adapter.reference", reference)
+        raise FolderError("reference.folder: name the folder of the uncompressed model's checkpoint on this machine")
+    _check("reference.model" if reference == named else "reference.folder", reference)
     return reference
 
 

@@ -185,7 +185,7 @@ class AdapterJudge:
         if not apart <= MAX_REFERENCE_NATS:
             self.dropped[JudgeDropReason.OTHER_REFERENCE] += 1
             if self.state is JudgeState.READY:
-                why = f"adapter.reference is not the model that the reference serves: {apart:.2f} nats apart"
+                why = f"reference.folder is not the model that the reference serves: {apart:.2f} nats apart"
                 self._set_state(JudgeState.READY, why)
             return {}
         self.judged += 1
@@ -272,7 +272,7 @@ class AdapterJudge:
     def began(self, ready: judge_messages.Ready, target: JudgeTarget) -> None:
         self.loaded = ready
         if target.reference_digest not in {"", ready.reference_digest}:
-            raise ChildRefused(f"adapter.reference: {target.folders.reference} is not what the reference serves")
+            raise ChildRefused(f"reference.folder: {target.folders.reference} is not what the reference serves")
         if self._process.target == target:
             self._set_state(JudgeState.READY, "")
             self._on_change()

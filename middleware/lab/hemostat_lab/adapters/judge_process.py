@@ -94,7 +94,7 @@ class Copies:
             weight = load_embedding(Path(start.reference), start.vocab_size)
             if weight.shape[1] != start.hidden_size:
                 raise HemostatError(
-                    f"adapter.reference: the output embedding of {start.reference} has {weight.shape[1]} columns, the "
+                    f"reference.folder: the output embedding of {start.reference} has {weight.shape[1]} columns, the "
                     f"reference's hidden states {start.hidden_size}: it is another checkpoint"
                 )
             self._embedding = torch.from_numpy(weight).to(start.device)
