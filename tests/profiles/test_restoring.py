@@ -14,6 +14,7 @@ from hemostat.config.schema import Evidence
 from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics import names
 from hemostat.profiles.catalogue import MAX_PROFILES
+from hemostat.profiles.decisions import Reason
 from hemostat.profiles.persistence import SERVING_KEY, STATE_KEYS, TESTS_KEY, StoredKind, StoredServing
 from hemostat.store.protocol import StoredProfile
 from hemostat_calibration.profiles.profile import IDENTITY, temperature_bias
@@ -266,3 +267,56 @@ def test_a_damaged_state_ends_nothing(key: str) -> None:
         event = again.last("roll_back")
         assert (event["reason"], event["version"]) == ("lost", IDENTITY)
         assert again.restart(crash=True).decisions().count("roll_back") == 1
+
+
+EARLIER_BLOB = (
+    b'\xc8\x02\0\0\0\0\0\0{"__metadata__":{"learned":"{\\"format\\": \\"hemostat.temperature_bias.1\\", '
+    b'\\"about\\": \\"{\\\\\\"compressed\\\\\\": \\\\\\"m\\\\\\"}\\", \\"learner\\": \\"TemperatureBiasLearner('
+    b"clamp_nats=1.0, pseudo_mass=3.0, pseudo_information=200.0, min_requests=32, min_tokens=2000, "
+    b'half_life_tokens=None)\\", \\"states\\": [{\\"name\\": \\"\\", \\"model\\": \\"m\\", \\"vocab_size\\": 4, '
+    b'\\"information\\": 0.0, \\"moment\\": 0.0, \\"depth\\": 0.0, \\"deep_tokens\\": 0.0, \\"weight\\": 0.0, '
+    b'\\"tokens\\": 0, \\"requests\\": 0}], \\"notes\\": \\"{\\\\\\"proposed_at\\\\\\": {\\\\\\"\\\\\\": '
+    b'{\\\\\\"contextual\\\\\\": 100000, \\\\\\"adapter\\\\\\": 40000, \\\\\\"temperature_bias\\\\\\": 2000}}, '
+    b'\\\\\\"weights\\\\\\": \\\\\\"abc\\\\\\"}\\"}"},"0.masses":{"dtype":"F32","shape":[2,4],'
+    b'"data_offsets":[0,32]}}       ' + 32 * b"\0"
+)
+"""What a version before `PROPOSED_KEY` has stored: it had proposed after 100,000 and 40,000 tokens."""
+
+
+def after_upgrade(blob: bytes | None) -> Bench:
+    """A bench after a restart on the store of an earlier version, with that version's blob."""
+    bench = Bench(known=False)
+    result = bench.store.read()
+    bench.profiles.restoring.restore(result.profiles, result.states, result.events, blob)
+    bench.profiles.set_model_pair(MODEL, V)
+    return bench
+
+
+def test_an_upgrade_keeps_from_how_many_tokens_each_family_was_last_proposed() -> None:
+    bench = after_upgrade(EARLIER_BLOB)
+    for each in (bench, bench.restart()):
+        each.profiles.set_model_pair(MODEL, V)
+        proposals = each.profiles.proposals
+        assert [proposals.accepts(199_999), proposals.accepts(200_000)] == [False, True]
+        assert [proposals.accepts_adapter(79_999), proposals.accepts_adapter(80_000)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "blob", [None, b"", b"damaged", EARLIER_BLOB[:200], EARLIER_BLOB.replace(b"100000", b"'00000")]
+)
+def test_a_damaged_store_of_an_earlier_version_ends_nothing(blob: bytes | None) -> None:
+    assert after_upgrade(blob).profiles.proposals.accepts(1_000)
+
+
+def test_a_proposal_is_remembered_over_a_restart_until_the_model_is_another() -> None:
+    bench = Bench()
+    bench.profiles.proposals.propose(contextual(), "", {"tokens": 100_000})
+    bench.profiles.lifecycle.drop(bench.profiles.trials.tested[0], Reason.UNPROVEN, "")
+    again = bench.restart()
+    again.profiles.set_model_pair(MODEL, V)
+    assert not again.profiles.proposals.accepts(199_999)
+    assert again.profiles.proposals.accepts(200_000)
+    again.profiles.set_model_pair("another", V)
+    last = again.restart()
+    last.profiles.set_model_pair("another", V)
+    assert last.profiles.proposals.accepts(1_000)

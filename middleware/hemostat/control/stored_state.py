@@ -11,6 +11,7 @@ from hemostat.engines.registry import STATE_KEY as ENGINES_STATE
 from hemostat.engines.registry import EngineRegistry
 from hemostat.measurement.measured import Measured
 from hemostat.profiles.manager import ProfileManager
+from hemostat.profiles.persistence import EARLIER_PROPOSED_BLOB
 from hemostat.store.protocol import Snapshot, StoreWrites
 
 log = logging.getLogger("hemostat.store")
@@ -50,7 +51,8 @@ class StoredState:
         """Restores all that is stored; it is called at the start."""
         states = snapshot.states
         events = [event for event in snapshot.events if event.get("decision") != "alarm"]
-        self._profiles.restoring.restore(snapshot.profiles, states, events)
+        earlier = snapshot.blobs.get(EARLIER_PROPOSED_BLOB)
+        self._profiles.restoring.restore(snapshot.profiles, states, events, earlier)
         self._measured.restore(snapshot)
         self._engines.restore(states.get(ENGINES_STATE))
         stored = states.get(MODELS_KEY)

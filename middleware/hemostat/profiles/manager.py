@@ -97,6 +97,7 @@ class ProfileManager:
             serving=self.serving,
             trials=self.trials,
             lifecycle=self.lifecycle,
+            writer=self.writer,
             adapter_min_tokens=adapter.min_tokens,
         )
         self.operator = Operator(
@@ -116,6 +117,7 @@ class ProfileManager:
             trials=self.trials,
             events=self.events,
             lifecycle=self.lifecycle,
+            proposals=self.proposals,
             writer=self.writer,
         )
         self.report = Report(
@@ -137,8 +139,12 @@ class ProfileManager:
         self.serving.names = names
         served = ServedModel(model, vocab_size)
         if served != self.serving.model:
+            others = self.serving.model is not None
             self.lifecycle.set_model(served)
-            self.proposals.restart()
+            if others:
+                self.proposals.restart()
+            else:
+                self.proposals.count_serving()
 
     def forget_evidence(self, why: str) -> None:
         """Forgets the evidence, since the models are others than the ones that it is about: identity serves, and all

@@ -28,8 +28,14 @@ TESTS_KEY = "tests"
 """The guard's tests and windows, `Guard.save`: usually some 100 kB, at most 4 MB."""
 MODE_KEY = "mode"
 """The configured mode and the one in force, with a space between."""
-STATE_KEYS = (SERVING_KEY, TESTS_KEY, TESTS_BEGUN_KEY, WINDOWS_BEGUN_KEY, MODE_KEY)
+PROPOSED_KEY = "proposed"
+"""The number of tokens that the last proposal of each family was learned from, as a JSON object."""
+EARLIER_PROPOSED_BLOB = "temperature_bias"
+"""The key of the blob in which versions before `PROPOSED_KEY` stored these numbers."""
+STATE_KEYS = (SERVING_KEY, TESTS_KEY, TESTS_BEGUN_KEY, WINDOWS_BEGUN_KEY, MODE_KEY, PROPOSED_KEY)
 """The keys of profiles in the store's state."""
+MAX_EARLIER_HEADER_BYTES = 1 << 20
+"""The largest header of `EARLIER_PROPOSED_BLOB`."""
 SAVE_SECONDS = 60.0
 """The time between two writes of tests that go on; what decides is written at once."""
 
@@ -93,6 +99,42 @@ def stored_mode(states: Mapping[str, str | None], configured: str) -> str | None
     """Returns the mode that was set at run time; None if there is none, or the configured one has changed since."""
     before, _, mode = (states.get(MODE_KEY) or "").partition(" ")
     return mode if before == configured and mode in MODES else None
+
+
+def stored_proposed(states: Mapping[str, str | None], earlier: bytes | None) -> dict[str, int]:
+    """Returns the number of tokens that the last proposal of each family was learned from.
+
+    earlier: what a version before `PROPOSED_KEY` has stored as `EARLIER_PROPOSED_BLOB`; it is read if nothing is stored
+    under that key. What cannot be read counts as nothing, since the next proposals are only made sooner then.
+    """
+    stored = states.get(PROPOSED_KEY)
+    try:
+        if stored is None:
+            return _earlier_proposed(earlier) if earlier is not None else {}
+        return msgspec.json.decode(stored, type=dict[str, int])
+    except (msgspec.DecodeError, KeyError) as error:
+        log.error("what was proposed before cannot be read, the next proposals may come sooner: %s", error)
+        return {}
+
+
+def _earlier_proposed(blob: bytes) -> dict[str, int]:
+    """Returns the numbers in the header of a safetensors file, as versions before `PROPOSED_KEY` stored them. Raises
+    msgspec.DecodeError or KeyError if it is damaged."""
+    length = int.from_bytes(blob[:8], "little")
+    header = msgspec.json.decode(blob[8 : 8 + min(length, MAX_EARLIER_HEADER_BYTES)], type=dict[str, msgspec.Raw])
+    metadata = msgspec.json.decode(header["__metadata__"], type=dict[str, str])
+    notes = msgspec.json.decode(metadata["learned"], type=_EarlierLearned).notes
+    return msgspec.json.decode(notes or "{}", type=_EarlierNotes).proposed_at.get("", {})
+
+
+class _EarlierLearned(msgspec.Struct, frozen=True):
+    notes: str = ""
+
+
+class _EarlierNotes(msgspec.Struct, frozen=True):
+    """proposed_at: by the part of the traffic that was learned from, "" for all of it, and by family."""
+
+    proposed_at: dict[str, dict[str, int]] = {}
 
 
 def whole_number(text: str | None) -> int:
@@ -200,6 +242,10 @@ class StateWriter:
 
     def write_mode(self) -> None:
         self._writes.set_state(MODE_KEY, f"{self._configured_mode} {self._serving.mode}")
+
+    def write_proposed(self, tokens: Mapping[str, int]) -> None:
+        """Writes the number of tokens that the last proposal of each family was learned from."""
+        self._writes.set_state(PROPOSED_KEY, msgspec.json.encode(tokens, order="sorted").decode())
 
     def put_profile(self, profile: StoredProfile) -> None:
         self._writes.put_profile(profile)

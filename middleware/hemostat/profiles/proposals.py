@@ -17,7 +17,7 @@ from hemostat.config.schema import Calibration
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.families import FAMILY_RULES, anchor_set
 from hemostat.profiles.lifecycle import Lifecycle
-from hemostat.profiles.persistence import whole_number
+from hemostat.profiles.persistence import PROPOSED_KEY, StateWriter, stored_proposed, whole_number
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import Trials
 from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
@@ -43,8 +43,8 @@ BATCH_RECORDS = 8
 """The number of records that are gathered before one update of temperature and bias."""
 
 
-_PROPOSED_AT, _WEIGHTS = "proposed_at", "weights"
-"""The keys of an export's notes."""
+_WEIGHTS = "weights"
+"""The key of an export's notes."""
 _ALL = ""
 """The key of what was learned of all traffic in what is stored. Earlier versions also learned of parts of it, under the
 names of these.
@@ -62,6 +62,7 @@ class Proposals:
         serving: ServingState,
         trials: Trials,
         lifecycle: Lifecycle,
+        writer: StateWriter,
         adapter_min_tokens: int = 0,
     ) -> None:
         """adapter_min_tokens: `Adapter.min_tokens`."""
@@ -71,6 +72,7 @@ class Proposals:
         self._serving = serving
         self._trials = trials
         self._lifecycle = lifecycle
+        self._writer = writer
         self._temperature_bias = TemperatureBiasLearner(
             # With |Δz| ≤ a, KL from identity is at most a²/2: Var Δz ≤ a² under every c e^{sΔz}, and KL is ∫ s Var ds.
             clamp_nats=min(settings.clamp_nats, math.sqrt(2.0 * settings.clamp_kl_nats)),
@@ -99,7 +101,7 @@ class Proposals:
         known.
         """
         states = {} if self._state is None else {_ALL: self._state}
-        notes = json.dumps({_PROPOSED_AT: {_ALL: self._proposed_at}, _WEIGHTS: weights})
+        notes = json.dumps({_WEIGHTS: weights})
         return lambda: storage.save(states, self._temperature_bias, models, notes)
 
     def restore(self, data: bytes, models: str) -> str:
@@ -111,12 +113,9 @@ class Proposals:
         if model is not None and about == (model.name, model.vocab_size):
             self._state = state
         try:
-            notes = json.loads(text)
-            for family, tokens in notes.get(_PROPOSED_AT, {}).get(_ALL, {}).items():
-                self._proposed_at[family] = max(int(tokens), self._proposed_at.get(family, 0))
-        except (ValueError, TypeError, AttributeError):
-            raise InvalidArgumentError("what was proposed before cannot be read") from None
-        return str(notes.get(_WEIGHTS) or "")
+            return str(json.loads(text).get(_WEIGHTS) or "")
+        except (ValueError, AttributeError):
+            raise InvalidArgumentError("the weights that it was learned from cannot be read") from None
 
     def forget_learned(self) -> None:
         """Forgets what temperature and bias have learned."""
@@ -129,18 +128,41 @@ class Proposals:
         have for a while: only more than that is worth a test.
         """
         self.forget_learned()
-        self._proposed_at.clear()
-        self.count_serving()
+        self._set_proposed(self._tokens_in_use())
+
+    def restore_proposed(self, states: Mapping[str, str | None], earlier: bytes | None) -> None:
+        """Goes on from the numbers of tokens that the last proposals of an earlier run were learned from, by family.
+
+        states, earlier: see `stored_proposed`.
+        """
+        self._proposed_at = stored_proposed(states, earlier)
+        if self._proposed_at and states.get(PROPOSED_KEY) is None:
+            self._writer.write_proposed(self._proposed_at)
 
     def count_serving(self) -> None:
         """Counts what serves, and what was proposed and is tested or waits, as the last proposal of its family, learned
         from the tokens that its metadata says."""
+        tokens = dict(self._proposed_at)
+        for family, learned in self._tokens_in_use().items():
+            tokens[family] = max(learned, tokens.get(family, 0))
+        self._set_proposed(tokens)
+
+    def _tokens_in_use(self) -> dict[str, int]:
+        """Returns the largest number of tokens that what serves, or was proposed and is in the queue, was learned from,
+        by family."""
+        result: dict[str, int] = {}
         proposed = [candidate.version for candidate in self._trials.queue if candidate.source in FAMILY_RULES]
         for version in [*self._serving.versions, *proposed]:
             profile = self._catalogue.get(version)
             if profile is not None:
                 tokens = whole_number(profile.metadata.get("tokens"))
-                self._proposed_at[profile.family] = max(tokens, self._proposed_at.get(profile.family, 0))
+                result[profile.family] = max(tokens, result.get(profile.family, 0))
+        return result
+
+    def _set_proposed(self, tokens: dict[str, int]) -> None:
+        if tokens != self._proposed_at:
+            self._proposed_at = tokens
+            self._writer.write_proposed(tokens)
 
     def discard_batch(self) -> None:
         """Forgets the records that wait for an update, since the mode has changed."""
@@ -171,7 +193,7 @@ class Proposals:
             return
         proposal = self._temperature_bias.propose(state)
         if proposal is not None:
-            self._proposed_at[TEMPERATURE_BIAS] = state.tokens
+            self._set_proposed(self._proposed_at | {TEMPERATURE_BIAS: state.tokens})
             self.proposed += 1
             self._lifecycle.replace_proposals(_variants(proposal), f"learned from {state.tokens} tokens", {})
 
@@ -192,7 +214,7 @@ class Proposals:
         if not self.accepts(tokens):
             return False
         self._lifecycle.require_fit(profile)
-        self._proposed_at[profile.family] = tokens
+        self._set_proposed(self._proposed_at | {profile.family: tokens})
         return self._lifecycle.replace_proposals([profile], why, dict(report))
 
     # --- adapters --------------------------------------------------------------------------------------------------
@@ -215,7 +237,7 @@ class Proposals:
         if not self.accepts_adapter(tokens):
             return False
         self._lifecycle.require_fit(profile)
-        self._proposed_at[ADAPTER] = tokens
+        self._set_proposed(self._proposed_at | {ADAPTER: tokens})
         return self._lifecycle.replace_proposals([profile], why, dict(report))
 
     # --- the probe -------------------------------------------------------------------------------------------------
@@ -234,7 +256,7 @@ class Proposals:
         selected = [self._catalogue[version] for version in self._serving.versions]
         contextual = [serving for serving in selected if serving.family == CONTEXTUAL]
         if not restored and not contextual and not self._trials.has_proposal(CONTEXTUAL):
-            self._proposed_at.pop(CONTEXTUAL, None)
+            self._set_proposed({family: n for family, n in self._proposed_at.items() if family != CONTEXTUAL})
         for serving in contextual:
             if anchor_set(serving) != anchor_set(profile):
                 log.warning(

@@ -21,6 +21,7 @@ from hemostat.profiles.persistence import (
     candidates,
     stored_mode,
 )
+from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Candidate, Trials
 from hemostat.store.protocol import StoredProfile
@@ -46,6 +47,7 @@ class Restoring:
         trials: Trials,
         events: EventLog,
         lifecycle: Lifecycle,
+        proposals: Proposals,
         writer: StateWriter,
     ) -> None:
         self._configured_mode = configured_mode
@@ -55,17 +57,24 @@ class Restoring:
         self._trials = trials
         self._events = events
         self._lifecycle = lifecycle
+        self._proposals = proposals
         self._writer = writer
 
     def restore(
-        self, stored: Iterable[StoredProfile], states: Mapping[str, str], events: Sequence[dict[str, Any]]
+        self,
+        stored: Iterable[StoredProfile],
+        states: Mapping[str, str],
+        events: Sequence[dict[str, Any]],
+        earlier_proposed: bytes | None = None,
     ) -> None:
         """Goes on from what an earlier run wrote: what served serves again, and tests and windows go on. What cannot go
         on is withdrawn, which is an event with its reason.
 
-        stored, events: newest first. states: by name, for the names in `STATE_KEYS`.
+        stored, events: newest first. states: by name, for the names in `STATE_KEYS`. earlier_proposed: see
+        `stored_proposed`.
         """
         self._events.restore(reversed(events))
+        self._proposals.restore_proposed(states, earlier_proposed)
         served, damage = _served(states)
         kinds, queue = self._apply(stored, states, served)
         evicted = [name for name in served.kinds if name not in self._serving.kinds]  # `evidence.kinds` is lower now
