@@ -133,7 +133,11 @@ class RecoveredDivergence:
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """One scored request."""
+    """One scored request: what both models said of its output tokens.
+
+    `hemostat.scoring.record_builder.build_record` makes it, and `record_checks.validate` checks it. The functions of
+    `divergence` read it, the learners, and the judge of adapters.
+    """
 
     vocab_size: int
     prompt_key: bytes

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from tests.support.admin_server import Served, profile, record, served
 from tests.support.control import TOKEN
+from tests.support.evidence import evidence
 
 from hemostat import cli
 from hemostat.control.composition import Control
 from hemostat_calibration.adapters.factors import LowRank
-from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.adapter import adapter_bytes, adapter_profile
 from hemostat_calibration.profiles.peft import peft_files
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
@@ -55,7 +55,7 @@ def proven(instance: Served, candidate: CalibrationProfile) -> None:
     """Feed records that contain the candidate's gain until it is promoted."""
     for n in range(2000):
         made = replace(record(n, None), shifts=record(n, candidate).shifts)
-        instance.do(lambda control, made=made: control.profile_manager.observe(made, RecordGains(made)))  # type: ignore[misc]
+        instance.do(lambda control, made=made: control.profile_manager.update(evidence(made)))  # type: ignore[misc]
         if instance.do(lambda control: control.profile_manager.serving.selected) is not None:
             return
     raise AssertionError("nothing was promoted")

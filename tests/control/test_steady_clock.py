@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.support.control import settings
+from tests.support.evidence import evidence
 from tests.support.records import Truth, log_softmax, make_record
 
 from hemostat.canaries.pace import BUDGET_TOKENS, Pace, PaceState
 from hemostat.control import composition, steady_clock
 from hemostat.control.composition import Control
 from hemostat_calibration.divergence.per_token import divergence
-from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.records import TokenRecord
 
@@ -97,7 +97,7 @@ def live(plane: Control, machine: Machine, hours: float) -> None:
         figures = divergence(made)
         plane.measured.alarms.update(made, figures)
         plane.measured.by_engine.update(made, figures)
-        plane.profile_manager.observe(made, RecordGains(made), divergences=figures.kl_rc)
+        plane.profile_manager.update(evidence(made, divergences=figures.kl_rc))
 
 
 def gates(plane: Control) -> tuple[bool, bool, bool, bool]:

@@ -125,7 +125,7 @@ class Bench:
             catalogue=SimpleNamespace(get=lambda _: None),
             is_held_out=lambda _: True,
             distance_versions=lambda _: (),
-            observe=lambda record, gains, **_: self.noted["judged"].append(record),
+            update=lambda scored: self.noted["judged"].append(scored.record),
             learns_from=lambda record: not record.constraint,
             serving=SimpleNamespace(uses=lambda _: True, reported=None),
         )

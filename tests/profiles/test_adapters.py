@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tests.support.adapter_bench import WORLD, Judging
 from tests.support.adapters import adapted_record, adapter
+from tests.support.evidence import evidence
 from tests.support.profile_bench import BIASED, JUDGED, LEARNED, Bench, contextual, helpful
 from tests.support.world import V
 
@@ -18,7 +19,6 @@ from hemostat.metrics import names
 from hemostat.profiles import lifecycle
 from hemostat.profiles.guard_keys import WATCH
 from hemostat.profiles.judging import distance_gain
-from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.guard.decisions import Figure
 from hemostat_calibration.profiles.families import ADAPTER
@@ -408,10 +408,10 @@ def test_a_record_is_judged_with_the_gains_that_are_handed_over() -> None:
     """No gain of an adapter is ever computed from lists, where it changes nothing, nor one of others from its lists."""
     judging, version = serving()
     record = judging.record(500, JUDGED[500])
-    gains = RecordGains(record)
-    judging.profiles.observe(record, gains)
-    assert version not in gains._gains
+    scored = evidence(record)
+    judging.profiles.update(scored)
+    assert version not in scored._gains
     with pytest.raises(InvalidArgumentError, match="does not follow"):
-        gains.of(judging.profiles.catalogue[version])
+        scored.gain(judging.profiles.catalogue[version])
     with pytest.raises(InvalidArgumentError, match="does not follow"):
-        RecordGains(replace(record, adapter=version)).of(contextual())
+        evidence(replace(record, adapter=version)).gain(contextual())

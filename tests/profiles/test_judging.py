@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.evidence import evidence
 from tests.support.profile_bench import (
     ANCHORS,
     BIASED,
@@ -23,14 +24,13 @@ from tests.support.profile_bench import (
 from tests.support.records import make_record, profiles, truths
 from tests.support.slow import examples
 
+from hemostat import scored_record
 from hemostat.ipc.messages import REST_KIND
 from hemostat.measurement.measurements import Measurements
 from hemostat.profiles import futility
 from hemostat.profiles.judging import gain_interval
 from hemostat.profiles.trials import Trials
-from hemostat_calibration.divergence import record_gains
 from hemostat_calibration.divergence.gain import Gain, gain
-from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.guard import kind_test
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -181,7 +181,7 @@ def test_a_full_test_goes_on_noting_how_much_gains_depend(monkeypatch: pytest.Mo
     bench = Bench()
     bench.profiles.operator.import_profile(harmful())
     noted: list[float] = []
-    monkeypatch.setattr(bench.profiles.trials, "note_gain", lambda name, unit, gain: noted.append(unit.time))
+    monkeypatch.setattr(bench.profiles.trials, "note_gain", lambda name, unit, gain, now: noted.append(now))
     bench.feed(BIASED, JUDGED[:30])
     assert bench.status()["candidates"][0]["requests"] == 20
     assert noted == [float(n) for n in range(21, 31)]
@@ -257,12 +257,12 @@ def test_a_gain_is_computed_once_for_measurement_and_judging(monkeypatch: pytest
         computed.append(profile.version)
         return gain(record, profile)
 
-    monkeypatch.setattr(record_gains, "gain", counted)
+    monkeypatch.setattr(scored_record, "gain", counted)
     record = bench.record(EVEN.truth(0), JUDGED[0], kind=REST_KIND)
-    gains = RecordGains(record)
+    scored = evidence(record)
     profile = bench.profiles.calibrated_profile(record)
-    Measurements().update(record, profile, None, held_out=bench.profiles.is_held_out(record), gains=gains)
-    bench.profiles.observe(record, gains)
+    Measurements().update(record, profile, None, held_out=bench.profiles.is_held_out(record), gain_of=scored.gain)
+    bench.profiles.update(scored)
     assert sorted(computed) == sorted([served, tested])
     computed.clear()
     learned = bench.record(EVEN.truth(0), LEARNED[0])
@@ -284,7 +284,7 @@ def test_nothing_is_promoted_in_a_kind_before_it_is_known_how_much_its_requests_
         for n, key in enumerate(keys):
             record = bench.record(BIASED.truth(n), key)
             divergences = np.append(rng.gamma(2.0, 0.1, record.tokens), np.inf)
-            bench.profiles.observe(replace(record, kind=REST_KIND), RecordGains(record), divergences=divergences)
+            bench.profiles.update(evidence(replace(record, kind=REST_KIND), divergences=divergences))
 
     feed(LEARNED[:1] + JUDGED[:1])
     version = bench.profiles.operator.import_profile(helpful())

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tests.support.profile_bench import BIASED, JUDGED, LEARNED, Bench, contextual, harmful
+from tests.support.records import make_record
 from tests.support.stores import DirectWrites
+from tests.support.world import World
 
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.begun_tests import BegunTests
 from hemostat.profiles.serving import MAX_TRIED_VERSIONS, KindState, ServingState
 from hemostat.profiles.trials import IMPORT, MAX_TESTED, SERVING, Candidate, Trials, UnitGain
-from hemostat.profiles.units import HeldOutUnit
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.decisions import Admission
 from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS
@@ -38,6 +41,9 @@ def test_a_contextual_candidate_is_tested_before_temperature_and_bias() -> None:
     assert bench.profiles.trials.tested_versions == []
 
 
+RECORD = make_record(World().truth(0), 20)
+
+
 class Made:
     """Trials of profiles of width 1."""
 
@@ -51,9 +57,9 @@ class Made:
         """Units that counted."""
         counted = 0
         for n in units:
-            unit = HeldOutUnit(kind, b"%d" % n, b"", 3, True, False, lambda _: None)
+            unit = replace(RECORD, kind=kind, prompt_key=b"%d" % n)
             if self.trials.admit(candidate.test, unit) is Admission.ADMITTED:
-                self.trials.update(candidate.test, unit, UnitGain(gain, gain))
+                self.trials.update(candidate.test, unit, UnitGain(gain, gain), 0.0)
                 counted += 1
         return counted
 

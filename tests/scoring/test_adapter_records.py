@@ -109,7 +109,7 @@ class Pipeline:
             serving=SimpleNamespace(would_serve=lambda _: ADAPTER.version, reported=ADAPTER.version),
             is_held_out=lambda _: True,
             distance_versions=lambda _: self.versions,
-            observe=lambda record, gains, **_: self.observed.append(record),
+            update=lambda scored: self.observed.append(scored.record),
             learns_from=lambda record: record.adapter is None,
         )
         consumers: Any = SimpleNamespace(

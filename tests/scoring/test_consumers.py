@@ -14,8 +14,9 @@ from tests.support.control import MODEL, control, scored
 from tests.support.served_models import pair, served_models
 
 from hemostat.metrics import names
+from hemostat.scored_record import NO_USE, ScoredRecord, Use
 from hemostat.scoring import consumers as module
-from hemostat.scoring.scored_record import NO_USE, ScoredRecord, Use, uses_of
+from hemostat.scoring.record_reader import uses_of
 from hemostat_calibration.records import TokenRecord
 
 

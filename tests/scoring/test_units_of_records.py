@@ -29,7 +29,7 @@ def test_alike_turns_count_once(named: bool) -> None:
         catalogue=SimpleNamespace(get=lambda _: None),
         is_held_out=lambda _: False,
         distance_versions=lambda _: (),
-        observe=lambda record, gains, *, fresh, divergences: fresh_seen.append(fresh and len(divergences) > 0),
+        update=lambda scored: fresh_seen.append(scored.fresh and len(scored.figures.kl_rc) > 0),
         learns_from=lambda _: True,
     )
     measured = Measurements()

@@ -32,7 +32,6 @@ from hemostat.ipc import control_end
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, OutcomeReport, SampledCount, Stats
 from hemostat.reference.monitor import ReferenceState
 from hemostat_calibration.divergence.per_token import divergence
-from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.reasoning import Thinking
 from hemostat_calibration.records import Arm, Sampling, TokenRecord
@@ -241,8 +240,9 @@ async def everything(plane: Control, folder: Path) -> asyncio.StreamWriter:
     )
     for n in range(GRAMMAR_REQUESTS):
         restricted = under_grammar(n)
-        known: Any = {"gains": RecordGains(restricted), "figures": divergence(restricted)}
-        plane.measured.measurements.conditional.update(restricted, None, None, held_out=False, fresh=True, **known)
+        figures = divergence(restricted)
+        conditional = plane.measured.measurements.conditional
+        conditional.update(restricted, None, None, held_out=False, fresh=True, figures=figures)
     for kind, harmful in zip(KINDS[:2], (False, True), strict=True):
         for report in outcome_reports(kind, serving, harmful):
             plane.measured.outcomes.update(report)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from tests.support.evidence import evidence
 from tests.support.oracle import shift
 from tests.support.records import Truth, condition, make_record
 from tests.support.stores import DirectWrites
@@ -15,7 +16,6 @@ from tests.support.world import V, World
 
 from hemostat.config.schema import Adapter, Calibration, Evidence
 from hemostat.profiles.manager import ProfileManager
-from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.records import Shift, TokenRecord
@@ -89,7 +89,7 @@ class Bench:
 
     def observe(self, record: TokenRecord) -> None:
         record = replace(record, kind=self.profiles.kinds.see(record.kind))
-        self.profiles.observe(record, RecordGains(record))
+        self.profiles.update(evidence(record))
 
     def feed(self, world: World, keys: list[bytes], until: Callable[[], bool] = lambda: False, **more: Any) -> int:
         """One record a key, until `until` is true: how many."""

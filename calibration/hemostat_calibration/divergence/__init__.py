@@ -8,7 +8,6 @@ gain              the gain of a profile at each position: KL(r‖c) − KL(r‖c
 per_token         divergences of the compressed model c from the reference r, token by token
 places            a request's figures by where its tokens stand
 profile_shift     the change that a profile makes to a record
-record_gains      the gains of several profiles on one record, each computed once
 sampled_estimate  estimates of KL from the emitted token, without truncation bias
 trajectory        the length over which two models generate the same text
 view              both models' values from a record, side by side

@@ -79,7 +79,11 @@ class Alive(msgspec.Struct, tag="alive", frozen=True):
 
 
 class Capture(msgspec.Struct, tag="capture", frozen=True):
-    """One choice of the complete response to a sampled request, to be scored. Arrays are little-endian bytes."""
+    """One choice of the complete response to a sampled request, to be scored. Arrays are little-endian bytes.
+
+    `interception.intercepted_exchange` makes it, `scoring` reads it: at first it may have its candidates as JSON, or
+    none of its tokens, and after `scoring.stages.CandidateCompletion` it has all of them as arrays.
+    """
 
     request_id: str
     route: str

@@ -12,7 +12,6 @@ from hemostat.measurement.dependence import NO_CYCLE, Cycle
 from hemostat.measurement.figures import MAX_TOKENS
 from hemostat.measurement.measurements import Measurements
 from hemostat_calibration.divergence.per_token import TokenDivergence
-from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.records import TokenRecord
 
 MAX_MODELS = 16
@@ -35,8 +34,7 @@ class OtherModels:
             result.update(record, None, None, figures=figures, fresh=fresh)
             return
         # Its kind may be one that is not followed; see the bound of `ByKind`.
-        gains = RecordGains(record)
-        result.conditional.update(record, None, None, held_out=False, gains=gains, figures=figures, fresh=fresh)
+        result.conditional.update(record, None, None, held_out=False, figures=figures, fresh=fresh)
 
     def update_noise_floor(self, model: str, side: str, record: TokenRecord) -> None:
         """Adds a record of the model with `side`, of `figures.MODELS`, on both sides."""

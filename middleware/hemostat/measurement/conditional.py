@@ -6,7 +6,7 @@ others' and are never added to them. They are exact wherever every allowed id is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from hemostat.measurement.dependence import NO_CYCLE, Cycle
 from hemostat.measurement.figures import HEADLINE, StageFigures
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
+from hemostat_calibration.divergence.gain import Gain, gain
 from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated
-from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.families import ADAPTER
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Arm, TokenRecord
@@ -44,16 +44,18 @@ class ConditionalFigures:
         served: CalibrationProfile | None,
         *,
         held_out: bool,
-        gains: RecordGains,
         figures: TokenDivergence,
         fresh: bool,
+        gain_of: Callable[[CalibrationProfile], Gain] | None = None,
     ) -> None:
         """Adds one constrained record; as `Measurements.update`."""
         if profile is not None and profile.family == ADAPTER:
             profile = None
         own = record.adapter is None
         after = figures if profile is None or not own else calibrated(record, profile, served)
-        gain = gains.of(profile) if profile is not None and own and held_out else None
+        gained = None
+        if profile is not None and own and held_out:
+            gained = gain(record, profile) if gain_of is None else gain_of(profile)
         served_figures = figures if record.applied is None else after
         interval = figures.bounds.kl_rc
         exact = int((interval.lower == interval.upper).sum())
@@ -63,7 +65,7 @@ class ConditionalFigures:
         if fresh:
             if own:
                 self._raw.update(figures, record.client)
-            self.by_kind.update(record, figures if own else None, served_figures, profile, gain)
+            self.by_kind.update(record, figures if own else None, served_figures, profile, gained)
 
     def forget(self) -> None:
         """Begins the figures anew. Counts of tokens go on."""

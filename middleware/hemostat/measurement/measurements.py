@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +26,8 @@ from hemostat.metrics import names
 from hemostat.metrics.samples import AnySample, HistogramSample, Sample
 from hemostat_calibration.divergence.decoding import decoded_divergence
 from hemostat_calibration.divergence.exact import of_distances
+from hemostat_calibration.divergence.gain import Gain, gain
 from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated, divergence
-from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.families import ADAPTER
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 from hemostat_calibration.records import Arm, TokenRecord
@@ -166,7 +166,7 @@ class Measurements:
         served: CalibrationProfile | None,
         *,
         held_out: bool = True,
-        gains: RecordGains | None = None,
+        gain_of: Callable[[CalibrationProfile], Gain] | None = None,
         figures: TokenDivergence | None = None,
         fresh: bool = True,
     ) -> TokenDivergence:
@@ -174,7 +174,8 @@ class Measurements:
 
         held_out: nothing is learned from the prompt. Gains are measured on those only: on requests that a profile
             learned from, it looks better than it is.
-        gains, figures: the record's, where others need them too. figures: `divergence(record, served)`.
+        gain_of: gives the gain of a profile on the record; None: it is computed here.
+        figures: `divergence(record, served)`; None: it is computed here.
         fresh: the record is an observation of its own: the first of its conversation and kind. Others count in tokens
             and histograms, not in figures with intervals.
         Returns the figures.
@@ -189,7 +190,9 @@ class Measurements:
         else:
             adapted = False
         after = raw if profile is None else calibrated(record, profile, served)
-        gain = None if profile is None or not held_out else (gains or RecordGains(record)).of(profile)
+        gained = None
+        if profile is not None and held_out:
+            gained = gain(record, profile) if gain_of is None else gain_of(profile)
         decoded = strategy(record)
         drawn = None if decoded == UNKNOWN else decoded_divergence(record)
         # All is computed before anything is added, so that a record counts in every figure or in none.
@@ -214,14 +217,14 @@ class Measurements:
         self.by_decoding.update(decoded, raw, drawn, record.client)
         self._where.setdefault((record.route, record.label), self._figures()).update(raw, record.client)
         self._served[arm].update(served_figures, record.client)
-        self.by_kind.update(record, raw, served_figures, profile, gain)
+        self.by_kind.update(record, raw, served_figures, profile, gained)
         if profile is not None:
             stage = self._after.pop(profile.version, None) or self._begin(profile)
             stage.after.update(after, record.client)
             stage.before.update(raw, record.client)
             stage.top1[decoding].update(raw, after, record.client)
-            if gain is not None and isinstance(stage.gain, GainFigures):
-                stage.gain.update(gain, raw, record.client)
+            if gained is not None and isinstance(stage.gain, GainFigures):
+                stage.gain.update(gained, raw, record.client)
             self._keep(profile.version, stage)
         return raw
 

@@ -4,7 +4,6 @@ What each module owns:
 
     manager             the parts, composed for the control process
     proposals           what was learned, and when a profile is proposed
-    units               what tests need of a held-out request
     judging             evidence of held-out requests: what counts, and what follows
     futility            when a test is hopeless, so that another candidate may take its place
     trials              the queue of candidates and the state of the tests; `guard_keys`: how the guard names them

@@ -12,8 +12,11 @@ are of another model than the one that the others change.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
+from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import Reason, evidence_json
 from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.futility import why_hopeless
@@ -21,7 +24,7 @@ from hemostat.profiles.guard_keys import WATCH
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import Candidate, Trials, UnitGain
-from hemostat.profiles.units import HeldOutUnit
+from hemostat.scored_record import ScoredRecord
 from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.guard import decisions as guard_decisions
 from hemostat_calibration.guard.decisions import Admission, Figure
@@ -75,45 +78,58 @@ def distance_gain(before: ExactDistances, after: ExactDistances) -> UnitGain:
 
 
 class Judge:
-    """Turns held-out units into promotions, drops and rollbacks, each in the record's own kind."""
+    """Turns held-out units into promotions, drops and rollbacks, each in the record's own kind. wall: Unix seconds."""
 
-    def __init__(self, *, serving: ServingState, trials: Trials, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self,
+        wall: Callable[[], float],
+        *,
+        catalogue: Catalogue,
+        serving: ServingState,
+        trials: Trials,
+        lifecycle: Lifecycle,
+    ) -> None:
+        self._wall = wall
+        self._catalogue = catalogue
         self._serving = serving
         self._trials = trials
         self._lifecycle = lifecycle
 
-    def observe(self, unit: HeldOutUnit) -> None:
-        """Judges by one held-out unit, whose kind is followed or is the rest."""
+    def update(self, unit: ScoredRecord) -> None:
+        """Judges by one held-out record, whose kind is followed or is the rest."""
         if unit.fresh:
-            self._lifecycle.count_unit(unit.kind)
+            self._lifecycle.count_unit(unit.record.kind)
         self._judge(unit)
         self._trials.count_seen()
         for candidate in self._trials.tested:
             self._give_way(candidate)
 
-    def _judge(self, unit: HeldOutUnit) -> None:
-        watched = self._trials.admit(WATCH, unit) is Admission.ADMITTED
-        admissions = {candidate: self._trials.admit(candidate.test, unit) for candidate in self._trials.tested}
+    def _judge(self, unit: ScoredRecord) -> None:
+        record, now = unit.record, self._wall()
+        watched = self._trials.admit(WATCH, record) is Admission.ADMITTED
+        admissions = {candidate: self._trials.admit(candidate.test, record) for candidate in self._trials.tested}
         met = [c for c, admission in admissions.items() if admission in (Admission.ADMITTED, Admission.CLIENT_SHARE)]
         # A test may be full before it is known how much units depend on each other.
         full = [c for c, admission in admissions.items() if admission is Admission.FULL]
-        selected = self._serving.kinds[unit.kind].version
+        selected = self._serving.kinds[record.kind].version
         # All of them count the unit before anything is decided: a decision ends other tests of this kind.
         if watched and selected is not None:
             over_identity = self._gain(unit, selected, None)
             watched = over_identity is not None
             if over_identity is not None:
-                self._trials.update(WATCH, unit, over_identity)
-        counted = [c for c in met if self._count(c, unit, selected, admissions[c])]
+                self._trials.update(WATCH, record, over_identity, now)
+        counted = [c for c in met if self._count(c, unit, selected, admissions[c], now)]
         for candidate in full if unit.fresh else ():
             gain = self._gain(unit, candidate.version, selected)
             if gain is not None:
-                self._trials.note_gain(candidate.test, unit, gain)
-        if watched and self._judge_serving(unit.kind):
+                self._trials.note_gain(candidate.test, record, gain, now)
+        if watched and self._judge_serving(record.kind):
             return
-        self._promote_best(counted + full, unit.kind)
+        self._promote_best(counted + full, record.kind)
 
-    def _count(self, candidate: Candidate, unit: HeldOutUnit, selected: str | None, admission: Admission) -> bool:
+    def _count(
+        self, candidate: Candidate, unit: ScoredRecord, selected: str | None, admission: Admission, now: float
+    ) -> bool:
         """Counts the unit, and returns True, if it is admitted and something is known of the candidate's gain over what
         serves.
         """
@@ -121,23 +137,29 @@ class Judge:
         if gain is None:
             return False
         if admission is not Admission.ADMITTED:
-            self._trials.oppose(candidate.test, unit, gain)
+            self._trials.oppose(candidate.test, unit.record, gain)
             return False
-        self._trials.update(candidate.test, unit, gain)
+        self._trials.update(candidate.test, unit.record, gain, now)
         return True
 
-    def _gain(self, unit: HeldOutUnit, version: str, baseline: str | None) -> UnitGain | None:
+    def _gain(self, unit: ScoredRecord, version: str, baseline: str | None) -> UnitGain | None:
         """Returns the gain of a version over another (None: identity); None if nothing is known of it. Whether it is
         known depends on what engines and copies have computed, not on the gain.
         """
         if self._trials.figure(version, baseline) is Figure.TOTAL_VARIATION:
-            before, after = unit.distances.get(baseline or IDENTITY), unit.distances.get(version)
+            distances = unit.record.distances
+            before, after = distances.get(baseline or IDENTITY), distances.get(version)
             return None if before is None or after is None else distance_gain(before, after)
-        if unit.adapted:
+        if unit.record.adapter is not None:
             return None
-        own = unit.gain(version)
-        other = unit.gain(baseline) if baseline is not None else (0.0, 0.0)
+        own = self._over_identity(unit, version)
+        other = self._over_identity(unit, baseline) if baseline is not None else (0.0, 0.0)
         return None if own is None or other is None else UnitGain(own[0] - other[1], own[1] - other[0])
+
+    def _over_identity(self, unit: ScoredRecord, version: str) -> tuple[float, float] | None:
+        """Returns the gain of a version over identity; None if it is not held, or nothing is known of it."""
+        profile = self._catalogue.get(version)
+        return None if profile is None else gain_interval(unit.record, profile, unit.gain(profile))
 
     def _judge_serving(self, kind: str) -> bool:
         """Returns True if what serves the kind was rolled back."""

@@ -13,6 +13,7 @@ Invariants (the ones of what serves are in `serving`, the ones of tests in `tria
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from hemostat.config.schema import Adapter, Calibration, Evidence
 from hemostat.ipc.messages import REST_KIND
@@ -21,7 +22,7 @@ from hemostat.profiles.begun_tests import BegunTests
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import EventLog, Reason
 from hemostat.profiles.followed_kinds import FollowedKinds
-from hemostat.profiles.judging import Judge, gain_interval, is_held_out
+from hemostat.profiles.judging import Judge, is_held_out
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.operators import Operator
 from hemostat.profiles.persistence import StateWriter
@@ -30,10 +31,8 @@ from hemostat.profiles.report import Report
 from hemostat.profiles.restoring import Restoring
 from hemostat.profiles.serving import ServedModel, ServingState
 from hemostat.profiles.trials import IMPORT, Trials
-from hemostat.profiles.units import HeldOutUnit, Interval
+from hemostat.scored_record import ScoredRecord
 from hemostat.store.protocol import StoreWrites
-from hemostat_calibration.arrays import Floats
-from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
@@ -87,6 +86,8 @@ class ProfileManager:
         self.kinds.on_followed = self.lifecycle.kind_followed
         self.kinds.on_evicted = self.lifecycle.kind_evicted
         self.judge = Judge(
+            wall,
+            catalogue=self.catalogue,
             serving=self.serving,
             trials=self.trials,
             lifecycle=self.lifecycle,
@@ -198,38 +199,22 @@ class ProfileManager:
         version = record.applied if record.applied is not None else self.serving.would_serve(record)
         return self.catalogue.get(version)
 
-    def observe(
-        self, record: TokenRecord, gains: RecordGains, *, fresh: bool = True, divergences: Floats | None = None
-    ) -> None:
-        """Learns from a record, or judges by it; if its kind is not followed, it counts as one of the rest. gains: its
-        own.
-
-        divergences: of the compressed model itself, nats by token; None if the record has none.
-        fresh: see `hemostat.scoring.seen_units`; only then is the record learned from. Tests know by themselves which
-        units they have counted.
+    def update(self, scored: ScoredRecord) -> None:
+        """Learns from a record, or judges by it; if its kind is not followed, it counts as one of the rest. Only a
+        fresh record is learned from. Tests know by themselves which units they have counted.
         """
+        record = scored.record
         if not self.serving.uses(record):
             return
         kind = self._place(record)
         if kind is None:
             return
-        if fresh and divergences is not None:
-            self.trials.note(kind, record.client, divergences, self._wall())
+        if scored.fresh and record.adapter is None:
+            self.trials.note(kind, record.client, scored.figures.kl_rc, self._wall())
         if self.is_held_out(record):
-            self.judge.observe(self._held_out_unit(record, kind, gains, fresh=fresh))
-        elif fresh and record.adapter is None and not record.constraint:
+            self.judge.update(replace(scored, record=replace(record, kind=kind)))
+        elif scored.fresh and record.adapter is None and not record.constraint:
             self.proposals.learn(record)
-
-    def _held_out_unit(self, record: TokenRecord, kind: str, gains: RecordGains, *, fresh: bool) -> HeldOutUnit:
-        """Returns what tests need of a held-out record. Its gains are computed when they are asked for."""
-
-        def gain(version: str) -> Interval | None:
-            profile = self.catalogue.get(version)
-            return None if profile is None else gain_interval(record, profile, gains.of(profile))
-
-        adapted = record.adapter is not None
-        names = kind, record.unit, record.client
-        return HeldOutUnit(*names, record.tokens, fresh, adapted, gain, record.distances, self._wall())
 
     def _place(self, record: TokenRecord) -> str | None:
         """Counts a record, and returns the kind that it counts in; None if it counts in none."""

@@ -27,11 +27,11 @@ from hemostat.profiles.begun_tests import BegunTests
 from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.guard_keys import WATCH, GuardKey
 from hemostat.profiles.serving import KindState, ServingState
-from hemostat.profiles.units import HeldOutUnit
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.guard.decisions import Action, Admission, Decision, Evidence, Figure
 from hemostat_calibration.guard.guard import Guard
 from hemostat_calibration.profiles.profile import IDENTITY
+from hemostat_calibration.records import TokenRecord
 
 MAX_TESTED = 2
 """The number of candidates tested at a time: as many as engines evaluate in addition to the applied profile (the
@@ -401,28 +401,29 @@ class Trials:
         if len(known):
             self.guard.update_dependence(kind, client, float(np.minimum(known, MAX_NOTED_NATS).mean()), now)
 
-    def admit(self, test: GuardKey, unit: HeldOutUnit) -> Admission:
-        """Returns the decision whether the unit may count in this test; it is asked before anything is known of its
-        gain."""
+    def admit(self, test: GuardKey, record: TokenRecord) -> Admission:
+        """Returns the decision whether the record's unit may count in this test; it is asked before anything is known
+        of its gain."""
         windows = self.guard.windows if test == WATCH else {}
-        admission = self.guard.admit(test.stored, unit.kind, unit.unit, unit.client)
+        admission = self.guard.admit(test.stored, record.kind, record.unit, record.client)
         if test == WATCH and self.guard.windows != windows:
             self._note_begun()  # the next window
         return admission
 
-    def update(self, test: GuardKey, unit: HeldOutUnit, gain: UnitGain) -> None:
-        """Counts an admitted unit with its gain."""
-        ends = gain.lower, gain.upper
-        self.guard.update(test.stored, unit.kind, unit.unit, unit.client, *ends, unit.tokens, gain.kl, unit.time)
+    def update(self, test: GuardKey, record: TokenRecord, gain: UnitGain, now: float) -> None:
+        """Counts an admitted record with its gain. now: Unix seconds."""
+        names = test.stored, record.kind, record.unit, record.client
+        self.guard.update(*names, gain.lower, gain.upper, record.tokens, gain.kl, now)
 
-    def note_gain(self, test: GuardKey, unit: HeldOutUnit, gain: UnitGain) -> None:
-        """Notes a unit that the test is too full to count: how much gains depend on each other is estimated from it,
+    def note_gain(self, test: GuardKey, record: TokenRecord, gain: UnitGain, now: float) -> None:
+        """Notes a record that the test is too full to count: how much gains depend on each other is estimated from it,
         too."""
-        self.guard.update_gain_dependence(test.stored, unit.kind, gain.lower, unit.time)
+        self.guard.update_gain_dependence(test.stored, record.kind, gain.lower, now)
 
-    def oppose(self, test: GuardKey, unit: HeldOutUnit, gain: UnitGain) -> None:
-        """Notes a unit that a candidate's test has refused for its client's share: it can only prevent a promotion."""
-        self.guard.oppose(test.stored, unit.kind, gain.lower, gain.figure)
+    def oppose(self, test: GuardKey, record: TokenRecord, gain: UnitGain) -> None:
+        """Notes a record that a candidate's test has refused for its client's share: it can only prevent a
+        promotion."""
+        self.guard.oppose(test.stored, record.kind, gain.lower, gain.figure)
 
     def distance_versions(self, kind: str, unit: bytes) -> tuple[str, ...]:
         """Returns the versions (`IDENTITY` first) whose exact distances the tests need of a held-out unit of a followed

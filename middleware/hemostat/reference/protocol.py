@@ -81,7 +81,11 @@ class CompressedLogits:
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """T output tokens after P prompt tokens, and what is wanted of them."""
+    """T output tokens after P prompt tokens, and what is wanted of them.
+
+    `scoring.reference_call.ReferenceCall` makes it of a capture, and the noise floor, the canaries and the doctor make
+    it of texts of their own. A `Reference` reads it, and `scoring.record_builder`.
+    """
 
     prompt: Ids
     """The ids of the prompt, int32 [P], P ≥ 1."""
@@ -117,6 +121,8 @@ class ScoreRequest:
 @dataclass(frozen=True, slots=True)
 class ReferenceScores:
     """The reference's scores of T output positions; log-probabilities and entropies in nats.
+
+    A `Reference` makes it, `scoring.record_builder.build_record` reads it, and whoever else has made a `ScoreRequest`.
 
     at: float64 [T, K], log-probabilities at the requested ids; NaN where not given.
     top: the reference's own [T, J] most likely ids, most likely first.

@@ -8,7 +8,7 @@
     prompt_templates        clusters of alike prompts, over restarts
     conditioning            candidates under the grammar that restricted an output
     record_builder          capture, tap and scores as one validated record
-    scored_record           a record with its figures, and what it may be used for
+    record_reader           what a record may be used for, and its figures: the `ScoredRecord`
     consumers               who uses scored records
     distances               exact distances of adapters under test, which held-out records wait for
     endings                 how sampled requests and captures end, and why

@@ -15,10 +15,11 @@ from hemostat.measurement.by_model import OtherModels
 from hemostat.measurement.measurements import Measurements
 from hemostat.measurement.thinking import ThinkingFigures
 from hemostat.profiles.manager import ProfileManager
+from hemostat.scored_record import RecordConsumer, ScoredRecord, Use
+from hemostat.scoring.capture_arrays import prompt_ids
 from hemostat.scoring.distances import DistanceWaits
 from hemostat.scoring.noise_floor import NoiseFloorMeter
 from hemostat.scoring.records_file import RecordsFile
-from hemostat.scoring.scored_record import RecordConsumer, ScoredRecord, Use
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.profile import IDENTITY
 from hemostat_calibration.records import TokenRecord
@@ -78,7 +79,7 @@ class Figures:
         elif scored.uses & (Use.FIGURES | Use.CONDITIONAL_FIGURES):
             update = self.measurements.update if Use.FIGURES in scored.uses else self.measurements.conditional.update
             shown = (scored.record, scored.profile, scored.applied)
-            update(*shown, held_out=scored.held_out, gains=scored.gains, figures=figures, fresh=fresh)
+            update(*shown, held_out=scored.held_out, gain_of=scored.gain, figures=figures, fresh=fresh)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ class NoiseFloorOffers:
         if Use.NOISE_FLOOR not in scored.uses or not scored.fresh or pair is None:
             return
         if record.model in pair.names and pair.scorer:
-            self.meter.offer(scored.prompt, record, pair.scorer)
+            self.meter.offer(prompt_ids(scored.capture), record, pair.scorer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ class Texts:
         if Use.FIGURES in scored.uses and self.profiles.serving.uses(scored.record) and not scored.held_out:
             # By conversation: variants of a template are texts of their own.
             record = scored.record
-            self.learner.update(record.conversation or record.prompt_key, scored.prompt, record.output_ids)
+            self.learner.update(record.conversation or record.prompt_key, prompt_ids(scored.capture), record.output_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +177,9 @@ class WithDistances:
         versions = self.profiles.distance_versions(scored.record) if Use.FIGURES in scored.uses else ()
         if versions:
             then = self.consumer.use
-            self.waits.use(scored.record, scored.prompt, versions, lambda back: then(replace(scored, record=back)))
+            self.waits.use(
+                scored.record, prompt_ids(scored.capture), versions, lambda back: then(replace(scored, record=back))
+            )
         else:
             self.consumer.use(scored)
 
@@ -218,12 +221,10 @@ class Calibration:
     def use(self, scored: ScoredRecord) -> None:
         if Use.PROFILES not in scored.uses:
             return
-        record, profiles = scored.record, self.profiles
         try:
-            own = scored.figures.kl_rc if record.adapter is None else None
-            profiles.observe(record, scored.gains, fresh=scored.fresh, divergences=own)
-            if scored.fresh and profiles.learns_from(record):
-                self.learner.offer(record)
+            self.profiles.update(scored)
+            if scored.fresh and self.profiles.learns_from(scored.record):
+                self.learner.offer(scored.record)
         except Exception:
             self.errors += 1
             log.exception("calibration could not use the record of %s", scored.capture.request_id)

@@ -36,9 +36,9 @@ from hemostat.scoring.engine_scores import EngineScorer
 from hemostat.scoring.intake import CaptureIntake
 from hemostat.scoring.limits import Breakers, CaptureSampling, ShadowQueue, TokenBudget
 from hemostat.scoring.noise_floor import NoiseFloorMeter
+from hemostat.scoring.record_reader import RecordReader
 from hemostat.scoring.reference_call import ReferenceCall
 from hemostat.scoring.routing import Router, ScoringNeeds
-from hemostat.scoring.scored_record import RecordReader
 from hemostat.scoring.scorer import Scorer
 from hemostat.scoring.stages import CandidateCompletion, EngineFeatures, ScoringStages
 from hemostat_calibration.arrays import Ids

@@ -15,7 +15,7 @@ import numpy as np
 from hemostat.ipc.messages import Capture
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat.scoring.scored_record import ScoredRecord
+from hemostat.scored_record import ScoredRecord
 from hemostat_calibration.backoff import Backoff
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.errors import HemostatError

@@ -1,6 +1,6 @@
 """Adapters: judged by total variation, which is bounded, with the gain in KL, which is not, only as a second condition.
 
-Two worlds pass the whole judge (`ProfileManager.observe`), with records whose exact distances are made up.
+Two worlds pass the whole judge (`ProfileManager.update`), with records whose exact distances are made up.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from tests.bench.guard import Row, count_row, median
 from tests.bench.guard.kinds import NULLS, null_gains
 from tests.bench.guard.traffic import Floats, Unit, draw_clients, normal, units
 from tests.support.adapters import adapter
+from tests.support.evidence import evidence
 from tests.support.profile_bench import JUDGED, Bench, contextual
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.world import V
 
 from hemostat.ipc.messages import REST_KIND
-from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.guard.decisions import Action, Admission, Figure
 from hemostat_calibration.guard.guard import Guard
 from hemostat_calibration.profiles.profile import IDENTITY
@@ -200,7 +200,7 @@ class Life:
 
     def observe(self, record: TokenRecord) -> None:
         self.bench.time += 1.0
-        self.profiles.observe(record, RecordGains(record))
+        self.profiles.update(evidence(record))
 
     def propose(self, seed: int) -> str:
         made = adapter(seed, tokens=2_000)

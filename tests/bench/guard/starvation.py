@@ -5,7 +5,7 @@ test, and never more than 500,000 tokens later). With long answers that is soone
 the newest build, and ends the test that runs, never comes to an end.
 
 Every build gains the same of the total variation, 0.08 in the mean of a unit, in all kinds. Units pass the whole judge
-(`ProfileManager.observe`). 30 % of the requests are held out, as by default.
+(`ProfileManager.update`). 30 % of the requests are held out, as by default.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tests.bench.guard import Row, median
 from tests.bench.guard.adapters import RECORD, distances
 from tests.bench.guard.traffic import draw_clients, normal
 from tests.support.adapters import adapter
+from tests.support.evidence import evidence
 from tests.support.profile_bench import FRACTION, JUDGED, Bench
 
 from hemostat.config.schema import Adapter
 from hemostat.ipc.messages import REST_KIND
-from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import IDENTITY
 
 NAME = "starvation"
@@ -82,7 +82,7 @@ class Traffic:
             version: distances(min(max(0.5 - gain, 0.0), 1.0), 0.5 if gain else 1.0) for version, gain in gains.items()
         }
         record = replace(record, distances=measured)
-        self.profiles.observe(record, RecordGains(record), divergences=np.full(2, divergence))
+        self.profiles.update(evidence(record, divergences=np.full(2, divergence)))
         for name, state in self.profiles.serving.kinds.items():
             if state.version is not None:
                 self.promoted.setdefault(name, n + 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from tests.characterization.worlds import Truth, V, World, entropy, top
+from tests.support.evidence import evidence
 from tests.support.stores import DirectWrites
 
 from hemostat.config.schema import Calibration, Evidence
@@ -16,7 +17,6 @@ from hemostat.profiles.decisions import DECISIONS, MAX_EVENTS, Reason
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import STATE_KEYS
 from hemostat.store.protocol import StoredProfile
-from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.record_checks import validate
@@ -164,7 +164,7 @@ class Life:
             self.now += 1.0
             record = self._record(world.truth(n, TOKENS), key, exact, more)
             record = replace(record, kind=self._profiles.kinds.see(record.kind))
-            self._profiles.observe(record, RecordGains(record))
+            self._profiles.update(evidence(record))
             fed += 1
         return fed
 
