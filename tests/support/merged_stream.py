@@ -75,6 +75,17 @@ def joined(body: bytes) -> dict[int, Any]:
     return result
 
 
+def same_answer(body: bytes, other: bytes) -> bool:
+    """Returns whether two answers are the same, however many tokens share an event of theirs."""
+    return by_choice(body) == by_choice(other) or joined(body) == joined(other)
+
+
+def bytes_of_events(body: bytes) -> set[bytes]:
+    """Returns the events of a stream, each once, as they are but for the texts and numbers in them."""
+    without_texts = re.sub(rb'"(content|text|arguments)":"(?:[^"\\]|\\.)*"', rb'"\1":""', normal(body))
+    return set(re.sub(rb":\d+", b":0", without_texts).split(b"\n\n"))
+
+
 def added(value: Any, other: Any, name: str = "") -> Any:
     """Lists of tokens and pieces of text one after the other; of anything else, what came last."""
     if isinstance(value, dict) and isinstance(other, dict):
