@@ -13,11 +13,12 @@ from hemostat.canaries.client import CanaryClient
 from hemostat.canaries.pace import Pace, PaceState
 from hemostat.canaries.variants import Sign
 from hemostat.engines.engine import Engine
+from hemostat.store.protocol import BlobKey
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.canaries import Comparison, Origin
 from hemostat_calibration.canary_cause import Verdict
 
-STATES_KEY = "canary_engines"
+STATES_KEY = BlobKey("canary_engines")
 """The key of the engines' states in the store's blobs."""
 MAX_ADAPTERS = 8
 """The largest number of adapters of an engine that are asked, by name; further ones are not asked."""

@@ -28,7 +28,7 @@ from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.metrics.samples import Sample
 from hemostat.reference.monitor import ReferenceMonitor
-from hemostat.store.protocol import StoreWrites
+from hemostat.store.protocol import BlobKey, StoreWrites
 from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 
@@ -74,7 +74,7 @@ class Canaries:
         self.problem = "" if settings.canaries.enabled else "canaries.enabled is false"
         """The reason why nothing is replayed; "" if something is."""
 
-    def restore(self, blobs: Mapping[str, bytes]) -> None:
+    def restore(self, blobs: Mapping[BlobKey, bytes]) -> None:
         """Takes what an earlier run stored."""
         if not self._settings.enabled:
             return

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hemostat.store.protocol import StoreWrites
+from hemostat.store.protocol import BlobKey, StoreWrites
 from hemostat_calibration import state_codec
 from hemostat_calibration.canaries import CanarySet
 
-BLOB_KEY = "canaries"
+BLOB_KEY = BlobKey("canaries")
 """The key of the sets in the store's blobs."""
 SCHEMA = 2
 MAX_SETS = 33

@@ -10,12 +10,12 @@ from dataclasses import replace
 
 from hemostat.control.model_identity import ModelIdentity
 from hemostat.profiles.proposals import Proposals
-from hemostat.store.protocol import StoreWrites
+from hemostat.store.protocol import BlobKey, StoreWrites
 from hemostat_calibration.errors import InvalidArgumentError
 
 log = logging.getLogger("hemostat.calibration")
 
-BLOB_KEY = "temperature_bias"
+BLOB_KEY = BlobKey("temperature_bias")
 SAVE_SECONDS = 300.0
 """The time between two writes, while something is learned."""
 MAX_UNSAVED_REQUESTS = 1000

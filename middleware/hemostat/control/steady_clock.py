@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hemostat.store.protocol import StoreWrites
+from hemostat.store.protocol import StateKey, StoreWrites
 from hemostat_calibration.elapsed import (
     SteadyTime,
     StoredTime,
@@ -25,7 +25,7 @@ from hemostat_calibration.elapsed import (
 )
 from hemostat_calibration.state_codec import decode, encode
 
-STATE_KEY = "time"
+STATE_KEY = StateKey("time")
 """The key of the time in the store, by which a later process knows how long none has looked."""
 SCHEMA = 1
 SAVE_SECONDS = 60.0

@@ -12,13 +12,13 @@ from hemostat.engines.registry import EngineRegistry
 from hemostat.measurement.measured import Measured
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import EARLIER_PROPOSED_BLOB
-from hemostat.store.protocol import Snapshot, StoreWrites
+from hemostat.store.protocol import Snapshot, StateKey, StoreWrites
 
 log = logging.getLogger("hemostat.store")
 
-MODELS_KEY = "models"
+MODELS_KEY = StateKey("models")
 """The `ModelIdentity` that the stored evidence is about, as JSON."""
-SALT_KEY = "salt"
+SALT_KEY = StateKey("salt")
 """The key of the salt: `SALT_BYTES` random bytes, in hexadecimal digits."""
 SALT_BYTES = 32
 

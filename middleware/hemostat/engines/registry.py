@@ -31,13 +31,13 @@ from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import VllmServer
-from hemostat.store.protocol import StoreWrites
+from hemostat.store.protocol import StateKey, StoreWrites
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import shown_address
 
 log = logging.getLogger("hemostat.engines")
 
-STATE_KEY = "drained_engines"
+STATE_KEY = StateKey("drained_engines")
 """The key of the drained engines in the store's state, a JSON list of names."""
 ONLY = ""
 """The name of the engine that stands for whatever answers at the only address."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from hemostat.store.protocol import StoreWrites
+from hemostat.store.protocol import BlobKey, StoreWrites
 
-BLOB_KEY = "learner"
+BLOB_KEY = BlobKey("learner")
 PREFIX = b"weights "
 """The beginning of what was learned from weights that are known. No safetensors file begins so: its header would be too
 long.

@@ -23,7 +23,7 @@ from hemostat.measurement.dependence import Cycle, Dependence, DependenceState, 
 from hemostat.measurement.figures import finite
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat.store.protocol import StoreWrites
+from hemostat.store.protocol import StateKey, StoreWrites
 from hemostat.store.spent_alpha import OTHERS, SpentAlpha
 from hemostat_calibration import alarm
 from hemostat_calibration.arrays import Floats
@@ -39,16 +39,16 @@ log = logging.getLogger("hemostat.alarm")
 MAX_EVENTS = 100
 ALL_KINDS = "all"
 """The name of the change test, which is of all kinds together."""
-STATE_KEY = "alarm"
+STATE_KEY = StateKey("alarm")
 """The key of the alarm's state in the store."""
-SPENT_KEY = "alarm.tests"
+SPENT_KEY = StateKey("alarm.tests")
 """The store's key of the largest number of tests of any sort that have begun (`SpentAlpha`)."""
 SAVE_SECONDS = 60.0
 """The longest pause between writes of the state. After a restart, evidence since the last one is lost. A test that
 begins is written at once: no alpha is spent twice."""
 
 
-FLOORS_KEY = "noise_floors"
+FLOORS_KEY = StateKey("noise_floors")
 """The key of the noise floors in the store: a budget test waits for them, and they take a cycle of the traffic."""
 FLOORS_SCHEMA = 1
 

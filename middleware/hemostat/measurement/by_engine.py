@@ -20,7 +20,7 @@ from hemostat.ipc.messages import REST_KIND
 from hemostat.measurement.figures import finite
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat.store.protocol import StoreWrites
+from hemostat.store.protocol import StateKey, StoreWrites
 from hemostat.store.spent_alpha import OTHERS, SpentAlpha
 from hemostat_calibration.alarm import outlier_engine
 from hemostat_calibration.alarm.serialization import begun_tests, load_engines, save_engines
@@ -31,9 +31,9 @@ from hemostat_calibration.records import TokenRecord
 
 log = logging.getLogger("hemostat.alarm")
 
-STATE_KEY = "engines"
+STATE_KEY = StateKey("engines")
 """The key of the test's state in the store."""
-SPENT_KEY = "engines.tests"
+SPENT_KEY = StateKey("engines.tests")
 """The store's key of the number of tests that have begun (`SpentAlpha`)."""
 ACTIVE_SECONDS = 86_400.0
 """The test is off where no engine was drawn for so long."""

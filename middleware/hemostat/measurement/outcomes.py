@@ -23,7 +23,7 @@ from hemostat.measurement.figures import finite
 from hemostat.measurement.outcome_sampling import MAX_SEEN, OutcomeSampling
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat.store.protocol import StoreWrites
+from hemostat.store.protocol import StateKey, StoreWrites
 from hemostat.store.spent_alpha import SpentAlpha
 from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import InvalidArgumentError
@@ -31,9 +31,9 @@ from hemostat_calibration.outcomes import LENGTH, Outcome, Reading, Settings, Tr
 
 log = logging.getLogger("hemostat.outcomes")
 
-STATE_KEY = "outcomes"
+STATE_KEY = StateKey("outcomes")
 """The key of the trials' state in the store."""
-SPENT_KEY = "outcomes.trials"
+SPENT_KEY = StateKey("outcomes.trials")
 """The store's key of the numbers of the trials, by kind (`SpentAlpha`)."""
 SAVE_SECONDS = 60.0
 """The pause between writes of the state. After a restart, units since the last one are lost."""

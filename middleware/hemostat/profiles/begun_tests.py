@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hemostat.store.protocol import StoreWrites
+from hemostat.store.protocol import StateKey, StoreWrites
 from hemostat.store.spent_alpha import OTHERS, SpentAlpha
 from hemostat_calibration.guard.guard import Guard
 
-TESTS_BEGUN_KEY = "tests.candidate"
+TESTS_BEGUN_KEY = StateKey("tests.candidate")
 """The store's key of the number of tests of candidates that were begun (`SpentAlpha`)."""
-WINDOWS_BEGUN_KEY = "tests.windows"
+WINDOWS_BEGUN_KEY = StateKey("tests.windows")
 """The store's key of the number of windows of what serves that were begun, by kind (`SpentAlpha`)."""
 
 
@@ -31,7 +31,7 @@ class BegunTests:
         for a candidate's test."""
         return self._candidates.is_stored(number) if kind is None else self._windows.is_stored(number, kind)
 
-    def restore(self, states: Mapping[str, str | None]) -> tuple[int, Mapping[str, int]]:
+    def restore(self, states: Mapping[StateKey, str | None]) -> tuple[int, Mapping[str, int]]:
         """Returns the numbers of candidates' tests, and of windows by kind, that an earlier run has begun."""
         self._candidates.restore(states.get(TESTS_BEGUN_KEY))
         self._windows.restore(states.get(WINDOWS_BEGUN_KEY))

@@ -13,7 +13,7 @@ from hemostat.profiles.begun_tests import TESTS_BEGUN_KEY, WINDOWS_BEGUN_KEY
 from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Candidate, Trials
-from hemostat.store.protocol import StoredProfile, StoreWrites
+from hemostat.store.protocol import BlobKey, StateKey, StoredProfile, StoreWrites
 from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.kind_table import KindTable
@@ -22,15 +22,15 @@ log = logging.getLogger("hemostat.calibration")
 
 MODES = frozenset({"off", "observe", "auto"})
 
-SERVING_KEY = "kinds"
+SERVING_KEY = StateKey("kinds")
 """The key of `StoredServing` as JSON, which has at most about 100 kB."""
-TESTS_KEY = "tests"
+TESTS_KEY = StateKey("tests")
 """The guard's tests and windows, `Guard.save`: usually some 100 kB, at most 4 MB."""
-MODE_KEY = "mode"
+MODE_KEY = StateKey("mode")
 """The configured mode and the one in force, with a space between."""
-PROPOSED_KEY = "proposed"
+PROPOSED_KEY = StateKey("proposed")
 """The number of tokens that the last proposal of each family was learned from, as a JSON object."""
-EARLIER_PROPOSED_BLOB = "temperature_bias"
+EARLIER_PROPOSED_BLOB = BlobKey("temperature_bias")
 """The key of the blob in which versions before `PROPOSED_KEY` stored these numbers."""
 STATE_KEYS = (SERVING_KEY, TESTS_KEY, TESTS_BEGUN_KEY, WINDOWS_BEGUN_KEY, MODE_KEY, PROPOSED_KEY)
 """The keys of profiles in the store's state."""
@@ -95,13 +95,13 @@ class StoredServing(msgspec.Struct, frozen=True):
             return KindTable(limit, dict.fromkeys(followed, (0.0, 0.0)), followed)
 
 
-def stored_mode(states: Mapping[str, str | None], configured: str) -> str | None:
+def stored_mode(states: Mapping[StateKey, str | None], configured: str) -> str | None:
     """Returns the mode that was set at run time; None if there is none, or the configured one has changed since."""
     before, _, mode = (states.get(MODE_KEY) or "").partition(" ")
     return mode if before == configured and mode in MODES else None
 
 
-def stored_proposed(states: Mapping[str, str | None], earlier: bytes | None) -> dict[str, int]:
+def stored_proposed(states: Mapping[StateKey, str | None], earlier: bytes | None) -> dict[str, int]:
     """Returns the number of tokens that the last proposal of each family was learned from.
 
     earlier: what a version before `PROPOSED_KEY` has stored as `EARLIER_PROPOSED_BLOB`; it is read if nothing is stored

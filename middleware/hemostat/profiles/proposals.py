@@ -20,6 +20,7 @@ from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import PROPOSED_KEY, StateWriter, stored_proposed, whole_number
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import Trials
+from hemostat.store.protocol import StateKey
 from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.learning import temperature_bias_storage as storage
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner, TemperatureBiasState
@@ -130,7 +131,7 @@ class Proposals:
         self.forget_learned()
         self._set_proposed(self._tokens_in_use())
 
-    def restore_proposed(self, states: Mapping[str, str | None], earlier: bytes | None) -> None:
+    def restore_proposed(self, states: Mapping[StateKey, str | None], earlier: bytes | None) -> None:
         """Goes on from the numbers of tokens that the last proposals of an earlier run were learned from, by family.
 
         states, earlier: see `stored_proposed`.

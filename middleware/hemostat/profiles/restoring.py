@@ -24,7 +24,7 @@ from hemostat.profiles.persistence import (
 from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Candidate, Trials
-from hemostat.store.protocol import StoredProfile
+from hemostat.store.protocol import StateKey, StoredProfile
 from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 
@@ -63,7 +63,7 @@ class Restoring:
     def restore(
         self,
         stored: Iterable[StoredProfile],
-        states: Mapping[str, str],
+        states: Mapping[StateKey, str],
         events: Sequence[dict[str, Any]],
         earlier_proposed: bytes | None = None,
     ) -> None:
@@ -99,7 +99,7 @@ class Restoring:
                 self._lifecycle.kind_evicted(name)
 
     def _apply(
-        self, stored: Iterable[StoredProfile], states: Mapping[str, str | None], served: StoredServing
+        self, stored: Iterable[StoredProfile], states: Mapping[StateKey, str | None], served: StoredServing
     ) -> tuple[dict[str, Cause], dict[Candidate, Cause]]:
         """Returns the kinds that something served which cannot any more, and the candidates that are not tested."""
         self._serving.mode = stored_mode(states, self._configured_mode) or self._serving.mode
@@ -144,7 +144,7 @@ class Restoring:
         return None
 
     def _resume_tests(
-        self, states: Mapping[str, str | None], served: StoredServing, unread: Mapping[str, str]
+        self, states: Mapping[StateKey, str | None], served: StoredServing, unread: Mapping[str, str]
     ) -> dict[Candidate, Cause]:
         """Resumes the tests of candidates whose profile is there. Returns the other candidates."""
         causes = {candidate: self._why_not_held(candidate.version, unread) for candidate in candidates(served)}
@@ -185,7 +185,7 @@ class Restoring:
         return unread
 
 
-def _served(states: Mapping[str, str | None]) -> tuple[StoredServing, str]:
+def _served(states: Mapping[StateKey, str | None]) -> tuple[StoredServing, str]:
     """Returns what served, and what is wrong with the record of it, in one line; "" if nothing is wrong."""
     try:
         return StoredServing.decode(states.get(SERVING_KEY)), ""

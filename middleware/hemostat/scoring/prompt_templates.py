@@ -9,14 +9,14 @@ import logging
 import secrets
 from collections.abc import Callable
 
-from hemostat.store.protocol import StoreWrites
+from hemostat.store.protocol import BlobKey, StoreWrites
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.templates import TemplateTable
 
 log = logging.getLogger("hemostat.calibration")
 
-BLOB_KEY = "templates"
+BLOB_KEY = BlobKey("templates")
 SAVE_SECONDS = 300.0
 """The time between two writes, while requests are scored."""
 

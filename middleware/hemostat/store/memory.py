@@ -10,12 +10,14 @@ from typing import Any
 from hemostat.store.protocol import (
     MAX_EVENTS,
     AppendEvent,
+    BlobKey,
     DeleteProfile,
     Head,
     PutBlob,
     PutProfile,
     SetState,
     Snapshot,
+    StateKey,
     StoredProfile,
     Write,
     has_happened,
@@ -27,10 +29,10 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._head = Head()
-        self._states: dict[str, str] = {}
+        self._states: dict[StateKey, str] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self._profiles: dict[str, StoredProfile] = {}
-        self._blobs: dict[str, bytes] = {}
+        self._blobs: dict[BlobKey, bytes] = {}
 
     @property
     def owned_until(self) -> float:

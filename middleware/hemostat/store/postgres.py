@@ -31,6 +31,7 @@ from hemostat.store import protocol
 from hemostat.store.protocol import (
     SCHEMA,
     AppendEvent,
+    BlobKey,
     DeleteProfile,
     ExclusionLost,
     Head,
@@ -182,7 +183,7 @@ class PostgresStore:
             versions = session.rows("SELECT version FROM hemostat_profiles ORDER BY created DESC")
             profile = "SELECT version, data, created FROM hemostat_profiles WHERE version = %s"
             profiles = [StoredProfile(*session.rows(profile, version)[0]) for (version,) in versions]
-            blobs: dict[str, bytearray] = {}
+            blobs: dict[BlobKey, bytearray] = {}
             chunk = "SELECT data FROM hemostat_blobs WHERE key = %s AND part = %s"
             for key, part in session.rows("SELECT key, part FROM hemostat_blobs ORDER BY key, part"):
                 blobs.setdefault(key, bytearray()).extend(session.one(chunk, key, part))

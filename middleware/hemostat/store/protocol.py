@@ -18,10 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NewType, Protocol, TypeAlias
 
 from hemostat_calibration.errors import HemostatError
 
+StateKey = NewType("StateKey", str)
+"""The key of a state: a text of some 100 kB at most, such as `state_codec` writes. Each is declared once, by its owner.
+"""
+BlobKey = NewType("BlobKey", str)
+"""The key of a blob: bytes, which may be as many as `MAX_BLOB_BYTES`. Each is declared once, by its owner."""
 MAX_EVENTS = 10_000
 """The largest number of events that a store keeps; older ones are deleted."""
 MAX_BLOB_BYTES = 512 * 1024 * 1024
@@ -111,12 +116,12 @@ class Snapshot:
     """All that a store holds, as one transaction has read it: what is not in here is not stored."""
 
     head: Head = Head()
-    states: Mapping[str, str] = field(default_factory=dict)
+    states: Mapping[StateKey, str] = field(default_factory=dict)
     events: Sequence[dict[str, Any]] = field(default_factory=list)
     """All events, newest first."""
     profiles: Sequence[StoredProfile] = field(default_factory=list)
     """All profiles, newest first."""
-    blobs: Mapping[str, bytes] = field(default_factory=dict)
+    blobs: Mapping[BlobKey, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +143,14 @@ class AppendEvent:
 
 @dataclass(frozen=True, slots=True)
 class SetState:
-    key: str
+    key: StateKey
     value: str | None
     """The value; None deletes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class PutBlob:
-    key: str
+    key: BlobKey
     data: bytes
 
 
@@ -200,10 +205,10 @@ class StoreWrites(Protocol):
 
     def append_event(self, event: dict[str, Any]) -> None: ...
 
-    def set_state(self, key: str, value: str | None) -> None:
+    def set_state(self, key: StateKey, value: str | None) -> None:
         """Sets a state; None deletes it."""
 
-    def put_blob(self, key: str, data: bytes) -> None:
+    def put_blob(self, key: BlobKey, data: bytes) -> None:
         """Keeps up to `MAX_BLOB_BYTES` under a name, in place of what it held."""
 
     def queued(self) -> int:

@@ -21,7 +21,7 @@ import json
 import logging
 from collections.abc import Mapping
 
-from hemostat.store.protocol import StoreWrites
+from hemostat.store.protocol import StateKey, StoreWrites
 
 log = logging.getLogger("hemostat.store")
 
@@ -44,7 +44,7 @@ async def until_written(writes: StoreWrites) -> None:
 class SpentAlpha:
     """The numbers of the tests of one sort. Lives in the control process's event loop. key: of the store's state."""
 
-    def __init__(self, key: str, writes: StoreWrites) -> None:
+    def __init__(self, key: StateKey, writes: StoreWrites) -> None:
         self.key = key
         self._writes = writes
         self._counts: dict[str, int] = {}

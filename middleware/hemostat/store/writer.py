@@ -24,6 +24,7 @@ from hemostat.store.protocol import (
     MAX_BLOB_BYTES,
     MAX_EVENTS,
     AppendEvent,
+    BlobKey,
     DeleteProfile,
     ExclusionLost,
     Head,
@@ -31,6 +32,7 @@ from hemostat.store.protocol import (
     PutBlob,
     PutProfile,
     SetState,
+    StateKey,
     Store,
     StoreConflict,
     StoredProfile,
@@ -80,8 +82,8 @@ class StoreWriter:
         """The head of this process's last commit that has happened, or of what it has read."""
         self._profiles: dict[str, PutProfile | DeleteProfile] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
-        self._states: dict[str, str | None] = {}
-        self._blobs: dict[str, bytes] = {}
+        self._states: dict[StateKey, str | None] = {}
+        self._blobs: dict[BlobKey, bytes] = {}
         self._commit: _Commit | None = None
         """The commit that has begun, and whose outcome is not known yet."""
         self._queued = 0
@@ -103,11 +105,11 @@ class StoreWriter:
         self._events.append(event)
         self._note()
 
-    def set_state(self, key: str, value: str | None) -> None:
+    def set_state(self, key: StateKey, value: str | None) -> None:
         self._states[key] = value
         self._note()
 
-    def put_blob(self, key: str, data: bytes) -> None:
+    def put_blob(self, key: BlobKey, data: bytes) -> None:
         if len(data) > MAX_BLOB_BYTES:
             self._errors.record(StoreFailure(f"store: {key} has {len(data)} bytes, above {MAX_BLOB_BYTES}: not stored"))
             return
