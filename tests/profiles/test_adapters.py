@@ -384,7 +384,7 @@ def test_evidence_of_another_figure_is_dropped_where_what_served_was_lost() -> N
     assert (result.units, result.figure) == (0, Figure.NATS)
     assert result.test > begun
     assert not again.profiles.trials.is_watched(REST_KIND)
-    assert again.profiles.trials.guard.figure(WATCH.stored, REST_KIND) is None
+    assert again.profiles.trials.guard.figure(WATCH, REST_KIND) is None
 
 
 def test_what_is_shown_names_the_figure() -> None:

@@ -12,8 +12,10 @@ from tests.support.world import World
 
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.begun_tests import BegunTests
+from hemostat.profiles.candidates import Candidate, Origin, Proposed
+from hemostat.profiles.gains import Gains, UnitGain
 from hemostat.profiles.serving import MAX_TRIED_VERSIONS, KindState, ServingState
-from hemostat.profiles.trials import IMPORT, MAX_TESTED, SERVING, Candidate, Trials, UnitGain
+from hemostat.profiles.trials import MAX_TESTED, Trials
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.decisions import Admission
 from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS
@@ -51,7 +53,7 @@ class Made:
         self.serving = ServingState("auto")
         for kind in kinds:
             self.serving.kinds[kind] = KindState(units=10)
-        self.trials = Trials(0.05, 0.25, lambda _: 1.0, self.serving, BegunTests(DirectWrites()))
+        self.trials = Trials(0.05, 0.25, Gains(lambda _: 1.0), self.serving, BegunTests(DirectWrites()))
 
     def feed(self, candidate: Candidate, kind: str, units: range, gain: float = 0.2) -> int:
         """Units that counted."""
@@ -66,7 +68,12 @@ class Made:
 
 def test_the_queue_is_ordered_by_priority_and_then_by_age() -> None:
     trials = Made().trials
-    for version, source in (("a", TEMPERATURE_BIAS), ("b", IMPORT), ("c", CONTEXTUAL), ("d", SERVING)):
+    for version, source in (
+        ("a", Proposed(TEMPERATURE_BIAS)),
+        ("b", Origin.IMPORT),
+        ("c", Proposed(CONTEXTUAL)),
+        ("d", Origin.SERVING),
+    ):
         trials.add(Candidate(version, source))
     assert [candidate.version for candidate in trials.queue] == ["b", "c", "d", "a"]
     assert trials.tested_versions == ["b", "c"]
@@ -75,11 +82,11 @@ def test_the_queue_is_ordered_by_priority_and_then_by_age() -> None:
 
 def test_a_newer_proposal_waits_for_the_earlier_one_of_its_family_alone() -> None:
     trials = Made().trials
-    earlier = [Candidate(version, CONTEXTUAL, 1) for version in ("a", "variant")]
+    earlier = [Candidate(version, Proposed(CONTEXTUAL), 1) for version in ("a", "variant")]
     for candidate in earlier:
         trials.add(candidate)
     assert trials.tested == earlier, "variants of one proposal are tested together"
-    newer, imported = Candidate("b", CONTEXTUAL, 2), Candidate("c", IMPORT, 3)
+    newer, imported = Candidate("b", Proposed(CONTEXTUAL), 2), Candidate("c", Origin.IMPORT, 3)
     trials.add(newer)
     trials.add(imported)
     trials.remove(lambda candidate: candidate == earlier[0])
@@ -94,11 +101,11 @@ def test_a_newer_proposal_waits_for_the_earlier_one_of_its_family_alone() -> Non
 
 def test_a_test_that_another_family_displaces_goes_on_with_its_evidence() -> None:
     made = Made()
-    first, second = (Candidate(version, TEMPERATURE_BIAS, 1) for version in "vw")
+    first, second = (Candidate(version, Proposed(TEMPERATURE_BIAS), 1) for version in "vw")
     for candidate in (first, second):
         made.trials.add(candidate)
     made.feed(second, REST_KIND, range(7))
-    contextual_one = Candidate("c", CONTEXTUAL, 2)
+    contextual_one = Candidate("c", Proposed(CONTEXTUAL), 2)
     made.trials.add(contextual_one)
     assert made.trials.tested == [contextual_one, first]
     begun = made.trials.tests_begun
@@ -111,11 +118,11 @@ def test_a_test_that_another_family_displaces_goes_on_with_its_evidence() -> Non
 
 def test_a_test_that_is_displaced_begins_anew_where_what_serves_changes() -> None:
     made = Made()
-    imports = [Candidate(version, IMPORT) for version in "vw"]
+    imports = [Candidate(version, Origin.IMPORT) for version in "vw"]
     for candidate in imports:
         made.trials.add(candidate)
         made.feed(candidate, REST_KIND, range(7))
-    adapter = Candidate("a", ADAPTER, 1)
+    adapter = Candidate("a", Proposed(ADAPTER), 1)
     made.trials.add(adapter)
     assert made.trials.waiting == imports[1:]
     made.serving.kinds[REST_KIND].version = "a"
@@ -127,7 +134,7 @@ def test_a_test_that_is_displaced_begins_anew_where_what_serves_changes() -> Non
 def test_only_candidates_that_are_tested_spend_alpha() -> None:
     made = Made()
     for version in "abc":
-        made.trials.add(Candidate(version, IMPORT))
+        made.trials.add(Candidate(version, Origin.IMPORT))
     assert made.trials.begun == made.trials.tests_begun == MAX_TESTED
     made.trials.remove(lambda candidate: candidate.version == "a")
     assert made.trials.tests_begun == 3, "the one that waited is tested now"
@@ -135,7 +142,7 @@ def test_only_candidates_that_are_tested_spend_alpha() -> None:
 
 def test_a_unit_counts_once_in_each_test_and_kind() -> None:
     made = Made((REST_KIND, "chat"))
-    candidate = Candidate("a", IMPORT)
+    candidate = Candidate("a", Origin.IMPORT)
     made.trials.add(candidate)
     assert made.feed(candidate, "chat", range(3)) == 3
     assert made.feed(candidate, "chat", range(4)) == 1
@@ -148,7 +155,7 @@ def test_a_candidate_is_tested_in_the_kinds_that_were_seen() -> None:
     made = Made((REST_KIND, "a", "b"))
     made.serving.kinds["b"].held = "why"
     made.serving.kinds["new"] = KindState()
-    candidate = Candidate("v", IMPORT)
+    candidate = Candidate("v", Origin.IMPORT)
     made.trials.add(candidate)
     assert made.trials.running_kinds(candidate) == [REST_KIND, "a"]
     made.serving.kinds["new"].units = 1
@@ -161,7 +168,7 @@ def test_a_candidate_is_tested_in_the_kinds_that_were_seen() -> None:
 def test_a_candidate_waits_for_the_first_kind_that_is_seen() -> None:
     made = Made(())
     made.serving.kinds[REST_KIND] = KindState()
-    candidate = Candidate("v", IMPORT)
+    candidate = Candidate("v", Origin.IMPORT)
     made.trials.add(candidate)
     assert (made.trials.tests_begun, made.trials.tested_versions) == (0, ["v"])
     made.serving.kinds["a"] = KindState(units=1)
@@ -172,13 +179,13 @@ def test_a_candidate_waits_for_the_first_kind_that_is_seen() -> None:
 def test_a_candidate_leaves_the_queue_when_its_last_test_ends() -> None:
     made = Made((REST_KIND, "a"))
     for version in "vw":
-        made.trials.add(Candidate(version, CONTEXTUAL))
+        made.trials.add(Candidate(version, Proposed(CONTEXTUAL)))
     made.trials.begin_in("a", lambda c: c.version == "v")
     assert made.trials.tested_versions == ["v", "w"]
     made.trials.begin_in(REST_KIND, lambda c: c.version == "v")
     assert made.trials.tested_versions == ["w"]
     assert made.serving.kinds["a"].tried == ["v"]
-    made.trials.add(Candidate("v", SERVING))
+    made.trials.add(Candidate("v", Origin.SERVING))
     assert made.trials.tested_versions == ["w"], "it is not tested again where it was"
 
 
@@ -193,7 +200,7 @@ def test_the_versions_that_a_kind_remembers_are_bounded() -> None:
 
 def test_a_larger_count_of_tests_begun_stays() -> None:
     trials = Made().trials
-    trials.add(Candidate("a", IMPORT))
+    trials.add(Candidate("a", Origin.IMPORT))
     trials.resume(None, 7, [])
     assert trials.tests_begun == 7
     trials.resume(None, 2, [])
@@ -202,14 +209,14 @@ def test_a_larger_count_of_tests_begun_stays() -> None:
 
 def test_stored_tests_go_on_and_those_of_unknown_candidates_do_not() -> None:
     made = Made()
-    kept, gone = Candidate("a", IMPORT), Candidate("b", IMPORT)
+    kept, gone = Candidate("a", Origin.IMPORT), Candidate("b", Origin.IMPORT)
     for candidate in (kept, gone):
         made.trials.add(candidate)
         made.feed(candidate, REST_KIND, range(5))
     other = Made()
     other.trials.resume(made.trials.guard.save(), 0, [kept])
     assert other.trials.evidence(kept, REST_KIND) == made.trials.evidence(kept, REST_KIND)
-    assert other.trials.guard.names == (kept.test.stored,)
+    assert other.trials.guard.names == (kept.test,)
     assert other.feed(kept, REST_KIND, range(6)) == 1
     with pytest.raises(InvalidArgumentError):
         other.trials.resume(b"junk", 0, [])

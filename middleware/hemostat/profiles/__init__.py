@@ -6,6 +6,8 @@ What each module owns:
     proposals           what was learned, and when a profile is proposed
     judging             evidence of held-out requests: what counts, and what follows
     futility            when a test is hopeless, so that another candidate may take its place
+    candidates          what is to be tested, and where it comes from
+    gains               the figure that gains of a profile over another are in, and how wide they can be
     trials              the queue of candidates and the state of the tests; `guard_keys`: how the guard names them
     begun_tests         the numbers of tests, which are stored before these decide
     lifecycle           the steps: test, promote, roll back, drop

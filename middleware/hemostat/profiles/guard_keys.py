@@ -1,42 +1,22 @@
-"""The keys of the guard's tests, and their spelling in the store."""
+"""The names under which the guard has its tests, here and in the store."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NewType
 
-_WATCH = "serving"
-_CANDIDATE = "candidate "
+GuardKey = NewType("GuardKey", str)
+"""The name of a test of the guard: of the test of a candidate, or of the watch of what serves."""
+WATCH = GuardKey("serving")
+"""The name of the tests of what serves."""
 
 
-@dataclass(frozen=True, slots=True)
-class GuardKey:
-    """The key of a test of the guard: the test of a candidate, or the watch of what serves.
+def candidate_key(version: str) -> GuardKey:
+    """Returns the name of the tests of a candidate.
 
-    version: the candidate's; None: the watch.
+    The space at its end is in what earlier versions have stored, too: the scope followed it, and an empty one was all
+    traffic.
 
-    >>> WATCH.stored, GuardKey("0123abcd").stored
-    ('serving', 'candidate 0123abcd ')
-    >>> GuardKey.parse("candidate 0123abcd ")
-    GuardKey(version='0123abcd')
+    >>> candidate_key("0123abcd")
+    'candidate 0123abcd '
     """
-
-    version: str | None
-
-    @property
-    def stored(self) -> str:
-        """The guard's name for the test. The space at its end is in what earlier versions have stored, too: the scope
-        followed it, and an empty one was all traffic."""
-        return _WATCH if self.version is None else f"{_CANDIDATE}{self.version} "
-
-    @classmethod
-    def parse(cls, stored: str) -> GuardKey | None:
-        """Returns the key that is spelled so; None if this version has no such test."""
-        if stored == _WATCH:
-            return WATCH
-        version = stored.removeprefix(_CANDIDATE).removesuffix(" ")
-        key = cls(version)
-        return key if version and " " not in version and key.stored == stored else None
-
-
-WATCH = GuardKey(None)
-"""The key of the tests of what serves."""
+    return GuardKey(f"candidate {version} ")

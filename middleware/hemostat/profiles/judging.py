@@ -16,14 +16,16 @@ from collections.abc import Callable
 
 import numpy as np
 
+from hemostat.profiles.candidates import Candidate
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import Reason, evidence_json
 from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.futility import why_hopeless
+from hemostat.profiles.gains import Gains, UnitGain
 from hemostat.profiles.guard_keys import WATCH
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.serving import ServingState
-from hemostat.profiles.trials import Candidate, Trials, UnitGain
+from hemostat.profiles.trials import Trials
 from hemostat.scored_record import ScoredRecord
 from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.guard import decisions as guard_decisions
@@ -88,12 +90,14 @@ class Judge:
         serving: ServingState,
         trials: Trials,
         lifecycle: Lifecycle,
+        gains: Gains,
     ) -> None:
         self._wall = wall
         self._catalogue = catalogue
         self._serving = serving
         self._trials = trials
         self._lifecycle = lifecycle
+        self._gains = gains
 
     def update(self, unit: ScoredRecord) -> None:
         """Judges by one held-out record, whose kind is followed or is the rest."""
@@ -146,7 +150,7 @@ class Judge:
         """Returns the gain of a version over another (None: identity); None if nothing is known of it. Whether it is
         known depends on what engines and copies have computed, not on the gain.
         """
-        if self._trials.figure(version, baseline) is Figure.TOTAL_VARIATION:
+        if self._gains.figure(version, baseline) is Figure.TOTAL_VARIATION:
             distances = unit.record.distances
             before, after = distances.get(baseline or IDENTITY), distances.get(version)
             return None if before is None or after is None else distance_gain(before, after)

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hemostat.ipc.messages import rest_of
+from hemostat.profiles.candidates import Candidate, Origin, Proposed, Source
 from hemostat.profiles.catalogue import MAX_ONE_PROFILE_BYTES, Catalogue, parameter_bytes
 from hemostat.profiles.decisions import Decision, EventLog, Reason, evidence_json, pooled_gain
 from hemostat.profiles.persistence import StateWriter
 from hemostat.profiles.serving import KindState, ServedModel, ServingState
-from hemostat.profiles.trials import IMPORT, MAX_QUEUED_CANDIDATES, SERVING, Candidate, Trials
+from hemostat.profiles.trials import MAX_QUEUED_CANDIDATES, Trials
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.guard.guard import DEFAULT_WINDOW, window_after_promotion
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -103,7 +104,7 @@ class Lifecycle:
 
     # --- candidates ------------------------------------------------------------------------------------------------
 
-    def test(self, profiles: Sequence[CalibrationProfile], source: str) -> None:
+    def test(self, profiles: Sequence[CalibrationProfile], source: Source) -> None:
         """Makes them candidates; several are variants of one proposal. If the queue is full, the first
         of those that wait is dropped, if possible one whose test has not begun.
 
@@ -124,17 +125,16 @@ class Lifecycle:
         profiles: Iterable[CalibrationProfile],
         why: str,
         evidence: dict[str, Any],
-        source: str | None = None,
     ) -> bool:
-        """Tests learned profiles of one source. They wait until the tests of its earlier candidates have ended, and
+        """Tests learned profiles of one family. They wait until the tests of its earlier proposals have ended, and
         take the place of those whose tests have not begun.
 
-        source: None is the profiles' family. Returns False if all of them are in use already: then nothing changes.
+        Returns False if all of them are in use already: then nothing changes.
         """
         fresh = [profile for profile in profiles if profile.version not in self.in_use()]
         if not fresh:
             return False
-        source = source or fresh[0].family
+        source = Proposed(fresh[0].family)
         earlier = [c for c in self._trials.queue if c.source == source]
         for old in earlier:
             if self._trials.has_begun(old):
@@ -211,7 +211,7 @@ class Lifecycle:
         self._trials.freeze(version, kind)
         # Looked up first: what has begun is behind nothing.
         newer = {c.version for c in self._trials.queue if version in self._trials.behind(c)}
-        self._trials.begin_in(kind, ends=lambda c: c.source != IMPORT and c.version not in {version, *newer})
+        self._trials.begin_in(kind, ends=lambda c: c.source is not Origin.IMPORT and c.version not in {version, *newer})
         self._writer.put_profile(self._catalogue.stored(version))
         self._serving_changed()
 
@@ -304,7 +304,7 @@ class Lifecycle:
         for other in list(self._serving.kinds.values()):
             if other.version is None or any(c.version == other.version for c in self._trials.queue):
                 continue
-            candidate = Candidate(other.version, SERVING)
+            candidate = Candidate(other.version, Origin.SERVING)
             if self._trials.is_wanted(candidate, kind) and len(self._trials.queue) < MAX_QUEUED_CANDIDATES:
                 self._trials.add(candidate)
 
@@ -315,7 +315,7 @@ class Lifecycle:
         rolled back."""
         self._serving.model = model
         unfit = {version for version in self._catalogue if not self._fits(version)}
-        proposals = {c.version for c in self._trials.queue if c.source != IMPORT}
+        proposals = {c.version for c in self._trials.queue if c.source is not Origin.IMPORT}
         self._trials.remove(lambda c: c.version in unfit)
         for kind, state in list(self._serving.kinds.items()):
             if state.version in unfit:

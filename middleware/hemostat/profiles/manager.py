@@ -19,9 +19,11 @@ from hemostat.config.schema import Adapter, Calibration, Evidence
 from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.begun_tests import BegunTests
+from hemostat.profiles.candidates import Origin
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import EventLog, Reason
 from hemostat.profiles.followed_kinds import FollowedKinds
+from hemostat.profiles.gains import Gains
 from hemostat.profiles.judging import Judge, is_held_out
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.operators import Operator
@@ -30,7 +32,7 @@ from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.report import Report
 from hemostat.profiles.restoring import Restoring
 from hemostat.profiles.serving import ServedModel, ServingState
-from hemostat.profiles.trials import IMPORT, Trials
+from hemostat.profiles.trials import Trials
 from hemostat.scored_record import ScoredRecord
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration.elapsed import TimeBreak
@@ -63,13 +65,13 @@ class ProfileManager:
             is_adapter=self.catalogue.is_adapter,
         )
         self.events = EventLog(writes, wall)
+        self.gains = Gains(self.catalogue.gain_width, self.catalogue.is_adapter)
         self.trials = Trials(
             settings.alpha,
             evidence.client_share,
-            self.catalogue.gain_width,
+            self.gains,
             self.serving,
             BegunTests(writes),
-            self.catalogue.is_adapter,
             evidence.cycle_seconds,
         )
         self.kinds = FollowedKinds(evidence.kinds, wall, keep=lambda: self.serving.fixed)
@@ -91,6 +93,7 @@ class ProfileManager:
             serving=self.serving,
             trials=self.trials,
             lifecycle=self.lifecycle,
+            gains=self.gains,
         )
         self.proposals = Proposals(
             settings,
@@ -152,7 +155,7 @@ class ProfileManager:
         tests begin anew."""
         for kind in list(self.serving.kinds):
             self.lifecycle.roll_back(kind, Reason.OTHER_MODEL, why, {})
-        self.trials.remove(lambda candidate: candidate.source != IMPORT)
+        self.trials.remove(lambda candidate: candidate.source is not Origin.IMPORT)
         for state in self.serving.kinds.values():
             state.tried, state.held = [], ""
         self.serving.former.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from hemostat.profiles.candidates import Origin
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import Decision, EventLog, Reason
 from hemostat.profiles.families import anchor_set
@@ -11,7 +12,7 @@ from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import StateWriter
 from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.serving import ServingState
-from hemostat.profiles.trials import IMPORT, Trials
+from hemostat.profiles.trials import Trials
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 
@@ -69,7 +70,7 @@ class Operator:
         self._events.record(Decision.IMPORT, Reason.OPERATOR, version, why, {})
         for state in (*self._serving.kinds.values(), *self._serving.former.values()):
             state.tried = [other for other in state.tried if other != version]
-        self._lifecycle.test([profile], IMPORT)
+        self._lifecycle.test([profile], Origin.IMPORT)
         return version
 
     def promote(self, version: str, kind: str | None = None) -> None:

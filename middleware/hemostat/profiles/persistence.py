@@ -10,9 +10,10 @@ import msgspec
 
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.begun_tests import TESTS_BEGUN_KEY, WINDOWS_BEGUN_KEY
+from hemostat.profiles.candidates import Candidate, read_source, stored_source
 from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.serving import KindState, ServingState
-from hemostat.profiles.trials import Candidate, Trials
+from hemostat.profiles.trials import Trials
 from hemostat.store.protocol import BlobKey, StateKey, StoredProfile, StoreWrites
 from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import InvalidArgumentError
@@ -187,7 +188,7 @@ class StateWriter:
         if self._held:
             return
         kinds = {name: self._stored_kind(name, state) for name, state in self._serving.kinds.items()}
-        queue = [(c.version, "", c.source) for c in self._trials.queue]
+        queue = [(c.version, "", stored_source(c.source)) for c in self._trials.queue]
         former = {name: (state.tried, state.held) for name, state in self._serving.former.items()}
         proposals = [candidate.proposal for candidate in self._trials.queue]
         table = self._kinds.table.save().decode()
@@ -258,4 +259,4 @@ def candidates(stored: StoredServing) -> list[Candidate]:
     """Returns the candidates of the queue that were learned from all traffic, in its order."""
     proposals = [*stored.proposals, *(0 for _ in stored.queue)]
     numbered = zip(stored.queue, proposals, strict=False)
-    return [Candidate(version, source, n) for (version, scope, source), n in numbered if not scope]
+    return [Candidate(version, read_source(source), n) for (version, scope, source), n in numbered if not scope]

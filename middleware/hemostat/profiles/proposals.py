@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hemostat.config.schema import Calibration
+from hemostat.profiles.candidates import Proposed
 from hemostat.profiles.catalogue import Catalogue
-from hemostat.profiles.families import FAMILY_RULES, anchor_set
+from hemostat.profiles.families import anchor_set
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import PROPOSED_KEY, StateWriter, stored_proposed, whole_number
 from hemostat.profiles.serving import ServingState
@@ -152,7 +153,7 @@ class Proposals:
         """Returns the largest number of tokens that what serves, or was proposed and is in the queue, was learned from,
         by family."""
         result: dict[str, int] = {}
-        proposed = [candidate.version for candidate in self._trials.queue if candidate.source in FAMILY_RULES]
+        proposed = [candidate.version for candidate in self._trials.queue if isinstance(candidate.source, Proposed)]
         for version in [*self._serving.versions, *proposed]:
             profile = self._catalogue.get(version)
             if profile is not None:

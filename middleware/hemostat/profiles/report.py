@@ -9,13 +9,14 @@ from typing import Any
 from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
+from hemostat.profiles.candidates import Candidate, stored_source
 from hemostat.profiles.catalogue import Catalogue, parameter_bytes
 from hemostat.profiles.decisions import EventLog, evidence_json, pooled_gain
 from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.serving import KindState, ServingState
-from hemostat.profiles.trials import Candidate, Trials
+from hemostat.profiles.trials import Trials
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.guard.decisions import Evidence, Figure
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
@@ -112,7 +113,12 @@ class Report:
             "held": state.held or None,
             "watch": _shown(watch) if watch is not None else None,
             "candidates": [
-                {"version": c.version, "source": c.source, "summary": self._summary(c, kind, e), **_shown(e)}
+                {
+                    "version": c.version,
+                    "source": stored_source(c.source),
+                    "summary": self._summary(c, kind, e),
+                    **_shown(e),
+                }
                 for c, e in tests
             ],
             "summary": self._kind_summary(state, watch, kind, tests),
@@ -269,7 +275,7 @@ class Report:
 
 
 def _names(candidate: Candidate) -> dict[str, str]:
-    return {"version": candidate.version, "source": candidate.source}
+    return {"version": candidate.version, "source": stored_source(candidate.source)}
 
 
 def _adapter_json(profile: CalibrationProfile) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles import catalogue as limits
+from hemostat.profiles.candidates import Candidate
 from hemostat.profiles.catalogue import Catalogue, parameter_bytes
 from hemostat.profiles.decisions import Decision, EventLog, Reason
 from hemostat.profiles.followed_kinds import FollowedKinds
@@ -23,7 +24,7 @@ from hemostat.profiles.persistence import (
 )
 from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.serving import KindState, ServingState
-from hemostat.profiles.trials import Candidate, Trials
+from hemostat.profiles.trials import Trials
 from hemostat.store.protocol import StateKey, StoredProfile
 from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile

@@ -18,13 +18,13 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
 
 from hemostat.profiles.begun_tests import BegunTests
-from hemostat.profiles.families import FAMILY_RULES
+from hemostat.profiles.candidates import Candidate, Proposed
+from hemostat.profiles.gains import Gains, UnitGain
 from hemostat.profiles.guard_keys import WATCH, GuardKey
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat_calibration.arrays import Floats
@@ -40,63 +40,15 @@ plugin's MAX_TAPPED_CANDIDATES).
 MAX_QUEUED_CANDIDATES = 8
 """The largest number of candidates that are tested or wait; see `lifecycle.Lifecycle.test`."""
 
-TOTAL_VARIATION_WIDTH = 1.0
-"""The width of gains in total variation: the total variation of two distributions is between 0 and 1."""
-
 MAX_NOTED_NATS = 5.0
 """The limit at which a token's divergence, in nats, is clipped when it is only used to estimate how much units depend
 on each other.
 """
-IMPORT = "import"
-SERVING = "serving"
-
-
-@dataclass(frozen=True, slots=True)
-class UnitGain:
-    """A unit's mean gain per token of one version over another, between lower and upper.
-
-    kl: where the ends are of the total variation, the gain in KL, nats; -inf where the version gives no distribution at
-        a token. None if the ends are in nats.
-    """
-
-    lower: float
-    upper: float
-    kl: float | None = None
-
-    @property
-    def figure(self) -> Figure:
-        return Figure.NATS if self.kl is None else Figure.TOTAL_VARIATION
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A profile that is to be tested.
-
-    source: the family that proposed it, `IMPORT`, or `SERVING`: it serves other kinds already.
-    proposal: the number of its proposal, of which it may be one of several variants. A later one has a larger number.
-    """
-
-    version: str
-    source: str
-    proposal: int = field(default=0, compare=False)
-
-    @property
-    def priority(self) -> int:
-        """The priority of its family: a lower one is tested first."""
-        rules = FAMILY_RULES.get(self.source)
-        return rules.queue_priority if rules is not None else 0
-
-    @property
-    def test(self) -> GuardKey:
-        """The key of its tests."""
-        return GuardKey(self.version)
 
 
 class Trials:
     """The queue of candidates, and the guard.
 
-    gain_width: (version) -> high minus low of its Δz, nats: no gain over identity is below minus that.
-    is_adapter: of a version that is held.
     numbers: the numbers of tests and windows, which decide nothing before these are stored.
     cycle: of the traffic, seconds; see `Guard`.
     """
@@ -105,17 +57,15 @@ class Trials:
         self,
         alpha: float,
         client_share: float,
-        gain_width: Callable[[str], float],
+        gains: Gains,
         serving: ServingState,
         numbers: BegunTests,
-        is_adapter: Callable[[str | None], bool] = lambda _: False,
         cycle: float = 0.0,
     ) -> None:
         self._alpha = alpha
-        self._is_adapter = is_adapter
         self.client_share = client_share
         """The part of a test's units that one client may contribute."""
-        self._gain_width = gain_width
+        self._gains = gains
         self._serving = serving
         self.numbers = numbers
         self.begun = 0
@@ -146,12 +96,12 @@ class Trials:
 
     def has_begun(self, candidate: Candidate) -> bool:
         """Returns True if its test has begun: it is under test, or it was, and goes on when a place is free again."""
-        return candidate.test.stored in self.guard.names
+        return candidate.test in self.guard.names
 
     def _older(self, candidate: Candidate) -> list[Candidate]:
         """Returns the candidates that it waits for: of earlier proposals of its family, if its own test has
         not begun."""
-        if candidate.source not in FAMILY_RULES or self.has_begun(candidate):
+        if not isinstance(candidate.source, Proposed) or self.has_begun(candidate):
             return []
         alike = (other for other in self._queue if other.source == candidate.source)
         return [other for other in alike if other.proposal < candidate.proposal]
@@ -193,10 +143,10 @@ class Trials:
         """Returns True if this profile is under test, or waits for it."""
         return any(candidate.version == version for candidate in self._queue)
 
-    def has_proposal(self, source: str) -> bool:
-        """Returns True if a candidate of this source that serves nowhere yet is under test, or waits for it."""
+    def has_proposal(self, family: str) -> bool:
+        """Returns True if a proposal of this family that serves nowhere yet is under test, or waits for it."""
         serving = self._serving.versions
-        return any(c.source == source and c.version not in serving for c in self._queue)
+        return any(c.source == Proposed(family) and c.version not in serving for c in self._queue)
 
     def resume(
         self,
@@ -220,7 +170,7 @@ class Trials:
         self._queue = list(queue)
         named = {WATCH, *(candidate.test for candidate in self._queue)}
         for name in self.guard.names:
-            if GuardKey.parse(name) not in named:
+            if name not in named:
                 self.guard.end(name)
         self._end_other_figures()
         self._arrange()
@@ -230,19 +180,15 @@ class Trials:
         profile than when its test was stored.
         """
         for candidate in self._queue:
-            kinds = [kind for kind in self.guard.kinds(candidate.test.stored) if kind in self._serving.kinds]
-            expected = {kind: self.figure(candidate.version, self._serving.kinds[kind].version) for kind in kinds}
-            running = [kind for kind in kinds if self.guard.is_running(candidate.test.stored, kind)]
-            if any(self.guard.figure(candidate.test.stored, kind) is not expected[kind] for kind in running):
-                self.guard.end(candidate.test.stored)
+            kinds = [kind for kind in self.guard.kinds(candidate.test) if kind in self._serving.kinds]
+            served = {kind: self._serving.kinds[kind].version for kind in kinds}
+            expected = {kind: self._gains.figure(candidate.version, version) for kind, version in served.items()}
+            running = [kind for kind in kinds if self.guard.is_running(candidate.test, kind)]
+            if any(self.guard.figure(candidate.test, kind) is not expected[kind] for kind in running):
+                self.guard.end(candidate.test)
         for kind, state in self._serving.kinds.items():
-            if self.guard.figure(WATCH.stored, kind) not in (None, self.figure(state.version, None)):
-                self.guard.end_kind(WATCH.stored, kind)
-
-    def figure(self, version: str | None, baseline: str | None) -> Figure:
-        """Returns the figure in which gains of a version over another are measured. A version of None is identity."""
-        adapted = self._is_adapter(version) or self._is_adapter(baseline)
-        return Figure.TOTAL_VARIATION if adapted else Figure.NATS
+            if self.guard.figure(WATCH, kind) not in (None, self._gains.figure(state.version, None)):
+                self.guard.end_kind(WATCH, kind)
 
     # --- the queue -------------------------------------------------------------------------------------------------
 
@@ -262,7 +208,7 @@ class Trials:
         """Begins all tests of candidates anew, of other models."""
         self.guard.forget()
         for candidate in self._queue:
-            self.guard.end(candidate.test.stored)
+            self.guard.end(candidate.test)
         self._arrange()
 
     def _arrange(self) -> None:
@@ -289,16 +235,14 @@ class Trials:
     def _give_up(self, candidate: Candidate) -> None:
         for kind in self.running_kinds(candidate):
             self._serving.kinds[kind].add_tried(candidate.version)
-        self.guard.end(candidate.test.stored)
+        self.guard.end(candidate.test)
 
     # --- tests of candidates ---------------------------------------------------------------------------------------
 
     def running_kinds(self, candidate: Candidate) -> list[str]:
         """Returns the kinds in which it is under test now."""
-        kinds = self.guard.kinds(candidate.test.stored)
-        return [
-            kind for kind in kinds if kind in self._serving.kinds and self.guard.is_running(candidate.test.stored, kind)
-        ]
+        kinds = self.guard.kinds(candidate.test)
+        return [kind for kind in kinds if kind in self._serving.kinds and self.guard.is_running(candidate.test, kind)]
 
     def is_wanted(self, candidate: Candidate, kind: str) -> bool:
         """Returns True if a test of this candidate would make sense in this kind."""
@@ -315,14 +259,12 @@ class Trials:
         state = self._serving.kinds[kind]
         for candidate in self._queue:
             if ends(candidate) and (kind in self.running_kinds(candidate) or self.is_wanted(candidate, kind)):
-                self.guard.end_kind(candidate.test.stored, kind)
+                self.guard.end_kind(candidate.test, kind)
                 state.add_tried(candidate.version)
         for candidate in self._queue:
             if self.has_begun(candidate) and self.is_wanted(candidate, kind):
-                figure = self.figure(candidate.version, state.version)
-                self.guard.begin_kind(
-                    candidate.test.stored, kind, self._width(candidate.version, state.version), figure
-                )
+                figure = self._gains.figure(candidate.version, state.version)
+                self.guard.begin_kind(candidate.test, kind, self._gains.width(candidate.version, state.version), figure)
                 self._note_begun()
         self._arrange()
 
@@ -336,21 +278,21 @@ class Trials:
 
     def spans_cycle(self, candidate: Candidate, kind: str) -> bool:
         """See `Guard.spans_cycle`."""
-        return self.guard.spans_cycle(candidate.test.stored, kind)
+        return self.guard.spans_cycle(candidate.test, kind)
 
     def freeze(self, version: str, kind: str) -> None:
         """Freezes the test of a profile that serves this kind now: nothing more is counted for it there."""
         for candidate in self._queue:
             if candidate.version == version and kind in self.running_kinds(candidate):
-                self.guard.freeze(candidate.test.stored, kind)
+                self.guard.freeze(candidate.test, kind)
                 self._seen.pop(candidate, None)
 
     def forget_kind(self, kind: str) -> None:
         """Ends all tests in a kind that is not followed any more."""
         self.guard.forget(kind)
-        self.guard.end_kind(WATCH.stored, kind)
+        self.guard.end_kind(WATCH, kind)
         for candidate in self._queue:
-            self.guard.end_kind(candidate.test.stored, kind)
+            self.guard.end_kind(candidate.test, kind)
 
     def _begin(self, candidate: Candidate) -> None:
         """Begins the test of a candidate, if it has not begun: in all kinds that were seen, weighted by their share so
@@ -358,19 +300,13 @@ class Trials:
         """
         states = {kind: state for kind, state in self._serving.kinds.items() if self.is_wanted(candidate, kind)}
         if not self.has_begun(candidate) and states:
-            version = candidate.version
+            version, gains = candidate.version, self._gains
             self.guard.begin_candidate(
-                candidate.test.stored,
-                {kind: (self._width(version, state.version), float(state.units)) for kind, state in states.items()},
-                {kind: self.figure(version, state.version) for kind, state in states.items()},
+                candidate.test,
+                {kind: (gains.width(version, state.version), float(state.units)) for kind, state in states.items()},
+                {kind: gains.figure(version, state.version) for kind, state in states.items()},
             )
             self._note_begun()
-
-    def _width(self, version: str, baseline: str | None) -> float:
-        """Returns the width of gains: no gain of the version over the other (None: identity) is below minus this."""
-        if self.figure(version, baseline) is Figure.TOTAL_VARIATION:
-            return TOTAL_VARIATION_WIDTH
-        return self._gain_width(version) + (self._gain_width(baseline) if baseline is not None else 0.0)
 
     # --- the watch of what serves ----------------------------------------------------------------------------------
 
@@ -379,18 +315,16 @@ class Trials:
         state = self._serving.kinds[kind]
         if state.version is None:
             return
-        proof = next(
-            (c.test.stored for c in self.tested if c.version == like and kind in self.guard.kinds(c.test.stored)), None
-        )
-        figure = self.figure(state.version, None)
-        self.guard.begin_watch(WATCH.stored, kind, self._width(state.version, None), state.window, proof, figure)
+        proof = next((c.test for c in self.tested if c.version == like and kind in self.guard.kinds(c.test)), None)
+        figure = self._gains.figure(state.version, None)
+        self.guard.begin_watch(WATCH, kind, self._gains.width(state.version, None), state.window, proof, figure)
         self._note_begun()
 
     def unwatch(self, kind: str) -> None:
-        self.guard.end_kind(WATCH.stored, kind)
+        self.guard.end_kind(WATCH, kind)
 
     def is_watched(self, kind: str) -> bool:
-        return self.guard.is_running(WATCH.stored, kind)
+        return self.guard.is_running(WATCH, kind)
 
     # --- evidence --------------------------------------------------------------------------------------------------
 
@@ -405,25 +339,25 @@ class Trials:
         """Returns the decision whether the record's unit may count in this test; it is asked before anything is known
         of its gain."""
         windows = self.guard.windows if test == WATCH else {}
-        admission = self.guard.admit(test.stored, record.kind, record.unit, record.client)
+        admission = self.guard.admit(test, record.kind, record.unit, record.client)
         if test == WATCH and self.guard.windows != windows:
             self._note_begun()  # the next window
         return admission
 
     def update(self, test: GuardKey, record: TokenRecord, gain: UnitGain, now: float) -> None:
         """Counts an admitted record with its gain. now: Unix seconds."""
-        names = test.stored, record.kind, record.unit, record.client
+        names = test, record.kind, record.unit, record.client
         self.guard.update(*names, gain.lower, gain.upper, record.tokens, gain.kl, now)
 
     def note_gain(self, test: GuardKey, record: TokenRecord, gain: UnitGain, now: float) -> None:
         """Notes a record that the test is too full to count: how much gains depend on each other is estimated from it,
         too."""
-        self.guard.update_gain_dependence(test.stored, record.kind, gain.lower, now)
+        self.guard.update_gain_dependence(test, record.kind, gain.lower, now)
 
     def oppose(self, test: GuardKey, record: TokenRecord, gain: UnitGain) -> None:
         """Notes a record that a candidate's test has refused for its client's share: it can only prevent a
         promotion."""
-        self.guard.oppose(test.stored, record.kind, gain.lower, gain.figure)
+        self.guard.oppose(test, record.kind, gain.lower, gain.figure)
 
     def distance_versions(self, kind: str, unit: bytes) -> tuple[str, ...]:
         """Returns the versions (`IDENTITY` first) whose exact distances the tests need of a held-out unit of a followed
@@ -433,8 +367,8 @@ class Trials:
         pairs += [(c.test, c.version, serving) for c in self.tested]
         needed: dict[str, None] = {}
         for test, version, baseline in pairs:
-            figure = self.guard.figure(test.stored, kind)
-            if figure is Figure.TOTAL_VARIATION and not self.guard.has_counted(test.stored, kind, unit):
+            figure = self.guard.figure(test, kind)
+            if figure is Figure.TOTAL_VARIATION and not self.guard.has_counted(test, kind, unit):
                 needed |= dict.fromkeys((baseline or IDENTITY, version))
         # Identity is wanted in any case: what an adapter gains is shown against it.
         return (IDENTITY, *(version for version in needed if version != IDENTITY)) if needed else ()
@@ -444,35 +378,35 @@ class Trials:
         it, and what is tested, but for adapters."""
         state = self._serving.kinds.get(kind)
         versions = dict.fromkeys((*([state.version] if state and state.version else []), *self.tested_versions))
-        return [version for version in versions if not self._is_adapter(version)]
+        return [version for version in versions if not self._gains.is_adapter(version)]
 
     def promotes(self, candidate: Candidate, kind: str) -> bool:
         """Returns True if its test proves it in this kind. None does before its number is stored: a process that is
         killed meanwhile has not spent the test's alpha."""
-        stored = self.numbers.is_stored(self.guard.number(candidate.test.stored, kind), None)
-        return stored and self.guard.decide(candidate.test.stored, kind).action is Action.PROMOTE
+        stored = self.numbers.is_stored(self.guard.number(candidate.test, kind), None)
+        return stored and self.guard.decide(candidate.test, kind).action is Action.PROMOTE
 
     def decide_serving(self, kind: str) -> Decision:
         """Returns what follows for the profile that serves the kind; as in `promotes`, nothing before the number is
         stored."""
-        stored = self.numbers.is_stored(self.guard.number(WATCH.stored, kind), kind)
-        return self.guard.decide(WATCH.stored, kind) if stored else Decision(Action.HOLD)
+        stored = self.numbers.is_stored(self.guard.number(WATCH, kind), kind)
+        return self.guard.decide(WATCH, kind) if stored else Decision(Action.HOLD)
 
     def evidence(self, candidate: Candidate, kind: str) -> Evidence:
-        return self.guard.evidence(candidate.test.stored, kind)
+        return self.guard.evidence(candidate.test, kind)
 
     def units(self, candidate: Candidate, kind: str) -> tuple[int, int]:
         """Returns the number of units that counted in its test, and of those that were refused for their client's
         share."""
-        return self.guard.units(candidate.test.stored, kind)
+        return self.guard.units(candidate.test, kind)
 
     def serving_evidence(self, kind: str) -> Evidence | None:
         """Returns the evidence about what serves the kind; None if no profile serves it."""
-        return self.guard.evidence(WATCH.stored, kind) if self.is_watched(kind) else None
+        return self.guard.evidence(WATCH, kind) if self.is_watched(kind) else None
 
     def evidence_by_kind(self, candidate: Candidate) -> Mapping[str, Evidence]:
         """Returns the evidence in the kinds in which it is or was under test; {} before its test has begun."""
-        kinds = self.guard.kinds(candidate.test.stored)
+        kinds = self.guard.kinds(candidate.test)
         return {kind: self.evidence(candidate, kind) for kind in kinds if kind in self._serving.kinds}
 
 

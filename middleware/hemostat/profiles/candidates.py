@@ -1,0 +1,69 @@
+"""Candidates: profiles that are to be tested, and where they come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from hemostat.profiles.families import FAMILY_RULES
+from hemostat.profiles.guard_keys import GuardKey, candidate_key
+
+
+class Origin(StrEnum):
+    """Where a candidate comes from, if no learner has proposed it. The values are stored."""
+
+    IMPORT = "import"
+    """An operator has imported it."""
+    SERVING = "serving"
+    """It serves other kinds of traffic already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """Where a candidate comes from that a learner of this family has proposed."""
+
+    family: str
+
+
+Source = Origin | Proposed
+
+
+def stored_source(source: Source) -> str:
+    """Returns the spelling of a source in the store and in reports: a family's name, or the value of an `Origin`.
+
+    >>> stored_source(Origin.IMPORT), stored_source(Proposed("contextual"))
+    ('import', 'contextual')
+    """
+    return source.family if isinstance(source, Proposed) else source.value
+
+
+def read_source(stored: str) -> Source:
+    """Returns the source that is spelled so.
+
+    >>> read_source("import"), read_source("contextual")
+    (<Origin.IMPORT: 'import'>, Proposed(family='contextual'))
+    """
+    return Origin(stored) if stored in set(Origin) else Proposed(stored)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A profile that is to be tested.
+
+    proposal: the number of its proposal, of which it may be one of several variants. A later one has a larger number.
+    """
+
+    version: str
+    source: Source
+    proposal: int = field(default=0, compare=False)
+
+    @property
+    def priority(self) -> int:
+        """The priority of its family: a lower one is tested first."""
+        rules = FAMILY_RULES.get(self.source.family) if isinstance(self.source, Proposed) else None
+        return rules.queue_priority if rules is not None else 0
+
+    @property
+    def test(self) -> GuardKey:
+        """The key of its tests."""
+        return candidate_key(self.version)
