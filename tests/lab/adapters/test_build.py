@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.adapter_models import LAYERS, VOCABULARY, TinyCheckpoints, linear_names, random_texts
+from tests.support.slow import slow_unless
 
 from hemostat.checkpoints.errors import AdaptError
 from hemostat_lab.models.work_folder import WorkFolder, WorkFolderError
@@ -154,8 +155,13 @@ class KilledFolder(WorkFolder):
             raise Killed
 
 
-@pytest.mark.parametrize("metric", ["auto", "full"])
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    ("metric", "after"),
+    # Each way of solving and each side of a write, once.
+    slow_unless(
+        {("auto", True), ("full", False)}, [(metric, at) for metric in ("auto", "full") for at in (False, True)]
+    ),
+)
 def test_what_is_killed_at_any_write_continues(
     metric: str, after: bool, tiny: TinyCheckpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
