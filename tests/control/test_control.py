@@ -226,7 +226,7 @@ async def test_a_bug_in_calibration_costs_no_measurement(tmp_path: Path, monkeyp
         raise RuntimeError("a bug")
 
     async with control(tmp_path) as plane:
-        monkeypatch.setattr(plane.profile_manager, "observe", bug)
+        monkeypatch.setattr(plane.profile_manager, "update", bug)
         plane.pipeline.use_record(*scored())
         assert plane.measured.measurements.tokens == 3
         assert plane.registry.get_sample_value("hemostat_internal_errors_total", {"part": "calibration"}) == 1
@@ -239,7 +239,7 @@ async def test_consumers_of_records_know_only_the_kinds_that_are_followed(
     async with control(tmp_path, settings(evidence={"kinds": 1})) as plane:
         told: list[Policy] = []
         plane.link.set_policy = told.append  # type: ignore[method-assign]
-        monkeypatch.setattr(plane.profile_manager, "observe", lambda record, *_, **_how: result.append(record.kind))
+        monkeypatch.setattr(plane.profile_manager, "update", lambda scored: result.append(scored.record.kind))
         for n, kind in enumerate(["chat text greedy", "chat json greedy", "", "chat text greedy"]):
             plane.pipeline.use_record(*scored(str(n), prompt=n, kind=kind))
         assert result == ["chat text greedy", "rest", "rest", "chat text greedy"]
