@@ -146,7 +146,7 @@ class World:
         pipeline = self.one.pipeline
         for _ in range(count):
             self.one.pipeline.receive(self.serve())
-        await until(lambda: pipeline.pending == 0 and not pipeline.distances.waiting, LONG)
+        await until(lambda: pipeline.pending == 0 and not pipeline.users.distances.waiting, LONG)
         self.one.policy.publish()
 
     async def until(self, condition: Any, requests: int) -> None:

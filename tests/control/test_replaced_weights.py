@@ -237,7 +237,7 @@ async def test_the_figures_of_another_model_begin_anew_by_themselves(settings: S
         plane.one._models_changed()
 
     def requests(plane: Life) -> tuple[int, int]:
-        others = plane.one.pipeline.other_models.report("other")
+        others = plane.one.pipeline.users.other_models.report("other")
         return figures(plane)[0], others["raw"]["requests"]
 
     async with life(tmp_path, settings) as plane:

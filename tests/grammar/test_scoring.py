@@ -145,7 +145,7 @@ class Bench:
         floor: Any = SimpleNamespace(
             samples=list, offer=lambda prompt, record, reference: self.noted["floor"].append(record)
         )
-        self.pipeline.consumers.append(NoiseFloorOffers(floor))
+        self.pipeline.users.consumers.append(NoiseFloorOffers(floor))
         self.records: list[TokenRecord] = []
         needs: Any = SimpleNamespace(
             evaluated_profiles=tuple,
@@ -376,11 +376,11 @@ async def test_one_of_another_model_is_measured_by_itself_and_not_judged() -> No
     await bench.score(request.capture())
     assert bench.noted == {"alarms": [], "judged": [], "learned": [], "floor": []}
     assert bench.measured.conditional.tokens == 0, "the figures are of the calibrated model"
-    result = bench.pipeline.other_models.report("m")
+    result = bench.pipeline.users.other_models.report("m")
     assert result["raw"]["requests"] == 0
     assert result["conditional"]["raw"]["requests"] == 1
     assert [kind["kind"] for kind in result["conditional"]["kinds"]] == [KIND]
-    assert bench.pipeline.other_models.report("other")["conditional"]["raw"]["requests"] == 0
+    assert bench.pipeline.users.other_models.report("other")["conditional"]["raw"]["requests"] == 0
 
 
 @pytest.mark.parametrize("of_another", [False, True])
@@ -400,8 +400,8 @@ async def test_a_part_of_an_output_counts_in_no_conditional_mean(of_another: boo
     assert result.tokens == record.tokens * (1 if of_another else 2)
     assert len(bench.noted["judged"]) == 1
     assert bench.measured.by_place.report() == Measurements().by_place.report()
-    assert bench.pipeline.other_models.report("m")["conditional"]["raw"]["requests"] == 0
+    assert bench.pipeline.users.other_models.report("m")["conditional"]["raw"]["requests"] == 0
     # Its conversation has no observation yet.
     bench.pipeline.use_record(replace(part, position=0), request.capture())
-    now = bench.pipeline.other_models.report("m")["conditional"] if of_another else result.report()
+    now = bench.pipeline.users.other_models.report("m")["conditional"] if of_another else result.report()
     assert now["raw"]["requests"] == (1 if of_another else 2)

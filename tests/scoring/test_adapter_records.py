@@ -125,7 +125,7 @@ class Pipeline:
         served = served_models(pair("m", object(), INFO, set(), set()))  # type: ignore[arg-type]
         self.pipeline = record_pipeline(consumers, served, on_change=self._changed, distances=source)
         floor: Any = SimpleNamespace(samples=list, offer=lambda prompt, record, reference: self.floor.append(record))
-        self.pipeline.consumers.append(NoiseFloorOffers(floor))
+        self.pipeline.users.consumers.append(NoiseFloorOffers(floor))
 
     def _changed(self) -> None:
         self.changes += 1
@@ -137,7 +137,7 @@ class Pipeline:
         )
 
     def outcomes(self) -> dict[str, float]:
-        return {outcome: records for outcome, records in self.pipeline.distances.outcomes.items() if records}
+        return {outcome: records for outcome, records in self.pipeline.users.distances.outcomes.items() if records}
 
 
 def _fields(record: TokenRecord, given: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def test_a_record_of_an_adapter_is_no_noise_floor_and_nothing_is_learned_from_it
     pipeline.use(base(2))
     assert len(pipeline.floor) == len(pipeline.learned) == 1
     assert len(pipeline.observed) == pipeline.changes == 2
-    assert pipeline.pipeline.calibration.errors == 0
+    assert pipeline.pipeline.users.calibration.errors == 0
 
 
 def test_records_wait_for_their_distances_and_are_judged_in_their_order(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_records_wait_for_their_distances_and_are_judged_in_their_order(tmp_path
     for number in range(4):
         pipeline.use(treated(number) if number % 2 else base(number))
     assert (pipeline.observed, pipeline.changes) == ([], 0)
-    assert pipeline.pipeline.distances.waiting == 4
+    assert pipeline.pipeline.users.distances.waiting == 4
     assert source.offers[0][1:] == ([0, 1, 2], (IDENTITY, ADAPTER.version))
     assert pipeline.measured.tokens == 20, "measured at once"
     source.answer()
@@ -232,7 +232,7 @@ def test_at_the_end_what_waits_is_used_without_and_a_late_answer_is_ignored() ->
     pipeline = Pipeline(source)
     pipeline.use(base(0))
     pipeline.use(base(1))
-    pipeline.pipeline.distances.flush()
+    pipeline.pipeline.users.distances.flush()
     assert [record.request_id for record in pipeline.observed] == ["0", "1"]
     source.answer()
     assert len(pipeline.observed) == 2

@@ -50,7 +50,7 @@ def test_alike_turns_count_once(named: bool) -> None:
         name = conversation.to_bytes(8, "big") if named else b""
         for _ in range(TURNS):
             pipeline.use_record(replace(record, conversation=name, kind="chat text sampled"), sized_capture())
-    assert pipeline.calibration.errors == 0
+    assert pipeline.users.calibration.errors == 0
     units = CONVERSATIONS if named else CONVERSATIONS * TURNS
     assert measured.summary(None)["requests"] == len(alarmed) == len(learned) == sum(fresh_seen) == units
     assert len(fresh_seen) == CONVERSATIONS * TURNS

@@ -31,6 +31,7 @@ from hemostat.control.composition import Control
 from hemostat.ipc import control_end
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, OutcomeReport, SampledCount, Stats
 from hemostat.reference.monitor import ReferenceState
+from hemostat.scoring.record_users import NoiseFloorUsers
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.reasoning import Thinking
@@ -210,6 +211,7 @@ async def everything(plane: Control, folder: Path) -> asyncio.StreamWriter:
     plane.profile_manager.set_model_pair("m", VOCABULARY)
     plane.profile_manager.operator.set_mode("auto")
     serving = plane.profile_manager.operator.import_profile(profile())
+    floor = NoiseFloorUsers(plane.monitor, plane.measured, plane.pipeline.users.other_models)
     held = None
     for n in range(160):
         if n == WARM_UP:
@@ -227,7 +229,7 @@ async def everything(plane: Control, folder: Path) -> asyncio.StreamWriter:
             truth = WORLD.truth(n)
             for model in ("compressed", "reference"):
                 near = log_softmax(truth.reference + 0.01 * World(seed=n).truth(n).reference)
-                plane.pipeline.use_self_record(model, make_record(Truth(truth.reference, near, truth.emitted), 20))
+                floor.use(model, make_record(Truth(truth.reference, near, truth.emitted), 20))
         if n % 5 == 0:
             at = n - 160
             status = plane.status.current()

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+from hemostat.measurement.by_model import OtherModels
+from hemostat.scored_record import RecordConsumer
+from hemostat.scoring.consumers import Calibration, Texts, Traces
+from hemostat.scoring.distances import DistanceSource, DistanceWaits
 from hemostat.scoring.pipeline import ScoringPipeline
+from hemostat.scoring.record_users import RecordUsers
 
 from .control import settings
 
 
-def record_pipeline(consumers: Any, served: Any, **more: Any) -> ScoringPipeline:
-    """Nothing is scored or measured anew by it. served: the served models. more: of its arguments."""
-    nothing: Any = None
-    given: dict[str, Any] = {
-        "scores": False,
-        "compressed_scorer": None,
-        "breakers": nothing,
-        "clock": lambda: 0.0,
-        "draw": lambda: 0.0,
-        "on_change": lambda: None,
-    }
+def record_pipeline(
+    consumers: Any,
+    served: Any,
+    *,
+    distances: DistanceSource | None = None,
+    on_change: Callable[[], None] = lambda: None,
+) -> ScoringPipeline:
+    """Nothing is scored or measured anew by it. consumers: what they hand records to. served: the served models."""
     monitor: Any = SimpleNamespace(served=served)
-    return ScoringPipeline(settings(), monitor, nothing, nothing, consumers, **given | more)
+    measured: Any = SimpleNamespace(
+        measurements=consumers.measurements, alarms=consumers.alarms, by_engine=consumers.engines
+    )
+    others: list[RecordConsumer] = []
+    if consumers.tracing is not None:
+        others.append(Traces(consumers.tracing, lambda: 0.0))
+    if consumers.texts is not None:
+        others.append(Texts(consumers.texts, consumers.profiles))
+    users = RecordUsers(
+        monitor,
+        measured,
+        Calibration(consumers.profiles, consumers.learner),
+        OtherModels(),
+        DistanceWaits(distances),
+        on_change,
+        others=others,
+        records=consumers.records,
+    )
+    nothing: Any = None
+    return ScoringPipeline(settings(), monitor, nothing, None, users, lambda: 0.0)

@@ -200,7 +200,7 @@ class StatusSource:
             profile=calibration.profile(),
             calibration=profiles,
             learner=calibration.learner.status(),
-            adapter={**calibration.adapters(), "distances": dict(scoring.pipeline.distances.outcomes)},
+            adapter={**calibration.adapters(), "distances": dict(scoring.pipeline.users.distances.outcomes)},
             recovered=calibration.recovered(measurements),
             proxy=proxy_status(totals, process.growth.figures.minute),
             endings=endings_by_arm(totals),

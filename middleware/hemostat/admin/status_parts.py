@@ -187,7 +187,7 @@ class ScoringParts:
             state=pair.state.value,
             detail=pair.detail,
             calibrated=calibrated,
-            figures=self.pipeline.other_models.report(pair.name) if matched and not calibrated else {},
+            figures=self.pipeline.users.other_models.report(pair.name) if matched and not calibrated else {},
         )
 
     def reference(self) -> ReferenceStatus:

@@ -44,6 +44,7 @@ from hemostat.ipc.supervised import make_tracing
 from hemostat.learner import stored
 from hemostat.learner.client import Learner
 from hemostat.learner.stored import StoredLearning
+from hemostat.measurement.by_model import OtherModels as OtherModelFigures
 from hemostat.measurement.measured import Measured
 from hemostat.measurement.outcome_sampling import OutcomeSampling
 from hemostat.measurement.rates import SmoothedRate
@@ -54,13 +55,20 @@ from hemostat.metrics.samples import AnySample
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.configured import make_compressed_scorer, make_references
 from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.scored_record import RecordConsumer
 from hemostat.scoring import prompt_templates
-from hemostat.scoring.consumers import ConsumerParts
+from hemostat.scoring.consumers import Calibration, NoiseFloorOffers, Texts, Traces
+from hemostat.scoring.distances import DistanceWaits
 from hemostat.scoring.engine_scores import EngineScorer
-from hemostat.scoring.limits import Breakers
-from hemostat.scoring.pipeline import ScoringPipeline
+from hemostat.scoring.limits import Breakers, TokenBudget
+from hemostat.scoring.noise_floor import NoiseFloorMeter
+from hemostat.scoring.pipeline import ScoringPipeline, reference_budget
 from hemostat.scoring.prompt_templates import PromptTemplates
+from hemostat.scoring.record_users import NoiseFloorUsers, RecordUsers
 from hemostat.scoring.records_file import RecordsFile
+from hemostat.scoring.reference_call import ReferenceCall
+from hemostat.scoring.routing import Router
+from hemostat.scoring.stages import CandidateCompletion, EngineFeatures, ScoringStages
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.factory import open_store
 from hemostat.store.protocol import Snapshot, StoreFailure
@@ -161,32 +169,57 @@ class Control:
 
     def _connect_scoring(self, settings: Settings, draw: Callable[[], float]) -> None:
         self.templates = PromptTemplates(self.writer, self._clock)
+        clock, measured, budget = self._clock, self.measured, reference_budget(settings.shadow)
+        other_models = OtherModelFigures(settings.shadow.max_tokens, measured.cycle)
+        floor = None
+        if self.references is not None and self.compressed_scorer is not None:
+            floor = NoiseFloorMeter(
+                fraction=settings.shadow.floor_fraction,
+                draw=draw,
+                budget=budget,
+                compressed=self.compressed_scorer,
+                emit=NoiseFloorUsers(self.monitor, measured, other_models).use,
+                clock=clock,
+            )
+        others: list[RecordConsumer] = []
+        if floor is not None:
+            others.append(NoiseFloorOffers(floor))
+        if self.tracing is not None:
+            others.append(Traces(self.tracing, clock))
+        if settings.adapter.enabled:
+            others.append(Texts(self.adapters.learner, self.profile_manager))
         self.pipeline = ScoringPipeline(
             settings,
             self.monitor,
             self.engines.reports,
-            CalibrationNeeds(settings.calibration, self.profile_manager, self.learner, self.adapters),
-            ConsumerParts(
-                self.measured.measurements,
-                self.measured.alarms,
-                self.measured.by_engine,
-                self.profile_manager,
-                self.learner,
-                self.records,
-                self.tracing,
-                self.adapters.learner if settings.adapter.enabled else None,
+            None if self.references is None else self._scoring_stages(settings, budget),
+            RecordUsers(
+                self.monitor,
+                measured,
+                Calibration(self.profile_manager, self.learner),
+                other_models,
+                DistanceWaits(self.adapters.judge if settings.adapter.enabled else None),
+                self.changes.notify,
+                others=others,
+                records=self.records,
             ),
-            scores=self.references is not None,
-            compressed_scorer=self.compressed_scorer,
-            engine_scorer=self.engine_scorer,
-            breakers=self.breakers,
-            clock=self._clock,
-            draw=draw,
-            on_change=self.changes.notify,
-            distances=self.adapters.judge if settings.adapter.enabled else None,
-            template_of=self.templates.assign,
+            clock,
+            noise_floor=floor,
             decides=lambda: self.ownership.active,
-            cycle=self.measured.cycle,
+        )
+
+    def _scoring_stages(self, settings: Settings, budget: TokenBudget) -> ScoringStages:
+        clock = self._clock
+        needs = CalibrationNeeds(settings.calibration, self.profile_manager, self.learner, self.adapters)
+        return ScoringStages(
+            Router(self.monitor, needs, self.breakers, clock),
+            CandidateCompletion(self.engine_scorer, budget, clock),
+            budget,
+            EngineFeatures(needs),
+            ReferenceCall(needs, clock),
+            self.templates.assign,
+            clock,
+            max_scored=settings.shadow.max_scored_tokens,
         )
 
     def _connect_relays(self, settings: Settings) -> None:
@@ -226,7 +259,7 @@ class Control:
             self.subject,
             self._clock,
         )
-        self.other_models = OtherModels(self.monitor, pipeline.other_models.forget)
+        self.other_models = OtherModels(self.monitor, pipeline.users.other_models.forget)
         self.monitor.on_change = self._models_changed
 
     def _connect_admin(self, settings: Settings, data_port: int) -> None:
@@ -400,7 +433,7 @@ class Control:
 
     async def close(self) -> None:
         """Writes what is queued for the store, and releases all resources. Nothing is waited for without a limit."""
-        self.pipeline.distances.flush()
+        self.pipeline.users.distances.flush()
         if self.ownership.active:
             await _within(SAVE_SECONDS, "what this process knows", self._save())
         await self.ownership.close()

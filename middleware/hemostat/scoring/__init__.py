@@ -9,6 +9,7 @@
     conditioning            candidates under the grammar that restricted an output
     record_builder          capture, tap and scores as one validated record
     record_reader           what a record may be used for, and its figures: the `ScoredRecord`
+    record_users            hands scored records to their consumers, in their order
     consumers               who uses scored records
     distances               exact distances of adapters under test, which held-out records wait for
     endings                 how sampled requests and captures end, and why

@@ -19,7 +19,6 @@ from hemostat.scored_record import RecordConsumer, ScoredRecord, Use
 from hemostat.scoring.capture_arrays import prompt_ids
 from hemostat.scoring.distances import DistanceWaits
 from hemostat.scoring.noise_floor import NoiseFloorMeter
-from hemostat.scoring.records_file import RecordsFile
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.profile import IDENTITY
 from hemostat_calibration.records import TokenRecord
@@ -238,48 +237,3 @@ class Change:
 
     def use(self, scored: ScoredRecord) -> None:
         self.notify()
-
-
-@dataclass(frozen=True, slots=True)
-class ConsumerParts:
-    """The parts that consumers hand records to. records: None without `records.path`. tracing: None without an
-    endpoint. texts: None if no adapter is learned.
-    """
-
-    measurements: Measurements
-    alarms: Alarms
-    engines: ByEngine
-    profiles: ProfileManager
-    learner: RecordLearner
-    records: RecordsFile | None
-    tracing: Tracing | None
-    texts: TextLearner | None = None
-
-
-def record_consumers(
-    parts: ConsumerParts,
-    calibration: Calibration,
-    other_models: OtherModels,
-    distances: DistanceWaits,
-    noise_floor: NoiseFloorMeter | None,
-    clock: Callable[[], float],
-    on_change: Callable[[], None],
-) -> list[RecordConsumer]:
-    """Returns all of them, in their order. clock: monotonic seconds. on_change: see `Change`."""
-    measurements, profiles = parts.measurements, parts.profiles
-    with_distances: list[RecordConsumer] = [
-        ModelTests(parts.alarms, parts.engines),
-        DistanceFigures(measurements, profiles),
-        *([] if parts.records is None else [parts.records]),
-        calibration,
-        Change(on_change),
-    ]
-    return [
-        ThinkingLengths(measurements.thinking),
-        Figures(measurements, other_models),
-        EngineTotals(parts.engines),
-        *([] if noise_floor is None else [NoiseFloorOffers(noise_floor)]),
-        *([] if parts.tracing is None else [Traces(parts.tracing, clock)]),
-        *([] if parts.texts is None else [Texts(parts.texts, profiles)]),
-        WithDistances(distances, profiles, Each(with_distances)),
-    ]
