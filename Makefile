@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-load bench-canaries bench-compress bench-growth bench-gpu chart dist docs site screenshot clean
+.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-gate bench-coverage bench-faults bench-load bench-canaries bench-compress bench-growth bench-gpu chart dist docs site screenshot clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -79,6 +79,9 @@ bench-engine: setup ## cost of profiles, sets of grammars and adapters in vLLM's
 
 bench-guard: setup ## simulations of what the guard, alarm, intervals and outcomes guarantee; writes build/bench/guard.json
 	@exec $(BIN)/python tests/bench/bench_guard.py $(ARGS)
+
+bench-gate: setup ## error rates of the gate in simulated worlds, and the prompts that it takes; writes build/bench/gate.json
+	@exec $(BIN)/python tests/bench/bench_gate.py $(ARGS)
 
 bench-coverage: setup ## share of a mixed agent workload that is scored, and why the rest is not; writes build/bench/coverage.json
 	@exec $(BIN)/python tests/bench/bench_coverage.py $(ARGS)

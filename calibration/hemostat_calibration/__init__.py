@@ -13,6 +13,7 @@ divergence      divergences between two models on the same tokens
 elapsed         elapsed time that evidence may rely on
 engine_keys     the keys of `vllm_xargs` that the engine's plugin reads
 errors          the one error tree of the core
+gate            the verdict on a candidate: pass, fail or undecided
 guard           decides from held-out evidence which profile may serve which kind of request
 learning        the learning of profiles from token records
 messages        the forms in which messages show addresses and other libraries' errors

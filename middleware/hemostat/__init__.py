@@ -9,6 +9,7 @@ commands      one module for each command of the command line; `arguments` has w
 config        the configuration: its sections (`schema`), where values come from (`loading`)
 control       the control process: composition of all that is not in the request path
 engines       the reports of the engines' plugins, the routes that they call
+gate          the verdict on a candidate: prompts are asked of two servers
 hooks         the interface by which the relay lets another layer inspect and change requests and responses
 interception  in a relay, what the hook of `hemostat.hooks` does
 ipc           messages and framing between Hemostat's own processes

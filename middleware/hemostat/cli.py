@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from hemostat import __version__
-from hemostat.commands import canaries, check, control, engines, init, profile, relay, serve
+from hemostat.commands import canaries, check, control, engines, gate, init, profile, relay, serve
 from hemostat.commands.arguments import EXIT_INTERRUPTED, Parser, UsageError
 from hemostat.config.install_command import install_command
 from hemostat_calibration.errors import HemostatError
@@ -28,6 +28,7 @@ BUILT_IN = {
     "profile": profile,
     "engines": engines,
     "canaries": canaries,
+    "gate": gate,
 }
 LABORATORY = ("demo", "doctor", "compress", "adapt")
 """The commands that the distribution `hemostat-lab` adds."""

@@ -7,6 +7,7 @@ check        `hemostat check`: validate the configuration and probe both models
 control      `hemostat control`: run a control process whose relays are on other machines
 engines      `hemostat engines`: the engines that requests go to, and taking one out of service
 first_start  parts that `hemostat init` and `hemostat serve` without a file share
+gate         `hemostat gate`: pass, fail or undecided, for a candidate that may replace what serves
 init         `hemostat init`: write a configuration file
 kept_token   the engine token of a `hemostat serve` without a configuration file
 profile      `hemostat profile …`

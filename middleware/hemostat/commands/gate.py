@@ -1,0 +1,283 @@
+"""`hemostat gate`: may a candidate replace what serves? Nothing else of Hemostat has to run.
+
+Exit codes: 0 pass, 1 fail, 2 undecided, or an error that the user can correct.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hemostat import __version__
+from hemostat.commands.arguments import UsageError, positive_integer
+
+if TYPE_CHECKING:
+    from pydantic import SecretStr
+
+    from hemostat.gate.endpoint import Endpoint
+    from hemostat.gate.run import Result
+    from hemostat.gate.summary import Subject
+    from hemostat.gate.unit import At
+    from hemostat.reference.server import VllmServer
+    from hemostat.report.progress import Reporter
+
+HELP = "Say if a candidate may replace the model that serves: pass, fail or undecided, with an error rate."
+EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 2}
+KEY = "HEMOSTAT_UPSTREAM__API_KEY"
+SERVER = "URL[#NAME] of a vLLM server, and the name of the served model or adapter (default: its first model)."
+_DURATION = re.compile(r"(\d+)([smh])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_gate)
+    parser.add_argument("--stable", required=True, metavar="URL", help=f"What serves now: {SERVER}")
+    parser.add_argument("--candidate", required=True, metavar="URL", help=f"What may replace it: {SERVER}")
+    parser.add_argument(
+        "--expect",
+        required=True,
+        choices=("same", "other"),
+        help="same: it is to be the same model (another version, flag, kernel or GPU). other: it is another "
+        "checkpoint, which is to be at least as near to the reference.",
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="The uncompressed model, with --expect other: a folder, a hub name, or the URL[#NAME] of a vLLM server.",
+    )
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help='A file with one prompt per line, best of your own traffic: text, {"prompt": "..."} or {"messages": '
+        '[...]}, with "kind" and "max_tokens" if you like.',
+    )
+    parser.add_argument(
+        "--within", type=_duration, default=3600.0, metavar="TIME", help="Longest time, like 30m (default: 1h)."
+    )
+    parser.add_argument(
+        "--margin",
+        type=_fraction,
+        metavar="D",
+        help="The mean difference that is allowed over all prompts, in total variation (default: 0.02 with same, 0.05 "
+        "with other).",
+    )
+    parser.add_argument(
+        "--kind-margin",
+        type=_fraction,
+        default=0.15,
+        metavar="D",
+        help="The same in one kind of prompts (default: 0.15).",
+    )
+    parser.add_argument(
+        "--alpha",
+        type=_fraction,
+        default=0.05,
+        metavar="P",
+        help="Probability of a wrong pass, and of a wrong fail (default: 0.05).",
+    )
+    parser.add_argument(
+        "--at-once", type=positive_integer, default=8, metavar="N", help="Prompts under way at a time (default: 8)."
+    )
+    parser.add_argument(
+        "--timeout", type=_duration, default=120.0, metavar="TIME", help="Longest time of one answer (default: 2m)."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of the order and of the answers (default: 0).")
+    parser.add_argument(
+        "--state", type=Path, metavar="FILE", help="Keep the evidence here; the same command again goes on with it."
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Write the result as JSON.")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="Write the result as a page (extra `report`).")
+
+
+def _gate(options: argparse.Namespace) -> int:
+    from hemostat.gate import summary  # noqa: PLC0415
+    from hemostat.reference.protocol import ReferenceFailure  # noqa: PLC0415
+    from hemostat.report.written_files import other_content  # noqa: PLC0415
+
+    if (options.expect == "other") != (options.reference is not None):
+        raise UsageError(
+            "--reference: --expect other needs the uncompressed model, and --expect same takes none: add or remove it"
+        )
+    for path, marker in ((options.json, b'"verdict":'), (options.html, summary.MARKER)):
+        if path is not None and (why := other_content(path, marker)):
+            raise UsageError(why)
+    try:
+        result, subject = asyncio.run(_asked(options))
+    except ReferenceFailure as failure:
+        raise UsageError(f"undecided: {failure}") from None
+    print(summary.sentence(result))  # noqa: T201
+    for line in summary.lines(result):
+        print(line)  # noqa: T201
+    _write(options, result, subject)
+    return EXIT_CODES[result.outcome.value]
+
+
+def _write(options: argparse.Namespace, result: Result, subject: Subject) -> None:
+    import msgspec  # noqa: PLC0415
+
+    from hemostat.gate import summary  # noqa: PLC0415
+    from hemostat.report.written_files import write_atomically  # noqa: PLC0415
+
+    try:
+        if options.json is not None:
+            written = msgspec.json.encode(summary.as_json(result, subject))
+            write_atomically(options.json, msgspec.json.format(written, indent=2) + b"\n")
+        if options.html is not None:
+            write_atomically(options.html, summary.as_page(result, subject, __version__).encode())
+    except OSError as error:
+        raise UsageError(f"the result cannot be written ({error.strerror}); name another file") from None
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--html needs {error.name}: pip install 'hemostat[report]', or leave it out") from None
+
+
+async def _asked(options: argparse.Namespace) -> tuple[Result, Subject]:
+    from hemostat.gate import asked, run, summary, unit  # noqa: PLC0415
+    from hemostat.gate.state import FORMAT, Evidence, Header  # noqa: PLC0415
+    from hemostat.report.progress import Reporter  # noqa: PLC0415
+    from hemostat_calibration.gate.verdict import Gate, Outcome  # noqa: PLC0415
+
+    prompts = asked.load(options.prompts)
+    expect = unit.Expect(options.expect)
+    margin = options.margin if options.margin is not None else unit.MARGINS[expect]
+    reference_name = options.reference or ""
+    with Reporter() as reporter:
+        async with (
+            _endpoint("--stable", options.stable, options.timeout) as stable,
+            _endpoint("--candidate", options.candidate, options.timeout) as candidate,
+            _reference(options, reporter) as reference,
+        ):
+            header = Header(
+                FORMAT,
+                expect,
+                await stable.identity(),
+                await candidate.identity(),
+                reference_name,
+                margin,
+                options.kind_margin,
+                options.alpha,
+            )
+
+            def subject(left_out: int) -> Subject:
+                named = options.stable, options.candidate, reference_name, expect.value
+                return summary.Subject(*named, left_out, header)
+
+            with_ids, why = await run.same_prompt_ids(
+                prompts, stable, candidate, lambda done, total: reporter.step("prompts tokenized", done, total)
+            )
+            if why:
+                return run.Result(Outcome.FAIL, None, why), subject(0)
+            with Evidence(options.state, header) as evidence:
+                ordered = asked.in_order(with_ids, options.seed, evidence.units)
+                new = [each for each in ordered if each.prompt.digest not in evidence.units]
+                planned = Counter([kind for kind, _ in evidence.units.values()] + [each.prompt.kind for each in new])
+                shown = [""]
+
+                def progress(done: int, total: int, known: str) -> None:
+                    reporter.step("prompts", done, total)
+                    if done % 10 == 0 and known != shown[0]:
+                        shown[0] = known
+                        reporter.log(f"{done} of {total} prompts: {known}")
+
+                gate = Gate(unit.questions(expect, margin, options.kind_margin), planned, options.alpha)
+                measuring = unit.Measuring(stable, candidate, reference)
+                running = run.Run(gate, measuring, evidence, options.at_once, progress, options.seed)
+                result = await running.until_verdict(new, options.within)
+                return result, subject(len(prompts) - len(ordered))
+
+
+@asynccontextmanager
+async def _endpoint(flag: str, server: str, seconds: float) -> AsyncIterator[Endpoint]:
+    from hemostat.gate.endpoint import Endpoint  # noqa: PLC0415
+
+    url, name = _named(server)
+    vllm = _server(flag, url, seconds)
+    try:
+        yield await Endpoint.of(vllm, name)
+    finally:
+        await vllm.close()
+
+
+@asynccontextmanager
+async def _reference(options: argparse.Namespace, reporter: Reporter) -> AsyncIterator[At | None]:
+    """Yields the reference's values of given tokens; None if there is no reference."""
+    import numpy as np  # noqa: PLC0415
+
+    from hemostat.gate.endpoint import TOP_K  # noqa: PLC0415
+    from hemostat.reference.protocol import ScoreRequest  # noqa: PLC0415
+    from hemostat.reference.transformers import TransformersReference  # noqa: PLC0415
+    from hemostat.reference.vllm import VllmReference  # noqa: PLC0415
+    from hemostat_calibration.arrays import Ids  # noqa: PLC0415
+    from hemostat_calibration.gate.distance import Listed  # noqa: PLC0415
+
+    if options.reference is None:
+        yield None
+        return
+    reference: VllmReference | TransformersReference
+    if "://" in options.reference:
+        url, name = _named(options.reference)
+        checked = _server("--reference", url, options.timeout)
+        await checked.close()
+        reference = VllmReference(checked.url, _key(), name, TOP_K)
+    else:
+        reporter.log(f"loading the reference {options.reference}")
+        reference = TransformersReference(options.reference)
+    try:
+        await reference.start()
+
+        async def at(prompt: tuple[int, ...], output: Ids, ids: Ids) -> Listed:
+            scores = await reference.score(ScoreRequest(np.array(prompt, np.int32), output, ids))
+            known = ~np.isnan(scores.at)
+            return Listed(np.where(known, ids, -1), np.where(known, scores.at, -np.inf), scores.emitted)
+
+        yield at
+    finally:
+        await reference.close()
+
+
+def _named(server: str) -> tuple[str, str | None]:
+    # A password, which is refused, may have a #.
+    url, _, name = (server, "", "") if "@" in server else server.partition("#")
+    return url, name or None
+
+
+def _server(flag: str, url: str, seconds: float) -> VllmServer:
+    from hemostat.config.fields import server_url  # noqa: PLC0415
+    from hemostat.reference.server import VllmServer  # noqa: PLC0415
+
+    try:
+        return VllmServer(server_url(url), _key(), timeout=seconds)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {str(error).replace('use api_key', f'set {KEY}')}") from None
+
+
+def _key() -> SecretStr | None:
+    from pydantic import SecretStr  # noqa: PLC0415
+
+    key = os.environ.get(KEY)
+    return SecretStr(key) if key else None
+
+
+def _duration(text: str) -> float:
+    match = _DURATION.fullmatch(text)
+    if match is None or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write it like 90s, 30m or 2h")
+    return float(int(match[1]) * _SECONDS[match[2]])
+
+
+def _fraction(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0.0 < number < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return number

@@ -1,0 +1,9 @@
+"""The gate: may a candidate replace what serves? Prompts are asked of both, and what follows is a verdict.
+
+asked      the prompts of a file, and which of them are asked in which order
+endpoint   one vLLM server as the gate asks it: prompt ids, answers, scores of given tokens
+unit       measures one prompt: the excess of each question
+run        asks prompt after prompt until there is a verdict
+state      the evidence so far in a file, so that a rerun goes on with it
+summary    the verdict in words, as JSON and as a page
+"""

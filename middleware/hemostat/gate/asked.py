@@ -1,0 +1,101 @@
+"""The prompts of a file, one in each line, as text or as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.statistics.templates import TemplateTable
+
+SHAPE = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
+DEFAULT_KIND = "prompts"
+MAX_TOKENS = 64
+"""The largest number of tokens of an answer, unless the prompt names one."""
+_KEY = b"hemostat gate"
+"""The key of the table of templates. It is no secret: the prompts are the operator's own."""
+
+
+class PromptFileError(HemostatError):
+    """One line with the file, the line and the correction."""
+
+
+class _Message(msgspec.Struct, frozen=True):
+    role: str
+    content: str
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """One line of the file. Either `prompt` or `messages` is given."""
+
+    prompt: str = ""
+    messages: tuple[_Message, ...] = ()
+    kind: str = DEFAULT_KIND
+    max_tokens: int = MAX_TOKENS
+
+    @property
+    def digest(self) -> str:
+        """The identity of what is asked, whatever its kind is called."""
+        return hashlib.sha256(msgspec.json.encode([self.prompt, self.messages, self.max_tokens])).hexdigest()[:32]
+
+    @property
+    def chat(self) -> list[dict[str, str]]:
+        return [{"role": message.role, "content": message.content} for message in self.messages]
+
+
+def load(path: Path) -> list[Prompt]:
+    """Returns the prompts of a file, each once. Raises PromptFileError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PromptFileError(f"--prompts: {path} cannot be read ({error.strerror}); name a text file") from None
+    prompts: dict[str, Prompt] = {}
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            prompt = _parse(line, f"{path}:{number}")
+            prompts.setdefault(prompt.digest, prompt)
+    if not prompts:
+        raise PromptFileError(f"--prompts: {path} has no prompt; write one in each line, as text or {SHAPE}")
+    return list(prompts.values())
+
+
+def _parse(line: bytes, where: str) -> Prompt:
+    try:
+        text = line.decode().strip()
+        prompt = msgspec.json.decode(text, type=Prompt) if text.startswith("{") else Prompt(text)
+    except UnicodeDecodeError as error:
+        raise PromptFileError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except msgspec.DecodeError as error:
+        raise PromptFileError(f"{where}: no prompt ({error}); write {SHAPE}, or text without a brace first") from None
+    if bool(prompt.prompt.strip()) == bool(prompt.messages):
+        raise PromptFileError(f"{where}: give either prompt or messages, with a text in it: {SHAPE}")
+    if not 1 <= prompt.max_tokens <= 4096:
+        raise PromptFileError(f"{where}: max_tokens is {prompt.max_tokens}; give 1 to 4096")
+    return prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt that will be asked, and its token ids."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+
+
+def in_order(prompts: Sequence[Asked], seed: int, known: Collection[str] = ()) -> list[Asked]:
+    """Returns the prompts in random order, one of each template: variants of one template are one piece of evidence.
+    known: digests of prompts that there is evidence of; these come first."""
+    shuffled = sorted(prompts, key=lambda asked: asked.prompt.digest)
+    random.Random(seed).shuffle(shuffled)  # noqa: S311  no secret
+    shuffled.sort(key=lambda asked: asked.prompt.digest not in known)
+    table = TemplateTable(_KEY)
+    first: dict[bytes, Asked] = {}
+    for asked in shuffled:
+        first.setdefault(table.assign(np.array(asked.ids, np.int32)), asked)
+    return list(first.values())

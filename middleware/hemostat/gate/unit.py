@@ -1,0 +1,128 @@
+"""Measures one prompt: by how much the candidate is worse than the stable model, for each question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from hemostat.gate.asked import Asked
+from hemostat.gate.endpoint import Answer, Endpoint
+from hemostat.reference.protocol import ReferenceFailure
+from hemostat.relay.outcomes import ends_in_loop
+from hemostat_calibration.arrays import Ids
+from hemostat_calibration.gate.distance import Listed, distance_gain, sampled_distance
+from hemostat_calibration.gate.verdict import Question
+
+BAD_MARGIN = 0.05
+"""The largest difference of the shares of bad answers that is allowed, whatever the other margins are."""
+MARGINS = {"same": 0.02, "other": 0.05}
+KIND_MARGIN = 0.15
+
+At = Callable[[tuple[int, ...], Ids, Ids], Coroutine[Any, Any, Listed]]
+"""A reference: its values of the output after the prompt, at the ids [T, K] that another model's list names."""
+
+
+class Expect(StrEnum):
+    """The expectation that the candidate has to meet."""
+
+    SAME = "same"
+    """The same model: another version, flag, kernel, GPU."""
+    OTHER = "other"
+    """Another checkpoint, which is to be at least as near to the reference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The evidence of one prompt. excess: D by question. note: who had an error, and which; "" otherwise. log_ratio:
+    the mean of log(stable/candidate) on the stable model's tokens, nats, for people: an estimate of KL."""
+
+    excess: dict[str, float]
+    note: str = ""
+    log_ratio: float | None = None
+
+
+def questions(expect: Expect, margin: float, kind_margin: float) -> list[Question]:
+    """Returns what is asked of the candidate."""
+    far = "from the stable model" if expect is Expect.SAME else "from the reference than the stable model"
+    more = "far" if expect is Expect.SAME else "farther"
+    return [
+        Question("stable_tokens", f"{more} {far}, on the stable model's tokens", margin, kind_margin),
+        Question("own_answers", f"{more} {far}, on its own answers", margin, kind_margin),
+        Question(
+            "bad_answers",
+            "worse in its answers: more of them are empty, errors, or end in a loop",
+            BAD_MARGIN,
+            kind_margin,
+        ),
+    ]
+
+
+class Measuring:
+    """Measures one prompt after another at both endpoints. reference: None with `Expect.SAME`."""
+
+    def __init__(self, stable: Endpoint, candidate: Endpoint, reference: At | None) -> None:
+        self._stable = stable
+        self._candidate = candidate
+        self._reference = reference
+
+    async def measure(self, asked: Asked, seed: int) -> Unit:
+        """Returns what the prompt shows. An error of the candidate's, or no token, counts 1 against it in every
+        question, one of the stable model's 1 for it. Raises ReferenceFailure where the reference fails, and where both
+        do."""
+        ids, most = asked.ids, asked.prompt.max_tokens
+        try:
+            stable = await self._stable.answer(ids, most, seed)
+            stable_own = await self._stable.scores(ids, stable.ids) if len(stable.ids) else None
+        except ReferenceFailure as failure:
+            return await self._without_stable(asked, seed, failure)
+        try:
+            candidate = await self._candidate.answer(ids, most, seed)
+            candidate_given = await self._candidate.scores(ids, stable.ids) if len(stable.ids) else None
+        except ReferenceFailure as failure:
+            return _one_sided(1.0, f"the candidate failed: {failure}")
+        bad = float(_is_bad(candidate)) - float(_is_bad(stable))
+        if stable_own is None or candidate_given is None or not len(candidate.ids):
+            side = float(not len(candidate.ids)) - float(not len(stable.ids))
+            return _one_sided(side, "an answer has no token")
+        distances = self._same if self._reference is None else self._other
+        tokens, own = await distances(ids, stable, stable_own, candidate, candidate_given)
+        log_ratio = float((stable.listed.emitted - candidate_given.emitted).mean())
+        return Unit({"stable_tokens": tokens, "own_answers": own, "bad_answers": bad}, log_ratio=log_ratio)
+
+    async def _without_stable(self, asked: Asked, seed: int, failure: ReferenceFailure) -> Unit:
+        """Returns what a prompt shows that the stable model failed."""
+        await self._candidate.answer(asked.ids, asked.prompt.max_tokens, seed)
+        return _one_sided(-1.0, f"the stable model failed: {failure}")
+
+    async def _same(
+        self, ids: tuple[int, ...], stable: Answer, stable_own: Listed, candidate: Answer, candidate_given: Listed
+    ) -> tuple[float, float]:
+        """Returns both distances from the stable model, less the distance of its generating from its scoring, which is
+        the noise that two equal servers have."""
+        noise = float(sampled_distance(stable.listed, stable_own, stable.ids).mean())
+        given = float(sampled_distance(stable.listed, candidate_given, stable.ids).mean())
+        scored = await self._stable.scores(ids, candidate.ids)
+        own = float(sampled_distance(candidate.listed, scored, candidate.ids).mean())
+        return given - noise, own - noise
+
+    async def _other(
+        self, ids: tuple[int, ...], stable: Answer, stable_own: Listed, candidate: Answer, candidate_given: Listed
+    ) -> tuple[float, float]:
+        """Returns by how much the candidate is farther from the reference, on the stable model's tokens and where each
+        answers by itself."""
+        assert self._reference is not None
+        given = await self._reference(ids, stable.ids, stable.listed.ids)
+        tokens = float(distance_gain(given, candidate_given, stable_own).mean())
+        scored = await self._reference(ids, candidate.ids, candidate.listed.ids)
+        own = float(sampled_distance(candidate.listed, scored, candidate.ids).mean())
+        return tokens, own - float(sampled_distance(stable.listed, given, stable.ids).mean())
+
+
+def _one_sided(excess: float, note: str) -> Unit:
+    return Unit({"stable_tokens": excess, "own_answers": excess, "bad_answers": excess}, note)
+
+
+def _is_bad(answer: Answer) -> bool:
+    return not len(answer.ids) or ends_in_loop(answer.text)
