@@ -82,13 +82,20 @@ def test_another_chat_template_fails_at_once(gate: Gate, prompts: Path) -> None:
     assert "chat template or tokenizer" in text
 
 
-def test_a_candidate_that_fails_its_requests_fails_the_gate(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = FakeVllm()
-    broken.max_logprobs = 5
+def test_a_candidate_that_fails_its_requests_fails_the_gate(gate: Gate) -> None:
+    broken = FakeVllm(max_logprobs=5)
     with serving(FakeVllm()) as stable, serving(broken) as candidate:
         code, text = gate(stable, candidate, "--expect", "same")
     assert code == FAIL
     assert "times: the candidate failed: " in text
+
+
+def test_a_stable_server_that_is_down_lets_no_candidate_pass(gate: Gate) -> None:
+    broken = FakeVllm(max_logprobs=5)
+    with serving(broken) as stable, serving(FakeVllm()) as candidate:
+        code, text = gate(stable, candidate, "--expect", "same")
+    assert code == UNDECIDED
+    assert text.startswith("undecided: 3 prompts in a row failed at the stable model")
 
 
 def test_evidence_is_kept_and_another_candidate_cannot_use_it(gate: Gate, tmp_path: Path, prompts: Path) -> None:
@@ -117,8 +124,7 @@ def test_evidence_is_kept_and_another_candidate_cannot_use_it(gate: Gate, tmp_pa
 
 def test_a_reference_that_fails_counts_for_nothing(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "MAX_FAILURES", 3)
-    reference = FakeVllm()
-    reference.max_logprobs = 5
+    reference = FakeVllm(max_logprobs=5)
     with serving(FakeVllm()) as stable, serving(FakeVllm()) as candidate, serving(reference) as broken:
         code, text = gate(stable, candidate, "--expect", "other", "--reference", broken)
     assert code == UNDECIDED

@@ -19,6 +19,9 @@ MAX_FAILURES = 10
 """The number of prompts in a row without a measurement, after which the gate gives up: neither model is to blame, so
 that going on would decide nothing."""
 
+MAX_STABLE_FAILURES = 3
+"""The same for prompts that the stable model fails in a row: a server that is down would let any candidate pass."""
+
 Progress = Callable[[int, int, str], None]
 """A function that is called after each unit with how many have counted, how many there are, and what is known."""
 
@@ -83,7 +86,7 @@ class Run:
             self._count(kind, unit, planned)
         waiting = deque(prompts if self._gate.verdict().outcome is Outcome.UNDECIDED else ())
         running: deque[tuple[Asked, asyncio.Task[Unit]]] = deque()
-        failures, why = 0, ""
+        failures, stable_failures, why = 0, 0, ""
         try:
             while waiting or running:
                 while waiting and len(running) < self._at_once:
@@ -106,6 +109,10 @@ class Run:
                         break
                     continue
                 failures = 0
+                stable_failures = stable_failures + 1 if unit.stable_failed else 0
+                if stable_failures >= MAX_STABLE_FAILURES:
+                    why = f"{stable_failures} prompts in a row failed at the stable model ({unit.note})"
+                    break
                 self._evidence.add(asked.prompt.digest, asked.prompt.kind, unit)
                 if self._count(asked.prompt.kind, unit, planned) is not Outcome.UNDECIDED:
                     break

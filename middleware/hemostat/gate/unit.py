@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -41,6 +41,8 @@ class Unit:
     excess: dict[str, float]
     note: str = ""
     log_ratio: float | None = None
+    stable_failed: bool = False
+    """It is True if the stable model answered with an error, and the candidate did not."""
 
 
 def questions(expect: Expect, margin: float, kind_margin: float) -> list[Question]:
@@ -94,7 +96,7 @@ class Measuring:
     async def _without_stable(self, asked: Asked, seed: int, failure: ReferenceFailure) -> Unit:
         """Returns what a prompt shows that the stable model failed."""
         await self._candidate.answer(asked.ids, asked.prompt.max_tokens, seed)
-        return _one_sided(-1.0, f"the stable model failed: {failure}")
+        return replace(_one_sided(-1.0, f"the stable model failed: {failure}"), stable_failed=True)
 
     async def _same(
         self, ids: tuple[int, ...], stable: Answer, stable_own: Listed, candidate: Answer, candidate_given: Listed
