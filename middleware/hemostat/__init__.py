@@ -22,6 +22,7 @@ profiles      the life of calibration profiles: proposed, tested, promoted, roll
 reference     reference models behind one protocol
 relay         the data path: an HTTP/1.1 proxy at protocol level, between clients and one upstream server
 report        the parts of reports
+scored_record the result of scoring: a token record and what is known of its request
 scoring       the path from a capture to a scored token record and its users, in the control process
 store         where profiles, events and state are kept: in memory or SQLite
 supervisor    the supervisor of `hemostat serve`, `relay` and `control`

@@ -38,7 +38,7 @@ class Continuations:
 
     >>> known = Continuations(b"secret")
     >>> question, answer, next_question = (np.arange(n, n + 40, dtype=np.int32) for n in (0, 100, 200))
-    >>> known.add(question, answer, b"first")
+    >>> known.update(question, answer, b"first")
     >>> later = np.concatenate([question[5:], answer, next_question])
     >>> known.conversation(later, b"another"), known.conversation(question, b"another")
     (b'first', b'another')
