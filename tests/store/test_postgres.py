@@ -19,6 +19,7 @@ from tests.support.cut import cut
 from tests.support.postgres import ESCAPED, PASSWORD, Postgres
 
 from hemostat.store import postgres as store_module
+from hemostat.store import postgres_session as session_module
 from hemostat.store.postgres import PostgresStore
 from hemostat.store.protocol import (
     SCHEMA,
@@ -80,8 +81,8 @@ def end_sessions(server: Postgres, database: str) -> None:
 
 
 def test_an_owner_finds_out_before_another_one_can_own_it() -> None:
-    assert VERIFY_SECONDS + store_module.EXCHANGE_SECONDS < store_module.IDLE_SECONDS
-    assert store_module.STATEMENT_SECONDS < store_module.EXCHANGE_SECONDS
+    assert VERIFY_SECONDS + session_module.EXCHANGE_SECONDS < session_module.IDLE_SECONDS
+    assert session_module.STATEMENT_SECONDS < session_module.EXCHANGE_SECONDS
 
 
 def test_an_owner_without_its_session_writes_nothing(
@@ -210,7 +211,7 @@ def test_a_failover_that_lost_commits_is_noticed(unsteady: Postgres, store: Post
 def test_a_server_that_does_not_answer_ends_the_session(
     unsteady: Postgres, store: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "EXCHANGE_SECONDS", 0.2)
+    monkeypatch.setattr(session_module, "EXCHANGE_SECONDS", 0.2)
     unsteady.freeze()
     with pytest.raises(ExclusionLost, match=r"no answer within 0\.2 s"):
         store.commit([SetState("a", "2")], 1, "2")
@@ -229,7 +230,7 @@ def test_a_commit_that_waits_for_a_replica_ends_the_session_and_may_happen_later
         unsteady.execute("SELECT pg_reload_conf()")
 
     replicas("absent")
-    monkeypatch.setattr(store_module, "EXCHANGE_SECONDS", 0.5)
+    monkeypatch.setattr(session_module, "EXCHANGE_SECONDS", 0.5)
     done = [1]
 
     def commit_for_ever() -> None:
@@ -418,16 +419,16 @@ def test_whichever_statement_of_a_first_start_fails_it_is_a_failure_of_the_store
     server: Postgres, opened: Opener, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`left` counts down to the statement that fails; where none is left that could, the test ends."""
-    run, left = store_module._Session.run, 0
+    run, left = session_module.PostgresSession.run, 0
 
-    def failing(session: store_module._Session, statement: str, *values: object) -> object:
+    def failing(session: session_module.PostgresSession, statement: str, *values: object) -> object:
         nonlocal left
         left -= 1
         if left == 0:
             raise error
         return run(session, statement, *values)
 
-    monkeypatch.setattr(store_module._Session, "run", failing)
+    monkeypatch.setattr(session_module.PostgresSession, "run", failing)
     for number in itertools.count(1):
         store = opened(server.url(server.new_database()))
         left = number
@@ -456,4 +457,4 @@ def test_the_time_for_which_it_is_certainly_the_owner(server: Postgres, opened: 
     other = opened(url)
     assert not other.acquire()
     assert other.owned_until == -math.inf
-    assert store_module.LEASE_SECONDS < store_module.IDLE_SECONDS, "the server frees the lock only after it"
+    assert store_module.LEASE_SECONDS < session_module.IDLE_SECONDS, "the server frees the lock only after it"

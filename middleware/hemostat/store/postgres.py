@@ -19,15 +19,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import socket
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hemostat.config.store_url import postgres_parameters
-from hemostat.store import protocol
+from hemostat.store import postgres_session, protocol
+from hemostat.store.postgres_session import PostgresSession, session_settings
 from hemostat.store.protocol import (
     SCHEMA,
     AppendEvent,
@@ -50,39 +48,11 @@ from hemostat.store.protocol import (
 )
 from hemostat_calibration.messages import in_words, shown_address
 
-if TYPE_CHECKING:
-    import psycopg
-
-CONNECT_SECONDS = 3
-"""The timeout of a connection to each address of the server."""
-EXCHANGE_SECONDS = 5.0
-"""The longest exchange of one statement and its answer."""
-STATEMENT_SECONDS = 4
-"""The time after which the server gives a statement up, and the session goes on."""
-IDLE_SECONDS = 10
-"""The server ends a session that has sent nothing for so long."""
-LEASE_SECONDS = protocol.VERIFY_SECONDS + EXCHANGE_SECONDS
+LEASE_SECONDS = protocol.VERIFY_SECONDS + postgres_session.EXCHANGE_SECONDS
 """The seconds, counted from when an answered statement was sent, for which the session, and with it the lock, was
 certainly there."""
 CHUNK_BYTES = 4 * 1024 * 1024
 """The size of one chunk of a blob: each chunk is an exchange of its own."""
-
-_SESSION = {
-    "idle_session_timeout": f"{IDLE_SECONDS}s",
-    "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
-    "statement_timeout": f"{STATEMENT_SECONDS}s",
-    "lock_timeout": f"{STATEMENT_SECONDS}s",
-    "tcp_user_timeout": f"{IDLE_SECONDS}s",
-}
-"""The settings of the server for this session. tcp_user_timeout: for an answer that is not received."""
-_SOCKET = {
-    "keepalives": 1,
-    "keepalives_idle": 2,
-    "keepalives_interval": 2,
-    "keepalives_count": 2,
-    "tcp_user_timeout": int(1000 * EXCHANGE_SECONDS),
-}
-"""The settings of this end of the connection."""
 
 _TABLES = (
     "hemostat_head (schema integer NOT NULL, revision bigint NOT NULL, commit_id text NOT NULL)",
@@ -131,13 +101,9 @@ class PostgresStore:
 
         self._psycopg = psycopg
         self._shown = shown_address(url)
-        options = " ".join(f"-c {name}={value}" for name, value in _SESSION.items())
-        self._given: dict[str, Any] = {"application_name": "hemostat", **given, **_SOCKET}
-        self._given["connect_timeout"] = CONNECT_SECONDS
-        self._given["options"] = f"{given.get('options', '')} {options}".strip()
-        self._given["target_session_attrs"] = "read-write"  # of several hosts, the one that is no replica
+        self._given = session_settings(given)
         self._calls = threading.Lock()
-        self._session: _Session | None = None
+        self._session: PostgresSession | None = None
         self._owns = False
         """It is True if the session holds the lock, as far as this process knows."""
 
@@ -227,12 +193,12 @@ class PostgresStore:
         if not self._owns:
             raise ExclusionLost(f"store {self._shown}: this process does not own it")
 
-    def _require_lock(self, session: _Session) -> None:
+    def _require_lock(self, session: PostgresSession) -> None:
         if not session.one(_OWNS):
             self._disconnect()
             raise ExclusionLost(f"store {self._shown}: the session does not hold the lock, or the tables were replaced")
 
-    def _head(self, session: _Session) -> Head:
+    def _head(self, session: PostgresSession) -> Head:
         """Raises StoreIncompatible."""
         if session.one(_IS_NEW):
             return Head()
@@ -244,7 +210,7 @@ class PostgresStore:
         return Head(revision, commit_id)
 
     @contextlib.contextmanager
-    def _transaction(self, mode: str, *, keep: bool = True) -> Iterator[_Session]:
+    def _transaction(self, mode: str, *, keep: bool = True) -> Iterator[PostgresSession]:
         """Makes a transaction, which is committed at the end; undone after an exception, or where it is not to be kept.
         Raises StoreFailure."""
         with self._translated() as session:
@@ -253,7 +219,7 @@ class PostgresStore:
             session.run("COMMIT" if keep else "ROLLBACK")
 
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[_Session]:
+    def _translated(self) -> Iterator[PostgresSession]:
         """Gives the session, which is begun if there is none. What fails in it is undone, and raised as
         StoreFailure."""
         owned = self._owns
@@ -282,7 +248,7 @@ class PostgresStore:
 
     def _in_words(self, error: Exception) -> str:
         if self._session is not None and self._session.timed_out:
-            return f"no answer within {EXCHANGE_SECONDS:g} s"
+            return f"no answer within {postgres_session.EXCHANGE_SECONDS:g} s"
         text = getattr(getattr(error, "diag", None), "message_primary", None)
         return text or in_words(error).removeprefix("connection failed: ").partition(" Is the server running")[0]
 
@@ -295,10 +261,10 @@ class PostgresStore:
             return StoreIncompatible(f"store {self._shown}: not a store of this version of hemostat ({text})")
         return StoreFailure(f"store {self._shown}: {text}")
 
-    def _connect(self) -> _Session:
+    def _connect(self) -> PostgresSession:
         if self._session is None:
             try:
-                self._session = _Session(self._psycopg, self._given)
+                self._session = PostgresSession(self._psycopg, self._given)
             except self._psycopg.Error as error:
                 raise self._refusal(self._in_words(error)) from error
             if self._session.one("SELECT pg_backend_pid()") != self._session.backend:
@@ -329,60 +295,7 @@ class PostgresStore:
             self._session = None
 
 
-class _Session:
-    """One connection, which is never opened again by itself."""
-
-    def __init__(self, client: Any, given: dict[str, Any]) -> None:
-        self._connection: psycopg.Connection[Any] = client.connect(**given, autocommit=True, prepare_threshold=None)
-        self._socket = socket.socket(fileno=os.dup(self._connection.fileno()))
-        """A copy of the connection's socket, to end an exchange from another thread."""
-        self.backend: int = self._connection.info.backend_pid
-        """The server's process that began the session; of a pooler a number of its own."""
-        self.timed_out = False
-        self.answered = time.monotonic()
-        """The time at which the last statement was sent that the server has answered."""
-
-    @property
-    def version(self) -> str:
-        return str(self._connection.info.parameter_status("server_version"))
-
-    def run(self, statement: str, *values: Any) -> psycopg.Cursor[Any]:
-        """Runs a statement. Raises psycopg.Error, also after EXCHANGE_SECONDS: the session has ended then, and the
-        outcome is not known.
-        """
-        limit = threading.Timer(EXCHANGE_SECONDS, self._end)
-        limit.daemon = True
-        limit.start()
-        sent = time.monotonic()
-        try:
-            result = self._connection.execute(statement.encode(), values or None, binary=True)
-        finally:
-            limit.cancel()
-        self.answered = sent
-        return result
-
-    def rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-        return self.run(statement, *values).fetchall()
-
-    def one(self, statement: str, *values: Any) -> Any:
-        return self.rows(statement, *values)[0][0]
-
-    def undo(self) -> None:
-        """Ends the transaction. Raises psycopg.Error if the session has ended."""
-        if self._connection.info.transaction_status:  # not idle
-            self.run("ROLLBACK")
-
-    def _end(self) -> None:
-        self.timed_out = True
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._connection.close()
-        self._socket.close()
-
-
-def _create_tables(session: _Session) -> None:
+def _create_tables(session: PostgresSession) -> None:
     """Creates the tables that are missing, in a transaction. One process does so at a time: of two that create a table,
     one would fail.
     """
@@ -392,7 +305,7 @@ def _create_tables(session: _Session) -> None:
             session.run(f"CREATE TABLE IF NOT EXISTS {table}")  # the server's cache may be of before the lock
 
 
-def _execute(session: _Session, write: Write) -> None:
+def _execute(session: PostgresSession, write: Write) -> None:
     match write:
         case PutProfile(profile):
             session.run("DELETE FROM hemostat_profiles WHERE version = %s", profile.version)
@@ -413,7 +326,7 @@ def _execute(session: _Session, write: Write) -> None:
                 session.run("INSERT INTO hemostat_blobs VALUES (%s, %s, %s)", key, part, chunk)
 
 
-def _append(session: _Session, events: Sequence[dict[str, Any]]) -> None:
+def _append(session: PostgresSession, events: Sequence[dict[str, Any]]) -> None:
     if events:
         last = session.one("SELECT coalesce(max(id), 0) FROM hemostat_events")
         bodies = [json.dumps(event) for event in events]
