@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 from hemostat.reference.protocol import Reference, ReferenceInfo
 from hemostat_calibration.reasoning import Markers
@@ -105,3 +106,10 @@ class ServedModels:
         if not any(pair.compared for pair in self.pairs):
             return None
         return frozenset[str]().union(*(pair.scorable for pair in self.pairs))
+
+
+class ServedModelsSource(Protocol):
+    """The part of `hemostat.reference.monitor.ReferenceMonitor` that scoring uses."""
+
+    @property
+    def served(self) -> ServedModels: ...

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
 
 from hemostat.ipc.messages import Capture
 from hemostat.profiles.manager import ProfileManager
-from hemostat.reference.pair import ServedModels
+from hemostat.reference.pair import ServedModelsSource
 from hemostat.scored_record import NO_USE, ScoredRecord, Use
 from hemostat.scoring.capture_arrays import prompt_ids
 from hemostat.scoring.seen_units import SeenUnits
@@ -29,13 +28,6 @@ def uses_of(record: TokenRecord, *, calibrated: bool, scored_again: bool = False
     if record.constraint:
         return Use.CONDITIONAL_FIGURES if record.partial else Use.CONDITIONAL_FIGURES | Use.PROFILES
     return Use.PART_FIGURES if record.partial else Use.FIGURES | Use.PROFILES | floor
-
-
-class ServedModelsSource(Protocol):
-    """The part of `hemostat.reference.monitor.ReferenceMonitor` that is used here."""
-
-    @property
-    def served(self) -> ServedModels: ...
 
 
 class RecordReader:

@@ -13,6 +13,7 @@ from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
 from hemostat.metrics.reasons import FailedPart
 from hemostat.metrics.samples import Sample
+from hemostat.reference.pair import ServedModelsSource
 from hemostat.scored_record import RecordConsumer
 from hemostat.scoring.consumers import (
     Calibration,
@@ -26,7 +27,7 @@ from hemostat.scoring.consumers import (
     WithDistances,
 )
 from hemostat.scoring.distances import DistanceWaits
-from hemostat.scoring.record_reader import RecordReader, ServedModelsSource
+from hemostat.scoring.record_reader import RecordReader
 from hemostat.scoring.records_file import RecordsFile
 from hemostat_calibration.records import TokenRecord
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
 from hemostat.metrics.reasons import Unscored
-from hemostat.reference.pair import ModelPair, ServedModels
+from hemostat.reference.pair import ModelPair, ServedModelsSource
 from hemostat.reference.protocol import (
     Reference,
     ReferenceInfo,
@@ -35,13 +35,6 @@ class ScoringNeeds(Protocol):
 
     def needs_hidden_states(self, unit: bytes) -> bool:
         """Returns True if the reference's hidden states of this prompt's answer are of use."""
-
-
-class ServedModelsSource(Protocol):
-    """The part of `hemostat.reference.monitor.ReferenceMonitor` that is used here."""
-
-    @property
-    def served(self) -> ServedModels: ...
 
 
 @dataclass(frozen=True, slots=True)
