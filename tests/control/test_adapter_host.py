@@ -118,7 +118,7 @@ async def two_serve(folder: Path, lora: FakeLora) -> None:
     nothing more."""
     async with successor(folder, lora) as plane:
         for name in KINDS:
-            plane.profile_manager.kinds.see(name)
+            plane.profile_manager.kinds.update(name)
         for profile in (ADAPTER, OTHER):
             await plane.actions.import_profile(profile.to_bytes())
         await until(lambda: plane.adapters.hosts.capacity == 2)

@@ -32,7 +32,7 @@ def serve(plane: Control) -> str:
     profiles = plane.profile_manager
     profiles.set_model_pair(MODEL, V)
     for _ in range(60):
-        profiles.kinds.see(KIND)
+        profiles.kinds.update(KIND)
     version = profiles.operator.import_profile(profile())
     for kind in (KIND, REST_KIND):
         profiles.operator.promote(version, kind)

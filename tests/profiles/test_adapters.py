@@ -257,7 +257,7 @@ def test_no_more_adapters_serve_than_engines_have_slots_for() -> None:
     judging.profiles.serving.max_adapters = 1
     assert judging.feed(1) == 1
     assert judging.profiles.serving.version == version
-    judging.profiles.kinds.see("chat text greedy")
+    judging.profiles.kinds.update("chat text greedy")
     other = adapter(2)
     judging.profiles.operator.import_profile(other)
     with pytest.raises(HemostatError, match="1 other adapters serve"):

@@ -21,7 +21,7 @@ def made(
 
 def test_kinds_beyond_the_limit_and_requests_without_one_are_pooled() -> None:
     kinds = made(2)
-    result = [kinds.see(kind) for kind in ("chat", "", "code", "json", "chat", REST_KIND)]
+    result = [kinds.update(kind) for kind in ("chat", "", "code", "json", "chat", REST_KIND)]
     assert result == ["chat", REST_KIND, "code", REST_KIND, "chat", REST_KIND]
     assert kinds.followed == {"chat", "code"}
 
@@ -31,7 +31,7 @@ def test_a_kind_that_loses_its_place_is_reported() -> None:
     evicted: list[str] = []
     kinds = made(1, on_followed=followed.append, on_evicted=evicted.append)
     for kind in ["chat", *["code"] * 60]:
-        kinds.see(kind)
+        kinds.update(kind)
     assert (followed, evicted) == (["chat", "code"], ["chat"])
     assert kinds.followed == {"code"}
 
@@ -39,5 +39,5 @@ def test_a_kind_that_loses_its_place_is_reported() -> None:
 def test_a_kind_that_must_be_kept_does_not_lose_its_place() -> None:
     kinds = made(1, keep=lambda: {"chat"})
     for kind in ["chat", *["code"] * 60]:
-        kinds.see(kind)
+        kinds.update(kind)
     assert kinds.followed == {"chat"}

@@ -171,7 +171,7 @@ def test_a_hopeless_test_gives_way_to_the_newer_build() -> None:
 
 def test_a_candidate_is_not_hopeless_while_one_of_its_kinds_can_decide() -> None:
     bench = Bench()
-    kinds = [bench.profiles.kinds.see(kind) for kind in ("often", "rare")]
+    kinds = [bench.profiles.kinds.update(kind) for kind in ("often", "rare")]
     for kind in kinds:
         bench.feed(EVEN, JUDGED[:1], kind=kind)
     useless, newer = contextual(-0.3), contextual(0.9)

@@ -84,7 +84,7 @@ def test_a_candidate_that_cannot_be_read_any_more_is_dropped_with_the_reason() -
 def test_more_profiles_than_may_serve_are_withdrawn_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench()
     for kind in ("a", "b"):
-        bench.profiles.kinds.see(kind)
+        bench.profiles.kinds.update(kind)
     versions = [bench.profiles.operator.import_profile(made) for made in (helpful(0), helpful(1), contextual())]
     for kind, version in zip((REST_KIND, "a", "b"), versions, strict=True):
         bench.profiles.operator.promote(version, kind)
@@ -125,7 +125,7 @@ def test_candidates_that_an_earlier_version_learned_from_a_part_of_the_traffic_a
 def test_kinds_that_are_not_followed_any_more_lose_what_served_them_with_the_reason() -> None:
     bench = Bench()
     for kind in ("often", "rare", "often"):
-        bench.profiles.kinds.see(kind)
+        bench.profiles.kinds.update(kind)
     version = bench.profiles.operator.import_profile(helpful())
     bench.profiles.operator.promote(version)
     again = bench.restart(evidence=Evidence(kinds=1))
@@ -138,7 +138,7 @@ def test_kinds_that_are_not_followed_any_more_lose_what_served_them_with_the_rea
 def test_kinds_keep_what_serves_them_where_the_table_of_kinds_cannot_be_read() -> None:
     bench = Bench()
     for kind in ("often", "rare", "often"):
-        bench.profiles.kinds.see(kind)
+        bench.profiles.kinds.update(kind)
     bench.profiles.operator.promote(bench.profiles.operator.import_profile(helpful()))
     bench.profiles.writer.save()
     stored = StoredServing.decode(bench.store.get_state(SERVING_KEY))

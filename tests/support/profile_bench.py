@@ -88,7 +88,7 @@ class Bench:
         return replace(record, prompt_key=key, shifts=shifts, **more)
 
     def observe(self, record: TokenRecord) -> None:
-        record = replace(record, kind=self.profiles.kinds.see(record.kind))
+        record = replace(record, kind=self.profiles.kinds.update(record.kind))
         self.profiles.update(evidence(record))
 
     def feed(self, world: World, keys: list[bytes], until: Callable[[], bool] = lambda: False, **more: Any) -> int:

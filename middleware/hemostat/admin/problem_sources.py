@@ -86,7 +86,7 @@ class ServingProblems:
         if not self._ownership.knows:
             return  # another process serves
         relays = self._relays
-        relays.look(now, self._link.reporting, self._link.total())
+        relays.update(now, self._link.reporting, self._link.total())
         if not self._link.relays:
             yield Found("HemostatNoRelays", "No relay process is connected: whether requests are served is not known")
         engines = {
@@ -240,15 +240,15 @@ class MeasuringProblems:
             self._dropped.restart(dropped_here)
             return
         scored = endings.scored_captures
-        dropped = self._dropped.look(now, dropped_here) + relays.figures.dropped
-        of = dropped + self._scored.look(now, scored)
+        dropped = self._dropped.update(now, dropped_here).get() + relays.figures.dropped
+        of = dropped + self._scored.update(now, scored).get()
         if dropped >= MIN_DROPPED and dropped > MAX_DROPPED_RATIO * of:
             text = f"{dropped:.0f} of {of:.0f} captures of the last 15 minutes were dropped"
             reasons = endings.by_reason(Outcome.DROPPED)
             most = max(reasons, key=reasons.__getitem__, default="")
             yield Found("HemostatShadowDrops", f"{text} (since the start most often for {most})" if most else text)
         expected = relays.figures.completions * (pipeline.rate or 0.0) * pipeline.sampling.fraction
-        if not self._scored_long.look(now, scored) and expected > MIN_EXPECTED_SCORES:
+        if not self._scored_long.update(now, scored).get() and expected > MIN_EXPECTED_SCORES:
             text = (
                 f"{relays.figures.completions:.0f} requests were answered in the last 30 minutes, and none was scored"
             )
@@ -273,7 +273,7 @@ class ProcessProblems:
         self._lost_records = Growth(LOST_SECONDS)
 
     def problems(self, now: float, wall: float) -> Iterator[Found]:
-        refused = self._store_failures.look(now, self._store_errors.count)
+        refused = self._store_failures.update(now, self._store_errors.count).get()
         if self._ownership.state in UNDECIDED:
             yield Found("HemostatStoreErrors", f"Nothing is decided or stored: {self._ownership.why}")
         elif refused:
@@ -282,7 +282,7 @@ class ProcessProblems:
             yield Found("HemostatStoreErrors", f"{text}; a restart may lose something ({why})")
         if error := self._configuration.report.error:
             yield Found("HemostatReloadFailed", f"The configuration was not reloaded, the former one serves: {error}")
-        records = self._lost_records.look(now, self._records.lost) if self._records is not None else 0.0
+        records = self._lost_records.update(now, self._records.lost).get() if self._records is not None else 0.0
         if records:
             text = f"Records that could not be written to records.path in the last 15 minutes: {records:.0f}"
             yield Found("HemostatRecordsLost", text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
+from typing import Self
 
 import msgspec
 
@@ -30,7 +31,7 @@ class Growth:
     """The growth of a counter within the last `seconds`. The counter starts at 0.
 
     >>> growth = Growth(60.0)
-    >>> [growth.look(now, value) for now, value in ((0.0, 2.0), (50.0, 5.0), (70.0, 5.0), (120.0, 5.0))]
+    >>> [growth.update(now, value).get() for now, value in ((0.0, 2.0), (50.0, 5.0), (70.0, 5.0), (120.0, 5.0))]
     [2.0, 5.0, 3.0, 0.0]
     """
 
@@ -41,8 +42,8 @@ class Growth:
         begins.
         """
 
-    def look(self, now: float, value: float) -> float:
-        """Returns the growth up to now. now: monotonic seconds."""
+    def update(self, now: float, value: float) -> Self:
+        """Takes the counter's present value. now: monotonic seconds."""
         changes = self._changes
         if value != changes[-1][1]:
             if now - changes[-1][0] < self._seconds / MAX_CHANGES:
@@ -51,7 +52,11 @@ class Growth:
                 changes.append((now, value))
         while len(changes) > 1 and changes[1][0] <= now - self._seconds:
             changes.popleft()
-        return max(0.0, value - changes[0][1])
+        return self
+
+    def get(self) -> float:
+        """Returns the growth up to the last update."""
+        return max(0.0, self._changes[-1][1] - self._changes[0][1])
 
     def restart(self, value: float) -> None:
         """Leaves out of the growth all that the counter has grown up to this value."""
@@ -113,14 +118,15 @@ class RelayGrowth:
         self._growth = {name: Growth(seconds) for name, seconds in WINDOWS.items()}
         self._overhead = [Growth(OVERHEAD_SECONDS) for _ in range(len(OVERHEAD_BUCKETS) + 1)]
         self._counters: Mapping[str, float] = dict.fromkeys(WINDOWS, 0.0)
-        """The values at the last look."""
+        """The values at the last update."""
         self.figures = RelayFigures()
         self.overhead: list[int] = []
         """The number of requests of the last OVERHEAD_SECONDS by bucket of their overhead: `OVERHEAD_BUCKETS`, and
         above."""
 
-    def look(self, now: float, relays: int, total: Stats) -> None:
-        """Updates the figures. relays: how many have reported. total: of all relays, since they started."""
+    def update(self, now: float, relays: int, total: Stats) -> None:
+        """Takes the relays' present counters. relays: how many have reported. total: the counters of all relays, since
+        they started."""
         self._counters = _counters(total)
         buckets = [*total.overhead_buckets, *[0] * (len(self._overhead) - len(total.overhead_buckets))]
         if relays > self._relays:
@@ -128,8 +134,11 @@ class RelayGrowth:
             for growth, value in zip(self._overhead, buckets, strict=True):
                 growth.restart(value)
         self._relays = relays
-        self.figures = RelayFigures(**{name: self._growth[name].look(now, self._counters[name]) for name in WINDOWS})
-        self.overhead = [int(growth.look(now, value)) for growth, value in zip(self._overhead, buckets, strict=True)]
+        grown = {name: self._growth[name].update(now, self._counters[name]).get() for name in WINDOWS}
+        self.figures = RelayFigures(**grown)
+        self.overhead = [
+            int(growth.update(now, value).get()) for growth, value in zip(self._overhead, buckets, strict=True)
+        ]
 
     def restart(self, *fields: str) -> None:
         """Counts these fields of `RelayFigures` from now on."""

@@ -32,7 +32,7 @@ class FollowedKinds:
         """Notes that the clock was set."""
         self.table = self.table.after_break(time_break)
 
-    def see(self, kind: str) -> str:
+    def update(self, kind: str) -> str:
         """Counts one request, and returns what its kind is called from here on: its own name, or the rest's."""
         if kind not in (REST_KIND, REST_GRAMMAR_KIND):
             before, self.table = self.table, self.table.update(kind, self._keep(), self._wall())

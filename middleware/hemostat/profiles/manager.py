@@ -213,7 +213,7 @@ class ProfileManager:
         if kind is None:
             return
         if scored.fresh and record.adapter is None:
-            self.trials.note(kind, record.client, scored.figures.kl_rc, self._wall())
+            self.trials.update_dependence(kind, record.client, scored.figures.kl_rc, self._wall())
         if self.is_held_out(record):
             self.judge.update(replace(scored, record=replace(record, kind=kind)))
         elif scored.fresh and record.adapter is None and not record.constraint:

@@ -328,7 +328,7 @@ class Trials:
 
     # --- evidence --------------------------------------------------------------------------------------------------
 
-    def note(self, kind: str, client: bytes, divergences: Floats, now: float) -> None:
+    def update_dependence(self, kind: str, client: bytes, divergences: Floats, now: float) -> None:
         """Notes a unit that was scored, whether it is judged by or not: the compressed model's own divergence by token,
         and when, in seconds."""
         known = divergences[np.isfinite(divergences)]

@@ -45,7 +45,7 @@ class RecordReader:
         uses = uses_of(record, calibrated=calibrated, scored_again=capture.ids_only)
         profile = applied = None
         if calibrated:
-            record = replace(record, kind=profiles.kinds.see(record.kind))
+            record = replace(record, kind=profiles.kinds.update(record.kind))
             profile, applied = profiles.calibrated_profile(record), profiles.catalogue.get(record.applied)
         return ScoredRecord(
             record=record,

@@ -67,10 +67,10 @@ class Traffic:
 
     def _request(self, n: int, kind: str, client: bytes, held_out: bool, noise: float, divergence: float) -> None:
         self.bench.time += 1.0
-        kind = self.profiles.kinds.see(kind)
+        kind = self.profiles.kinds.update(kind)
         if not held_out:
             place = kind if kind in self.profiles.serving.kinds else REST_KIND
-            self.profiles.trials.note(place, client, np.full(2, divergence), self.bench.time)
+            self.profiles.trials.update_dependence(place, client, np.full(2, divergence), self.bench.time)
             self._known += self._tokens
             self._build()
             return

@@ -63,7 +63,7 @@ def serve(control: Control) -> str:
     bias = np.random.default_rng(0).normal(0.0, 0.1, VOCABULARY)
     version = profiles.operator.import_profile(temperature_bias(MODEL, VOCABULARY, 1.0, bias, 1.0))
     for _ in range(100):
-        profiles.kinds.see(KIND)
+        profiles.kinds.update(KIND)
     for kind in (KIND, REST_KIND):
         profiles.operator.promote(version, kind)
     return version

@@ -163,7 +163,7 @@ class Life:
                 break
             self.now += 1.0
             record = self._record(world.truth(n, TOKENS), key, exact, more)
-            record = replace(record, kind=self._profiles.kinds.see(record.kind))
+            record = replace(record, kind=self._profiles.kinds.update(record.kind))
             self._profiles.update(evidence(record))
             fed += 1
         return fed
