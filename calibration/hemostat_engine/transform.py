@@ -22,8 +22,10 @@ import torch
 
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profiles import transform as numpy_transform
-from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS
+from hemostat_calibration.profiles.adapter import ADAPTER
+from hemostat_calibration.profiles.contextual import CONTEXTUAL
 from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import TEMPERATURE_BIAS
 from hemostat_engine.product import Matrix, Product, upload
 
 CPU = torch.device("cpu")
@@ -93,7 +95,7 @@ def _nothing(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor | 
     return Shift(torch.zeros((count, logits.shape[1]), dtype=torch.float32, device=logits.device))
 
 
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: dict[str, Family] = {
     TEMPERATURE_BIAS: Family(_temperature_bias),
     CONTEXTUAL: Family(_contextual, frozenset({"linear"}), frozenset({"up"})),
     ADAPTER: Family(_nothing),
@@ -124,7 +126,7 @@ class HeldProfile:
         self.anchor_count = 0 if anchors is None else len(anchors)
         parameters = applied_parameters(profile)
         self._family = FAMILIES[profile.family]
-        self.is_probe = profile.family == ADAPTER or ("up" in parameters and not parameters["up"].any())
+        self.is_probe = profile.changes_weights or ("up" in parameters and not parameters["up"].any())
         self.parameters = Parameters(
             {
                 name: upload(_array(value, name in self._family.transposed), device)
@@ -141,7 +143,7 @@ class HeldProfile:
 
 def applied_parameters(profile: CalibrationProfile) -> Mapping[str, npt.NDArray[Any]]:
     """Returns the parameters that are applied to logits: an adapter has none."""
-    return {} if profile.family == ADAPTER else profile.parameters
+    return {} if profile.changes_weights else profile.parameters
 
 
 def _array(value: npt.NDArray[Any], transposed: bool) -> npt.NDArray[Any]:

@@ -11,7 +11,6 @@ from hemostat.reference.pair import ModelPair
 from hemostat_calibration.divergence.gain import Gain, gain
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.profiles.families import ADAPTER
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
 
@@ -71,7 +70,7 @@ class ScoredRecord:
         Raises InvalidArgumentError if the record is of an adapter, or the profile is one: what a record's lists show of
         a change of the logits is about the model that they are of, and of a change of the weights they show nothing.
         """
-        if self.record.adapter is not None or profile.family == ADAPTER:
+        if self.record.adapter is not None or profile.changes_weights:
             raise InvalidArgumentError("the gain of or with an adapter does not follow from a record's lists")
         if profile.version not in self._gains:
             self._gains[profile.version] = gain(self.record, profile)

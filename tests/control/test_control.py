@@ -31,7 +31,7 @@ from hemostat.reference.match import Match
 from hemostat.store import writer as writer_module
 from hemostat.store.protocol import ExclusionLost, NotActiveError, StoreFailure
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ from hemostat.control.composition import Control
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.profiles.adapter import adapter_bytes, adapter_profile
 from hemostat_calibration.profiles.peft import peft_files
-from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 Command = Callable[..., Any]
 

@@ -13,7 +13,7 @@ from tests.support.work import instructions, peak_bytes
 
 from hemostat_calibration.divergence.gain import gain
 from hemostat_calibration.divergence.per_token import calibrated, divergence
-from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.profiles.transform import shift_range
 from hemostat_calibration.records import Sampling, Shift
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profiles import profile as profile_module
-from hemostat_calibration.profiles.profile import VERSION_PATTERN, CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import VERSION_PATTERN, CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 V = 7
 

@@ -12,7 +12,7 @@ from tests.support.slow import examples
 
 from hemostat_calibration.divergence.per_token import calibrated, divergence
 from hemostat_calibration.errors import InvalidRecordError
-from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.record_checks import validate
 from hemostat_calibration.records import MAX_RECOVERY_ERROR, Candidates, RecoveredDivergence, Sampling
 from hemostat_calibration.state_recovery import checked_ids, compare, observed_error, recover_states

@@ -6,7 +6,7 @@ from hypothesis.extra import numpy as hnp
 from tests.support.oracle import apply, shift
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.profiles.transform import shift_at, shift_range
 
 V = 9

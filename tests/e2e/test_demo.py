@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tests.support.recompute import observations, recompute
 
-from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_lab.demo.checkpoints import Checkpoints
 from hemostat_lab.demo.generated_prompts import generated_prompts
 

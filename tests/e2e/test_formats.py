@@ -23,7 +23,8 @@ from tests.support.fake_vllm import FakeVllm
 from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, VLLM_ARGUMENTS
 from tests.support.served import AUTHORIZED, TOKEN, Served, hemostat
 
-from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_lab.demo.checkpoints import Checkpoints
 from hemostat_lab.demo.vllm_server import VllmServer, dtype, free_port
 

@@ -14,7 +14,7 @@ from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.planes import CONTROL, Planes, Relay, engine, planes
 from tests.support.streaming_load import Load, streaming_load
 
-from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 pytestmark = pytest.mark.timeout(300)
 PROMPTS = [f"conversation {n}" for n in range(12)]

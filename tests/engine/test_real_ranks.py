@@ -22,7 +22,8 @@ from tests.support.tiny_tokenizer import write_tokenizer
 from hemostat.scoring.conditioning import allowed_sets
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.profiles.adapter import adapter_profile
-from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tests.support.running_vllm import VLLM_ARGUMENTS, RunningVllm, running_vllm
 
-from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_lab.demo import vllm_server as vllm_process
 from hemostat_lab.demo.checkpoints import Checkpoints
 

@@ -21,7 +21,8 @@ from tests.support.stack import wait_for
 
 from hemostat_calibration import __version__, plugin_version
 from hemostat_calibration.profiles.contextual import contextual_profile
-from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_engine.weights import fingerprint
 from hemostat_lab.demo import vllm_server as vllm_process
 from hemostat_lab.demo.checkpoints import Checkpoints

@@ -41,7 +41,7 @@ class Receiver:
         self.proposed: list[tuple[CalibrationProfile, Mapping[str, Any]]] = []
         self.refuses = False
 
-    def accepts(self, tokens: int) -> bool:
+    def accepts(self, family: str, tokens: int) -> bool:
         return tokens >= self.again * self.at
 
     def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:

@@ -44,7 +44,7 @@ class Receiver:
         self.probe: CalibrationProfile | None = None
         self.proposed: list[CalibrationProfile] = []
 
-    def accepts(self, tokens: int) -> bool:
+    def accepts(self, family: str, tokens: int) -> bool:
         return self.open and not self.proposed
 
     def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:

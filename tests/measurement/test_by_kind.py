@@ -14,7 +14,8 @@ from hemostat.measurement.by_kind import MAX_KINDS
 from hemostat.measurement.figures import HEADLINE
 from hemostat.measurement.measurements import Measurements
 from hemostat_calibration.divergence.per_token import divergence
-from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.records import Arm, TokenRecord
 
 WORLD = World(bias=0.6, noise=0.3)

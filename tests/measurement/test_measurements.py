@@ -24,7 +24,8 @@ from hemostat.scoring.records_file import RecordsFile
 from hemostat_calibration.divergence.gain import gain
 from hemostat_calibration.divergence.per_token import calibrated, divergence
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.record_checks import validate
 from hemostat_calibration.records import Arm, RecoveredDivergence, Sampling, TokenRecord
 from hemostat_calibration.statistics.streaming import student_975

@@ -23,7 +23,7 @@ from tests.support.stack import ADMIN_TOKEN, Stack, hemostat, sampling_settings,
 
 from hemostat.openai.requests import MAX_CHOICES
 from hemostat.scoring import noise_floor
-from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_lab.demo import vllm_server as vllm_process
 from hemostat_lab.demo.checkpoints import Checkpoints, cached_checkpoints
 

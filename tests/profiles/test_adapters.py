@@ -21,7 +21,7 @@ from hemostat.profiles.guard_keys import WATCH
 from hemostat.profiles.judging import distance_gain
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.guard.decisions import Figure
-from hemostat_calibration.profiles.families import ADAPTER
+from hemostat_calibration.profiles.adapter import ADAPTER
 from hemostat_calibration.profiles.profile import IDENTITY
 from hemostat_calibration.records import ExactDistances, Features
 
@@ -191,21 +191,19 @@ def test_nothing_is_learned_from_the_answers_of_an_adapter() -> None:
 def test_an_adapter_is_proposed_at_its_own_number_of_tokens_and_at_each_doubling() -> None:
     judging = Judging({})
     proposals = judging.profiles.proposals
-    assert not proposals.accepts_adapter(TOKENS - 1)
+    assert not proposals.accepts(ADAPTER, TOKENS - 1)
     first = judging.propose(1, TOKENS, 0.0)
-    assert not proposals.accepts_adapter(3 * TOKENS), "the first one's test goes on"
+    assert not proposals.accepts(ADAPTER, 3 * TOKENS), "the first one's test goes on"
     second = judging.propose(2, 4 * TOKENS, 0.7)
     assert judging.profiles.trials.tested_versions == [second]
     assert first not in judging.profiles.catalogue
     assert [event["version"] for event in judging.profiles.events.newest_first(first)] == [first] * 2
     judging.feed(300)
     assert judging.profiles.serving.version == second
-    assert not proposals.accepts_adapter(7 * TOKENS)
-    assert proposals.accepts_adapter(8 * TOKENS)
-    with pytest.raises(InvalidProfileError, match="not an adapter"):
-        proposals.propose_adapter(contextual(), "", {"tokens": 8 * TOKENS})
+    assert not proposals.accepts(ADAPTER, 7 * TOKENS)
+    assert proposals.accepts(ADAPTER, 8 * TOKENS)
     with pytest.raises(InvalidProfileError, match="vocabulary"):
-        proposals.propose_adapter(adapter(3, vocabulary=V + 1), "", {"tokens": 8 * TOKENS})
+        proposals.propose(adapter(3, vocabulary=V + 1), "", {"tokens": 8 * TOKENS})
 
 
 def test_an_adapter_is_tested_before_all_others() -> None:
@@ -213,7 +211,7 @@ def test_an_adapter_is_tested_before_all_others() -> None:
     bench.feed(BIASED, LEARNED[:40])
     assert bench.profiles.proposals.propose(contextual(), "", {"tokens": 1000})
     made = adapter(1)
-    assert bench.profiles.proposals.propose_adapter(made, "", {"tokens": TOKENS})
+    assert bench.profiles.proposals.propose(made, "", {"tokens": TOKENS})
     assert bench.profiles.trials.tested_versions[0] == made.version
 
 
@@ -276,7 +274,7 @@ def test_a_profile_that_is_too_large_to_be_kept_is_one_clear_error(monkeypatch: 
     with pytest.raises(InvalidProfileError, match="above 0: choose a smaller rank"):
         bench.profiles.operator.import_profile(adapter(1))
     with pytest.raises(InvalidProfileError, match="choose a smaller rank"):
-        bench.profiles.proposals.propose_adapter(adapter(1), "", {"tokens": TOKENS})
+        bench.profiles.proposals.propose(adapter(1), "", {"tokens": TOKENS})
     assert list(bench.profiles.catalogue) == []
 
 

@@ -24,7 +24,7 @@ from hemostat.profiles.proposals import (
 )
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
-from hemostat_calibration.profiles.contextual import probe_profile
+from hemostat_calibration.profiles.contextual import CONTEXTUAL, probe_profile
 
 
 def test_a_batch_that_raises_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_a_contextual_proposal_is_tested_and_promoted() -> None:
 def test_a_proposal_must_be_learned_from_more_tokens_and_still_more_while_one_is_tested() -> None:
     bench = Bench()
     first, second, third = contextual(1.0), contextual(0.9), contextual(0.8)
-    assert bench.profiles.proposals.accepts(1)
+    assert bench.profiles.proposals.accepts(CONTEXTUAL, 1)
     assert bench.profiles.proposals.propose(first, "", {"tokens": 10_000})
     assert not bench.profiles.proposals.propose(second, "", {"tokens": MIN_TOKEN_GROWTH_UNDER_TEST * 10_000 - 1})
     assert bench.profiles.trials.tested_versions == [first.version]
@@ -101,16 +101,16 @@ def test_a_proposal_must_be_learned_from_more_tokens_and_still_more_while_one_is
     assert bench.profiles.serving.selected == first.version
     assert bench.profiles.trials.tested_versions == [second.version], "it is compared with what serves now"
     bench.profiles.lifecycle.drop(bench.profiles.trials.tested[0], Reason.UNPROVEN, "")
-    assert not bench.profiles.proposals.accepts(MIN_TOKEN_GROWTH * learned - 1)
-    assert bench.profiles.proposals.accepts(MIN_TOKEN_GROWTH * learned)
+    assert not bench.profiles.proposals.accepts(CONTEXTUAL, MIN_TOKEN_GROWTH * learned - 1)
+    assert bench.profiles.proposals.accepts(CONTEXTUAL, MIN_TOKEN_GROWTH * learned)
     assert not bench.profiles.proposals.propose(first, "", {"tokens": MIN_TOKEN_GROWTH * learned}), "it serves"
     assert bench.profiles.proposals.propose(
         third, "", {"tokens": MAX_TOKENS_BETWEEN_PROPOSALS + MIN_TOKEN_GROWTH * learned}
     )
     bench.profiles.operator.roll_back("asked for")
-    assert not bench.profiles.proposals.accepts(MAX_TOKENS_BETWEEN_PROPOSALS + MIN_TOKEN_GROWTH * learned + 1), (
-        "one is under test"
-    )
+    assert not bench.profiles.proposals.accepts(
+        CONTEXTUAL, MAX_TOKENS_BETWEEN_PROPOSALS + MIN_TOKEN_GROWTH * learned + 1
+    ), "one is under test"
 
 
 def waiting(bench: Bench) -> list[str]:
@@ -150,7 +150,7 @@ def test_a_restart_does_not_let_a_build_from_fewer_tokens_replace_the_one_that_w
     bench.profiles.proposals.propose(contextual(0.9, tokens=10_000), "", {"tokens": 10_000})
     again = bench.restart()
     again.profiles.set_model_pair(MODEL, V)
-    assert not again.profiles.proposals.accepts(9_000)
+    assert not again.profiles.proposals.accepts(CONTEXTUAL, 9_000)
 
 
 def test_a_hopeless_test_gives_way_to_the_newer_build() -> None:
@@ -188,8 +188,8 @@ def test_after_a_rollback_a_new_proposal_is_accepted_soon() -> None:
     bench.profiles.proposals.propose(contextual(), "", {"tokens": 100_000})
     bench.feed(BIASED, JUDGED, bench.serves)
     bench.profiles.operator.roll_back("asked for")
-    assert not bench.profiles.proposals.accepts(100_000)
-    assert bench.profiles.proposals.accepts(100_000 + bench.settings.min_tokens)
+    assert not bench.profiles.proposals.accepts(CONTEXTUAL, 100_000)
+    assert bench.profiles.proposals.accepts(CONTEXTUAL, 100_000 + bench.settings.min_tokens)
 
 
 def test_after_a_learner_restart_only_what_serves_must_be_surpassed(caplog: pytest.LogCaptureFixture) -> None:
@@ -197,21 +197,21 @@ def test_after_a_learner_restart_only_what_serves_must_be_surpassed(caplog: pyte
     profile = replace(contextual(), metadata={"tokens": "100000"})
     bench.profiles.proposals.propose(profile, "", {"tokens": 100_000})
     bench.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS, 1.0))
-    assert not bench.profiles.proposals.accepts(150_000), "it is under test"
+    assert not bench.profiles.proposals.accepts(CONTEXTUAL, 150_000), "it is under test"
     bench.feed(BIASED, JUDGED, bench.serves)
     for each in (bench, bench.restart()):
         each.profiles.set_model_pair(MODEL, V)
         each.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS, 1.0))
         assert each.profiles.serving.selected == profile.version
-        assert not each.profiles.proposals.accepts(150_000)
-        assert each.profiles.proposals.accepts(10**6)
+        assert not each.profiles.proposals.accepts(CONTEXTUAL, 150_000)
+        assert each.profiles.proposals.accepts(CONTEXTUAL, 10**6)
     assert "other anchors" not in caplog.text
     bench.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS[:4], 1.0))
     assert "other anchors" in caplog.text
     bench.profiles.operator.roll_back("asked for")
-    assert not bench.profiles.proposals.accepts(1_000)
+    assert not bench.profiles.proposals.accepts(CONTEXTUAL, 1_000)
     bench.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS, 1.0))
-    assert bench.profiles.proposals.accepts(1_000)
+    assert bench.profiles.proposals.accepts(CONTEXTUAL, 1_000)
 
 
 def test_temperature_and_bias_wait_for_the_first_contextual_proposal() -> None:
@@ -242,7 +242,7 @@ def test_temperature_and_bias_wait_for_a_bounded_number_of_tokens() -> None:
 @pytest.mark.parametrize("made", [{"mode": "off"}, {"known": False}], ids=["off", "not known"])
 def test_a_proposal_that_could_not_be_tested_is_not_accepted(made: dict[str, Any]) -> None:
     bench = Bench(**made)
-    assert not bench.profiles.proposals.accepts(10**9)
+    assert not bench.profiles.proposals.accepts(CONTEXTUAL, 10**9)
     assert not bench.profiles.proposals.propose(contextual(), "", {"tokens": 10**9})
 
 

@@ -17,7 +17,10 @@ from hemostat.profiles.catalogue import MAX_PROFILES
 from hemostat.profiles.decisions import Reason
 from hemostat.profiles.persistence import SERVING_KEY, STATE_KEYS, TESTS_KEY, StoredKind, StoredServing
 from hemostat.store.protocol import StoredProfile
-from hemostat_calibration.profiles.profile import IDENTITY, temperature_bias
+from hemostat_calibration.profiles.adapter import ADAPTER
+from hemostat_calibration.profiles.contextual import CONTEXTUAL
+from hemostat_calibration.profiles.profile import IDENTITY
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 
 def test_the_operators_mode_is_kept_over_restarts_until_the_configuration_changes() -> None:
@@ -297,15 +300,15 @@ def test_an_upgrade_keeps_from_how_many_tokens_each_family_was_last_proposed() -
     for each in (bench, bench.restart()):
         each.profiles.set_model_pair(MODEL, V)
         proposals = each.profiles.proposals
-        assert [proposals.accepts(199_999), proposals.accepts(200_000)] == [False, True]
-        assert [proposals.accepts_adapter(79_999), proposals.accepts_adapter(80_000)] == [False, True]
+        assert [proposals.accepts(CONTEXTUAL, 199_999), proposals.accepts(CONTEXTUAL, 200_000)] == [False, True]
+        assert [proposals.accepts(ADAPTER, 79_999), proposals.accepts(ADAPTER, 80_000)] == [False, True]
 
 
 @pytest.mark.parametrize(
     "blob", [None, b"", b"damaged", EARLIER_BLOB[:200], EARLIER_BLOB.replace(b"100000", b"'00000")]
 )
 def test_a_damaged_store_of_an_earlier_version_ends_nothing(blob: bytes | None) -> None:
-    assert after_upgrade(blob).profiles.proposals.accepts(1_000)
+    assert after_upgrade(blob).profiles.proposals.accepts(CONTEXTUAL, 1_000)
 
 
 def test_a_proposal_is_remembered_over_a_restart_until_the_model_is_another() -> None:
@@ -314,9 +317,9 @@ def test_a_proposal_is_remembered_over_a_restart_until_the_model_is_another() ->
     bench.profiles.lifecycle.drop(bench.profiles.trials.tested[0], Reason.UNPROVEN, "")
     again = bench.restart()
     again.profiles.set_model_pair(MODEL, V)
-    assert not again.profiles.proposals.accepts(199_999)
-    assert again.profiles.proposals.accepts(200_000)
+    assert not again.profiles.proposals.accepts(CONTEXTUAL, 199_999)
+    assert again.profiles.proposals.accepts(CONTEXTUAL, 200_000)
     again.profiles.set_model_pair("another", V)
     last = again.restart()
     last.profiles.set_model_pair("another", V)
-    assert last.profiles.proposals.accepts(1_000)
+    assert last.profiles.proposals.accepts(CONTEXTUAL, 1_000)

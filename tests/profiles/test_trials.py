@@ -18,7 +18,9 @@ from hemostat.profiles.serving import MAX_TRIED_VERSIONS, KindState, ServingStat
 from hemostat.profiles.trials import MAX_TESTED, Trials
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.decisions import Admission
-from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS
+from hemostat_calibration.profiles.adapter import ADAPTER
+from hemostat_calibration.profiles.contextual import CONTEXTUAL
+from hemostat_calibration.profiles.temperature_bias import TEMPERATURE_BIAS
 
 
 def test_a_test_begins_anew_when_its_baseline_changes() -> None:

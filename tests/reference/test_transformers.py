@@ -26,7 +26,8 @@ from hemostat.reference.configured import make_references
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores, ScoreRequest
 from hemostat.reference.transformers import TransformersReference
 from hemostat_calibration.allowed_sets import AllowedSets
-from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

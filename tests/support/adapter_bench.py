@@ -61,5 +61,5 @@ class Judging:
     def propose(self, seed: int, tokens: int, share: float) -> str:
         made = adapter(seed, tokens=tokens)
         self.shares[made.version] = share
-        assert self.profiles.proposals.propose_adapter(made, f"from {tokens} tokens", {"tokens": tokens})
+        assert self.profiles.proposals.propose(made, f"from {tokens} tokens", {"tokens": tokens})
         return made.version

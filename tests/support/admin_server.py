@@ -33,7 +33,8 @@ from hemostat.ipc.messages import OVERHEAD_BUCKETS, OutcomeReport, SampledCount,
 from hemostat.reference.monitor import ReferenceState
 from hemostat.scoring.record_users import NoiseFloorUsers
 from hemostat_calibration.divergence.per_token import divergence
-from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.reasoning import Thinking
 from hemostat_calibration.records import Arm, Sampling, TokenRecord
 

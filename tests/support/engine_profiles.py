@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from hemostat_calibration.profiles.contextual import NO_KL_LIMIT, contextual_profile
-from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 VOCAB_SIZE = 40
 

@@ -17,7 +17,8 @@ from tests.support.world import V, World
 from hemostat.config.schema import Adapter, Calibration, Evidence
 from hemostat.profiles.manager import ProfileManager
 from hemostat_calibration.profiles.contextual import contextual_profile
-from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.records import Shift, TokenRecord
 from hemostat_calibration.statistics.split import held_out
 

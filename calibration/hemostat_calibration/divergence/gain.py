@@ -38,7 +38,7 @@ def gain(record: TokenRecord, profile: CalibrationProfile) -> Gain:
     """Returns what `profile` gains at each position of a validated record, within ± the width of its Δz (at most 2
     clamp).
 
-    >>> from hemostat_calibration.profiles.profile import temperature_bias
+    >>> from hemostat_calibration.profiles.temperature_bias import temperature_bias
     >>> from hemostat_calibration.records import Candidates
     >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
     >>> record = TokenRecord(

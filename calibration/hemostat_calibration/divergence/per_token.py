@@ -194,7 +194,7 @@ def calibrated(
     From a recovered distribution, KL(r‖c') is estimated as KL(r‖ĉ) less what the profile gains, where that is exact
     (`gain`).
 
-    >>> from hemostat_calibration.profiles.profile import temperature_bias
+    >>> from hemostat_calibration.profiles.temperature_bias import temperature_bias
     >>> from hemostat_calibration.records import Candidates
     >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
     >>> record = TokenRecord(

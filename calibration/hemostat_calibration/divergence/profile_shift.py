@@ -19,7 +19,7 @@ def profile_shift(record: TokenRecord, profile: CalibrationProfile, view: View) 
     in the record.
 
     >>> from hemostat_calibration.divergence.view import view_of
-    >>> from hemostat_calibration.profiles.profile import temperature_bias
+    >>> from hemostat_calibration.profiles.temperature_bias import temperature_bias
     >>> from hemostat_calibration.records import Candidates
     >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
     >>> record = TokenRecord(
@@ -73,7 +73,7 @@ def max_unlisted_relative(record: TokenRecord) -> Floats:
 def unlisted_shift_range(record: TokenRecord, profile: CalibrationProfile, most: Floats) -> tuple[Floats, Floats]:
     """Returns (low, high), each [T]: range of Δz over ids whose z − max z is at most `most` [T].
 
-    >>> from hemostat_calibration.profiles.profile import temperature_bias
+    >>> from hemostat_calibration.profiles.temperature_bias import temperature_bias
     >>> from hemostat_calibration.records import Candidates
     >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
     >>> record = TokenRecord(
@@ -97,7 +97,7 @@ def log_normalizer_range(
     leave; elsewhere it belongs to another distribution (a mask, an error) and the range stays.
 
     >>> from hemostat_calibration.divergence.view import view_of
-    >>> from hemostat_calibration.profiles.profile import temperature_bias
+    >>> from hemostat_calibration.profiles.temperature_bias import temperature_bias
     >>> from hemostat_calibration.records import Candidates
     >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
     >>> record = TokenRecord(

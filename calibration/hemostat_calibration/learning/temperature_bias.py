@@ -9,7 +9,8 @@ import numpy as np
 
 from hemostat_calibration.arrays import Floats, frozen
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.records import TokenRecord
 
 

@@ -1,4 +1,4 @@
-"""Builds profiles of the contextual family: Δz = up y, y a linear map of the row's logits at a few anchor ids."""
+"""The contextual family: Δz = up y, where y is a linear map of the row's logits at a few anchor ids."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.profiles.families import CONTEXTUAL
+from hemostat_calibration.arrays import Floats, Indices
+from hemostat_calibration.profiles.families import ANCHORS, VOCABULARY, FamilySpec, Parameter, Parameters, register
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
+CONTEXTUAL = "contextual"
 NO_KL_LIMIT = 1e30
 """A `kl_limit` that never binds."""
 
@@ -83,3 +85,69 @@ def probe_profile(
         up=np.zeros((vocab_size, 1)),
         clamp_nats=clamp_nats,
     )
+
+
+def _code(parameters: Parameters, anchored: Floats) -> Floats:
+    """Returns y = offset + linear x, shrunk so that yᵀ fisher y ≤ 2 kl_limit."""
+    features = parameters["linear"].shape[1]
+    x = (anchored - anchored.mean(axis=-1, keepdims=True))[..., :features]
+    y: Floats = parameters["offset"].astype(np.float64) + x @ parameters["linear"].T.astype(np.float64)
+    twice_kl = ((y @ parameters["fisher"].astype(np.float64)) * y).sum(axis=-1, keepdims=True)
+    most = 2.0 * float(parameters["kl_limit"])
+    scaled: Floats = y * np.sqrt(most / np.maximum(twice_kl, most))
+    return scaled
+
+
+def _shift(parameters: Parameters, relative: Floats, ids: Indices | None, code: Floats | None) -> Floats:
+    assert code is not None
+    up = parameters["up"]
+    if ids is None:
+        return code @ up.T.astype(np.float64)
+    shift: Floats = (up[ids].astype(np.float64) @ code[..., None])[..., 0]
+    return shift
+
+
+def _range(parameters: Parameters, most: Floats) -> tuple[Floats, Floats]:
+    unbounded = np.full_like(most, np.inf)
+    return -unbounded, unbounded
+
+
+def _check(parameters: Parameters) -> str:
+    anchors, features = parameters[ANCHORS], parameters["linear"].shape[1]
+    vocabulary = parameters["up"].shape[0]
+    if anchors.size == 0 or anchors.min() < 0 or anchors.max() >= vocabulary or len(np.unique(anchors)) < anchors.size:
+        return f"anchors must be distinct ids of the vocabulary of {vocabulary}, at least one"
+    if not 1 <= features <= anchors.size:
+        return f"linear reads {features} features: 1 to the {anchors.size} anchors are allowed"
+    if not parameters["linear"].shape[0]:
+        return "linear has no rows: the rank must be 1 or more"
+    limit = float(parameters["kl_limit"])
+    return "" if limit > 0.0 else f"kl_limit is {limit}: it must be above 0"
+
+
+def _kl_limit(parameters: Parameters) -> float | None:
+    limit = float(parameters["kl_limit"])
+    return limit if limit < NO_KL_LIMIT else None
+
+
+_PARAMETERS: Mapping[str, Parameter] = {
+    ANCHORS: Parameter(("N",), "I32"),
+    "linear": Parameter(("r", "A")),
+    "offset": Parameter(("r",)),
+    "fisher": Parameter(("r", "r")),
+    "kl_limit": Parameter(()),
+    "up": Parameter((VOCABULARY, "r"), "F16"),
+}
+
+register(
+    CONTEXTUAL,
+    FamilySpec(
+        parameters=_PARAMETERS,
+        shift=_shift,
+        range=_range,
+        check=_check,
+        code=_code,
+        basis=lambda parameters: parameters["up"],
+        kl_limit=_kl_limit,
+    ),
+)

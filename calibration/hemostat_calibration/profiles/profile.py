@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,7 @@ import safetensors
 import safetensors.numpy
 
 from hemostat_calibration.errors import InvalidProfileError
-from hemostat_calibration.profiles.families import DTYPES, FAMILIES, TEMPERATURE_BIAS, VOCABULARY
+from hemostat_calibration.profiles.families import DTYPES, FAMILIES, VOCABULARY, FamilySpec
 
 VERSION_PATTERN = re.compile(r"[0-9a-f]{32}")
 """A version is the first 32 hex digits of the SHA-256 of the profile's bytes: it can name a file or a URL safely."""
@@ -52,9 +51,7 @@ class CalibrationProfile:
     family: a key of `families.FAMILIES`.
     model: name or digest of the compressed model that it was learned for ("" fits any with that vocabulary).
     vocab_size: V.
-    parameters: named arrays of the family's shapes and types, read-only; for "temperature_bias": `inverse_temperature`
-        [], `bias` [V] in nats; for "contextual" see `contextual.contextual_profile`, for "adapter"
-        `adapter.adapter_profile`.
+    parameters: named arrays of the family's shapes and types, read-only; see the family's module.
     clamp_nats: every |Δz| is at most this; above 0 and at most `MAX_CLAMP_NATS`.
     metadata: strings for readers (when, on how many tokens); they change no figure, but are part of the version.
 
@@ -93,6 +90,16 @@ class CalibrationProfile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CalibrationProfile.from_bytes, (self.to_bytes(),)
+
+    @property
+    def spec(self) -> FamilySpec:
+        """The specification of its family."""
+        return FAMILIES[self.family]
+
+    @property
+    def changes_weights(self) -> bool:
+        """It is True if the profile changes the model's weights, and adds nothing to the logits."""
+        return self.spec.changes_weights
 
     def to_bytes(self) -> bytes:
         """Returns canonical safetensors bytes: the same profile gives the same bytes.
@@ -161,38 +168,6 @@ class CalibrationProfile:
         if profile.to_bytes() != data:
             raise InvalidProfileError("profile is not in its canonical form: write it with to_bytes()")
         return profile
-
-
-def temperature_bias(
-    model: str,
-    vocab_size: int,
-    temperature: float,
-    bias: npt.NDArray[np.floating],
-    clamp_nats: float,
-    metadata: Mapping[str, str] | None = None,
-) -> CalibrationProfile:
-    """Returns the profile with Δz_i = clip((1/temperature − 1)(z_i − max z) + bias_i, ±clamp_nats).
-
-    temperature: above 0; 1 leaves the spread as it is.
-    bias: [V], nats.
-    Raises InvalidProfileError on a bad value.
-
-    >>> temperature_bias("m", 3, 2.0, np.zeros(3), clamp_nats=1.0).parameters["inverse_temperature"].item()
-    0.5
-    """
-    if not (math.isfinite(temperature) and temperature > 0.0):
-        raise InvalidProfileError(f"temperature is {temperature}: it must be a number above 0")
-    return CalibrationProfile(
-        family=TEMPERATURE_BIAS,
-        model=model,
-        vocab_size=vocab_size,
-        parameters={
-            "inverse_temperature": np.array(1.0 / temperature, dtype=np.float32),
-            "bias": np.asarray(bias, dtype=np.float32),
-        },
-        clamp_nats=clamp_nats,
-        metadata=metadata or {},
-    )
 
 
 def _format(dtypes: set[str]) -> str:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.profiles.families import ANCHORS, FAMILIES
+from hemostat_calibration.profiles.families import ANCHORS
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 
@@ -32,7 +32,7 @@ def anchors(profile: CalibrationProfile) -> npt.NDArray[np.int32] | None:
     >>> anchors(profile).tolist()
     [1, 3]
     """
-    return profile.parameters[ANCHORS] if FAMILIES[profile.family].code is not None else None
+    return profile.parameters[ANCHORS] if profile.spec.code is not None else None
 
 
 def anchors_digest(ids: npt.NDArray[np.integer]) -> str:
@@ -42,6 +42,17 @@ def anchors_digest(ids: npt.NDArray[np.integer]) -> str:
     '30656bde983020b4a04d4fb8027463ad'
     """
     return hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()[:32]
+
+
+def anchor_set(profile: CalibrationProfile) -> str:
+    """Returns the digest of the token ids whose logits the profile reads; "" if it reads none.
+
+    >>> from hemostat_calibration.profiles.contextual import probe_profile
+    >>> anchor_set(probe_profile("m", 4, np.array([1, 3]), clamp_nats=1.0))
+    '30656bde983020b4a04d4fb8027463ad'
+    """
+    ids = anchors(profile)
+    return "" if ids is None else anchors_digest(ids)
 
 
 def code(profile: CalibrationProfile, anchored: npt.NDArray[np.floating]) -> Floats:
@@ -54,7 +65,7 @@ def code(profile: CalibrationProfile, anchored: npt.NDArray[np.floating]) -> Flo
     >>> code(profile, np.array([0.5, 1.5])).tolist()
     [0.0]
     """
-    read, ids = FAMILIES[profile.family].code, anchors(profile)
+    read, ids = profile.spec.code, anchors(profile)
     if read is None or ids is None:
         raise InvalidArgumentError(f"profile is of the family {profile.family}, which reads no anchors")
     if anchored.ndim < 1 or anchored.shape[-1] != len(ids):
@@ -76,7 +87,7 @@ def shift_at(
     -inf) gets 0. row_code: the row's code, [..., r]; a family with anchors requires it, another ignores it. Raises
     InvalidArgumentError if shapes or ids do not fit, or row_code is missing.
 
-    >>> from hemostat_calibration.profiles.profile import temperature_bias
+    >>> from hemostat_calibration.profiles.temperature_bias import temperature_bias
     >>> profile = temperature_bias("m", 3, 2.0, np.array([0.0, 0.1, 0.2]), clamp_nats=1.0)
     >>> shift_at(profile, np.array([0, 2]), np.log([0.5, 0.25])).round(6).tolist()
     [0.0, 0.546574]
@@ -85,7 +96,7 @@ def shift_at(
         raise InvalidArgumentError(f"ids has shape {ids.shape}, logprobs {logprobs.shape}: they must be the same")
     if ids.size and (ids.max() >= profile.vocab_size or ids.min() < -1):
         raise InvalidArgumentError(f"ids run from {ids.min()} to {ids.max()}: the vocabulary has {profile.vocab_size}")
-    family = FAMILIES[profile.family]
+    family = profile.spec
     if family.code is not None and row_code is None:
         raise InvalidArgumentError(f"row_code is missing: a profile of the family {profile.family} requires it")
     finite = np.isfinite(logprobs) & (ids >= 0)
@@ -98,13 +109,13 @@ def shift_at(
 def shift_range(profile: CalibrationProfile, most: Floats | float = 0.0) -> tuple[Floats, Floats]:
     """Returns (low, high), each [...] in nats: bounds of the Δz of every id, in any row, with z − max z ≤ `most` [...].
 
-    >>> from hemostat_calibration.profiles.profile import temperature_bias
+    >>> from hemostat_calibration.profiles.temperature_bias import temperature_bias
     >>> profile = temperature_bias("m", 3, 2.0, np.array([0.0, 0.1, 0.2]), clamp_nats=1.0)
     >>> low, high = shift_range(profile)
     >>> low.round(6).item(), high.round(6).item()
     (0.0, 1.0)
     """
-    low, high = FAMILIES[profile.family].range(profile.parameters, np.asarray(most, dtype=np.float64))
+    low, high = profile.spec.range(profile.parameters, np.asarray(most, dtype=np.float64))
     clamp = profile.clamp_nats
     return np.clip(low, -clamp, clamp), np.clip(high, -clamp, clamp)
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
-from hemostat_calibration.profiles.adapter import max_rank
-from hemostat_calibration.profiles.families import ADAPTER
+from hemostat_calibration.profiles.adapter import ADAPTER, max_rank
 from hemostat_calibration.profiles.peft import peft_files
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_engine.adapters.folder import AdapterFolder

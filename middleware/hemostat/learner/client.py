@@ -28,7 +28,7 @@ from hemostat.metrics.samples import Sample
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import with_detail
-from hemostat_calibration.profiles.contextual import probe_profile
+from hemostat_calibration.profiles.contextual import CONTEXTUAL, probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors_digest
 from hemostat_calibration.records import TokenRecord
@@ -71,7 +71,7 @@ class LearningStorage(Protocol):
 class ProposalReceiver(Protocol):
     """The receiver of proposals, which `profiles.proposals.Proposals` implements."""
 
-    def accepts(self, tokens: int) -> bool: ...
+    def accepts(self, family: str, tokens: int) -> bool: ...
 
     def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool: ...
 
@@ -342,7 +342,7 @@ class Learner:
         """It is True if enough was learned, and a proposal would be accepted."""
         tokens = self._learned.tokens
         enough = tokens >= max(self._settings.min_tokens, RETRY_TOKEN_GROWTH * self._last_attempt)
-        return enough and self._receiver.accepts(tokens)
+        return enough and self._receiver.accepts(CONTEXTUAL, tokens)
 
     def receive(self, body: bytes) -> None:
         answer = learner_messages.ANSWERS.decode(body)

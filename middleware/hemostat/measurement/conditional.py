@@ -18,7 +18,6 @@ from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.divergence.gain import Gain, gain
 from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated
-from hemostat_calibration.profiles.families import ADAPTER
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Arm, TokenRecord
 
@@ -49,7 +48,7 @@ class ConditionalFigures:
         gain_of: Callable[[CalibrationProfile], Gain] | None = None,
     ) -> None:
         """Adds one constrained record; as `Measurements.update`."""
-        if profile is not None and profile.family == ADAPTER:
+        if profile is not None and profile.changes_weights:
             profile = None
         own = record.adapter is None
         after = figures if profile is None or not own else calibrated(record, profile, served)

@@ -28,7 +28,6 @@ from hemostat_calibration.divergence.decoding import decoded_divergence
 from hemostat_calibration.divergence.exact import of_distances
 from hemostat_calibration.divergence.gain import Gain, gain
 from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated, divergence
-from hemostat_calibration.profiles.families import ADAPTER
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 from hemostat_calibration.records import Arm, TokenRecord
 from hemostat_calibration.statistics.confidence import MeanSequence
@@ -184,7 +183,7 @@ class Measurements:
         if record.adapter is not None:
             self._update_adapted(record, raw, fresh=fresh)
             return raw
-        if profile is not None and profile.family == ADAPTER:
+        if profile is not None and profile.changes_weights:
             # What it would have been with the adapter does not follow from the record; see `update_distances`.
             profile, adapted = None, True
         else:
@@ -247,7 +246,7 @@ class Measurements:
     def update_distances(self, record: TokenRecord, profile: CalibrationProfile | None, *, fresh: bool) -> None:
         """Observes a held-out record whose exact distances are there. profile: what serves its kind, or would; only
         what an adapter does is measured by them. fresh: as in `update`."""
-        if profile is None or profile.family != ADAPTER or not fresh:
+        if profile is None or not profile.changes_weights or not fresh:
             return
         before, after = record.distances.get(IDENTITY), record.distances.get(profile.version)
         if before is None or after is None:
@@ -269,7 +268,7 @@ class Measurements:
 
     def _begin(self, profile: CalibrationProfile) -> _After:
         cycle, top1 = self._cycle, {decoding: Top1(self._cycle) for decoding in DECODING_KINDS}
-        if profile.family == ADAPTER:
+        if profile.changes_weights:
             return _After(self._figures(), self._figures(), DistanceGains(cycle=cycle), top1)
         gain = GainFigures(2.0 * profile.clamp_nats, cycle=cycle)
         return _After(self._figures(), self._figures(), gain, top1)

@@ -16,7 +16,6 @@ What each module owns:
     operators           what an operator decides
     catalogue           the profiles held
     decisions           the log of events
-    families            what depends on a profile's family
     persistence         what the store keeps; `restoring` reads it back
     report              what is shown
 
@@ -24,8 +23,8 @@ Calls go one way: restoring, report, operators -> proposals, judging -> lifecycl
 
 Where something new goes, of this package (a family has parts in other packages, too: CONTRIBUTING.md lists them all):
 
-    a family            an entry in `families.FAMILY_RULES`; a learner in this process is added to `proposals`, one in
-                        another process calls `Proposals.accepts` and `propose`
+    a family            nothing: `hemostat_calibration.profiles.families` has its rules, and its learner calls
+                        `Proposals.accepts` and `propose`
     an evidence unit    `TokenRecord.unit`, from which both the split and the counting follow
     a decision, reason  `decisions.REASONS`, explained in deploy/metrics.py
 """

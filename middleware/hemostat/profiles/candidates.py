@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.guard_keys import GuardKey, candidate_key
+from hemostat_calibration.profiles.families import FAMILIES
 
 
 class Origin(StrEnum):
@@ -60,8 +60,8 @@ class Candidate:
     @property
     def priority(self) -> int:
         """The priority of its family: a lower one is tested first."""
-        rules = FAMILY_RULES.get(self.source.family) if isinstance(self.source, Proposed) else None
-        return rules.queue_priority if rules is not None else 0
+        family = FAMILIES.get(self.source.family) if isinstance(self.source, Proposed) else None
+        return family.queue_priority if family is not None else 0
 
     @property
     def test(self) -> GuardKey:

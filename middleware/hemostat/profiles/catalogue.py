@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 
-from hemostat.profiles.families import anchor_set
 from hemostat.store.protocol import StoredProfile
-from hemostat_calibration.profiles.families import ADAPTER
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.transform import shift_range
+from hemostat_calibration.profiles.transform import anchor_set, shift_range
 
 MAX_PROFILES = 32
 """The number of profiles above which the oldest ones that are not in use are evicted, from the store too."""
@@ -34,7 +32,7 @@ class Catalogue:
         self._profiles: OrderedDict[str, CalibrationProfile] = OrderedDict()
         self._created: dict[str, float] = {}
         self.adapters: set[str] = set()
-        """The versions of the family `adapter`."""
+        """The versions whose profile changes weights: adapters."""
         self.probe: str | None = None
         """The contextual learner's probe: a profile that does nothing, held by engines so that they report the logits
         of its anchors. Never tested, never serves."""
@@ -90,7 +88,7 @@ class Catalogue:
 
     def _put(self, profile: CalibrationProfile) -> None:
         self._profiles[profile.version] = profile
-        if profile.family == ADAPTER:
+        if profile.changes_weights:
             self.adapters.add(profile.version)
 
     def is_adapter(self, version: str | None) -> bool:

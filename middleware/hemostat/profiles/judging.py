@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from hemostat.profiles.candidates import Candidate
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import Reason, evidence_json
-from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.futility import why_hopeless
 from hemostat.profiles.gains import Gains, UnitGain
 from hemostat.profiles.guard_keys import WATCH
@@ -27,10 +27,12 @@ from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import Trials
 from hemostat.scored_record import ScoredRecord
+from hemostat_calibration.arrays import Floats
 from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.guard import decisions as guard_decisions
 from hemostat_calibration.guard.decisions import Admission, Figure
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
+from hemostat_calibration.profiles.transform import anchor_set
 from hemostat_calibration.records import ExactDistances, TokenRecord
 from hemostat_calibration.statistics.split import held_out
 
@@ -38,6 +40,9 @@ ROLL_BACK_TEXTS = {
     guard_decisions.Reason.HARM: "its gain on held-out requests of this kind is below zero",
     guard_decisions.Reason.UNSUPPORTED: "its gain was not proven again within the window",
 }
+
+MAX_IDENTITY_NORMALIZER_NATS = 1e-4
+"""A row's log-normalizer is within this of 0 where the engine applied nothing to the row."""
 
 
 def is_held_out(record: TokenRecord, fraction: float) -> bool:
@@ -57,8 +62,39 @@ def gain_interval(record: TokenRecord, profile: CalibrationProfile, gain: Gain) 
     normalizer = np.full(record.tokens, np.nan) if shift is None else shift.log_normalizer
     if record.engine_boot and np.isnan(normalizer).all() and not gain.exact.any():
         return None
-    ends = FAMILY_RULES[profile.family].token_gains(record, profile, gain, normalizer)
+    ends = token_gains(record, profile, gain, normalizer)
     return None if ends is None else (float(ends[0].mean()), float(ends[1].mean()))
+
+
+def token_gains(
+    record: TokenRecord, profile: CalibrationProfile, gain: Gain, normalizer: Floats
+) -> tuple[Floats, Floats] | None:
+    """Returns the lower and the upper ends of the gain at the tokens that are evidence, nats, [S] each with S ≤ T; None
+    if no token is.
+
+    normalizer: float64 [T], NaN where the engine gave none.
+
+    If the profile reads anchors, tokens whose features were lost are left out. If an anchor is masked, the engine
+    applies nothing, and the gain is 0.
+
+    For an adapter it is always None: what an adapter does to the weights does not follow from a record of the
+    compressed model. Its evidence, and the evidence of whatever is compared with it, is the total variation in
+    `TokenRecord.distances` (`hemostat_calibration.guard.decisions.Figure`).
+    """
+    if profile.changes_weights:
+        return None
+    read = anchor_set(profile)
+    if not read:
+        return gain.lower, gain.upper
+    features = record.features
+    has_features: npt.NDArray[np.bool_] = np.zeros(record.tokens, dtype=np.bool_)
+    if features is not None and features.anchors == read:
+        has_features = ~np.isnan(features.values.sum(axis=1))
+    not_applied = ~has_features & ~gain.exact & (np.abs(normalizer) < MAX_IDENTITY_NORMALIZER_NATS)
+    known = has_features | gain.exact | not_applied
+    if not known.any():
+        return None
+    return np.where(not_applied, 0.0, gain.lower)[known], np.where(not_applied, 0.0, gain.upper)[known]
 
 
 def distance_gain(before: ExactDistances, after: ExactDistances) -> UnitGain:

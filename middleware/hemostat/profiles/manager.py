@@ -36,6 +36,7 @@ from hemostat.profiles.trials import Trials
 from hemostat.scored_record import ScoredRecord
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration.elapsed import TimeBreak
+from hemostat_calibration.profiles.adapter import ADAPTER
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.statistics.split import held_out
@@ -102,7 +103,7 @@ class ProfileManager:
             trials=self.trials,
             lifecycle=self.lifecycle,
             writer=self.writer,
-            adapter_min_tokens=adapter.min_tokens,
+            min_tokens={ADAPTER: adapter.min_tokens},
         )
         self.operator = Operator(
             catalogue=self.catalogue,

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from hemostat.profiles.candidates import Origin
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import Decision, EventLog, Reason
-from hemostat.profiles.families import anchor_set
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import StateWriter
 from hemostat.profiles.proposals import Proposals
@@ -15,6 +14,7 @@ from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import Trials
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
+from hemostat_calibration.profiles.transform import anchor_set
 
 
 class Operator:

@@ -1,8 +1,5 @@
-"""Decides which profiles are proposed, and when: temperature and bias are learned here; contextual ones come from
-the learner, and adapters from whoever makes them.
-
-A new family that is learned in this process is added here, as `TemperatureBiasLearner` is; one that is learned
-elsewhere uses `accepts` and `propose`, as the contextual learner does, or `accepts_adapter` and `propose_adapter`.
+"""Decides which profiles are proposed, and when: whoever learns a family asks `accepts`, and hands a profile to
+`propose`. Temperature and bias are learned here.
 """
 
 from __future__ import annotations
@@ -16,17 +13,17 @@ from typing import Any
 from hemostat.config.schema import Calibration
 from hemostat.profiles.candidates import Proposed
 from hemostat.profiles.catalogue import Catalogue
-from hemostat.profiles.families import anchor_set
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import PROPOSED_KEY, StateWriter, stored_proposed, whole_number
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import Trials
 from hemostat.store.protocol import StateKey
-from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
+from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.learning import temperature_bias_storage as storage
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner, TemperatureBiasState
-from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS
-from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import TEMPERATURE_BIAS, temperature_bias
+from hemostat_calibration.profiles.transform import anchor_set
 from hemostat_calibration.records import TokenRecord
 
 log = logging.getLogger("hemostat.calibration")
@@ -65,11 +62,13 @@ class Proposals:
         trials: Trials,
         lifecycle: Lifecycle,
         writer: StateWriter,
-        adapter_min_tokens: int = 0,
+        min_tokens: Mapping[str, int],
     ) -> None:
-        """adapter_min_tokens: `Adapter.min_tokens`."""
+        """min_tokens: by family, the number of tokens below which nothing is proposed; a family that is not named
+        decides that by itself.
+        """
         self._settings = settings
-        self._min_tokens = {ADAPTER: adapter_min_tokens}
+        self._min_tokens = min_tokens
         self._catalogue = catalogue
         self._serving = serving
         self._trials = trials
@@ -187,7 +186,8 @@ class Proposals:
 
     def _propose_if_due(self, state: TemperatureBiasState) -> None:
         min_tokens = self._settings.min_tokens
-        if self._catalogue.probe is not None and CONTEXTUAL not in self._proposed_at:
+        probe = self._catalogue.get(self._catalogue.probe)
+        if probe is not None and probe.family not in self._proposed_at:
             min_tokens *= CONTEXTUAL_FIRST_FACTOR
         if state.tokens < min_tokens or state.requests < self._temperature_bias.min_requests:
             return
@@ -199,67 +199,47 @@ class Proposals:
             self.proposed += 1
             self._lifecycle.replace_proposals(_variants(proposal), f"learned from {state.tokens} tokens", {})
 
-    # --- the contextual learner ------------------------------------------------------------------------------------
+    # --- learners of other processes -------------------------------------------------------------------------------
 
-    def accepts(self, tokens: int) -> bool:
-        """Returns True if a contextual proposal that was learned from `tokens` tokens in all would be tested now."""
-        return self._serving.active and self._due(CONTEXTUAL, tokens)
+    def accepts(self, family: str, tokens: int) -> bool:
+        """Returns True if a profile of a family that was learned from `tokens` tokens in all would be tested now: the
+        first one from `min_tokens` of the family, further ones when twice as much is known (four times, while the last
+        one is tested).
+        """
+        return tokens >= self._min_tokens.get(family, 0) and self._serving.active and self._due(family, tokens)
 
     def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
-        """Tests a contextual profile, as soon as the test of the last one has ended. Returns False if it is not
+        """Tests a profile, as soon as the test of the last one of its family has ended. Returns False if it is not
         accepted now.
 
         report: JSON-ready, shown as the event's evidence; `tokens` is the number of tokens learned from in all. Raises
         InvalidProfileError for another model's profile.
         """
         tokens = int(report["tokens"])
-        if not self.accepts(tokens):
+        if not self.accepts(profile.family, tokens):
             return False
         self._lifecycle.require_fit(profile)
         self._set_proposed(self._proposed_at | {profile.family: tokens})
         return self._lifecycle.replace_proposals([profile], why, dict(report))
 
-    # --- adapters --------------------------------------------------------------------------------------------------
-
-    def accepts_adapter(self, tokens: int) -> bool:
-        """Returns True if an adapter that was learned from `tokens` tokens in all would be tested now: the first one
-        from `adapter.min_tokens`, further ones when twice as much is known (four times, while the last one is tested).
-        """
-        enough = tokens >= self._min_tokens[ADAPTER]
-        return enough and self._serving.active and self._due(ADAPTER, tokens)
-
-    def propose_adapter(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
-        """Tests an adapter, as soon as the test of the last one has ended; returns False if it is not accepted now.
-
-        report: as for `propose`. Raises InvalidProfileError for another model's profile, or one of another family.
-        """
-        if profile.family != ADAPTER:
-            raise InvalidProfileError(f"profile is of the family {profile.family}, not an adapter")
-        tokens = int(report["tokens"])
-        if not self.accepts_adapter(tokens):
-            return False
-        self._lifecycle.require_fit(profile)
-        self._set_proposed(self._proposed_at | {ADAPTER: tokens})
-        return self._lifecycle.replace_proposals([profile], why, dict(report))
-
     # --- the probe -------------------------------------------------------------------------------------------------
 
     def set_probe(self, profile: CalibrationProfile, *, restored: bool = False) -> None:
-        """Sets the probe when a contextual learner begins: engines are to hold this profile, and report the logits of
-        its anchors.
+        """Sets the probe when the learner of a family with anchors begins: engines are to hold this profile, and report
+        the logits of its anchors.
 
-        restored: it goes on from what the last one had learned. Otherwise that is lost, so that where no contextual
-        profile is tested or serves, the next proposal need not be learned from more.
+        restored: it goes on from what the last one had learned. Otherwise that is lost, so that where no profile of the
+        family is tested or serves, the next proposal need not be learned from more.
         """
         before, self._catalogue.probe = self._catalogue.probe, profile.version
         if before is not None and before != profile.version:
             self._lifecycle.forget(before)
         self._lifecycle.hold(profile)
         selected = [self._catalogue[version] for version in self._serving.versions]
-        contextual = [serving for serving in selected if serving.family == CONTEXTUAL]
-        if not restored and not contextual and not self._trials.has_proposal(CONTEXTUAL):
-            self._set_proposed({family: n for family, n in self._proposed_at.items() if family != CONTEXTUAL})
-        for serving in contextual:
+        alike = [serving for serving in selected if serving.family == profile.family]
+        if not restored and not alike and not self._trials.has_proposal(profile.family):
+            self._set_proposed({family: n for family, n in self._proposed_at.items() if family != profile.family})
+        for serving in alike:
             if anchor_set(serving) != anchor_set(profile):
                 log.warning(
                     "profile %s, which serves, reads other anchors than the learner: engines report the logits of "

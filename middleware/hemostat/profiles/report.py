@@ -12,7 +12,6 @@ from hemostat.metrics.samples import Sample
 from hemostat.profiles.candidates import Candidate, stored_source
 from hemostat.profiles.catalogue import Catalogue, parameter_bytes
 from hemostat.profiles.decisions import EventLog, evidence_json, pooled_gain
-from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.serving import KindState, ServingState
@@ -20,8 +19,7 @@ from hemostat.profiles.trials import Trials
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.guard.decisions import Evidence, Figure
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
-from hemostat_calibration.profiles.adapter import adapter_bytes, max_rank
-from hemostat_calibration.profiles.families import ADAPTER, layer_names
+from hemostat_calibration.profiles.adapter import adapter_bytes, layer_names, max_rank
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 
 MIN_UNITS_FOR_ESTIMATE = 10
@@ -246,7 +244,7 @@ class Report:
         profile = self._catalogue.get(version)
         if profile is None:
             return None
-        adapter = _adapter_json(profile) if profile.family == ADAPTER else None
+        adapter = _adapter_json(profile) if profile.changes_weights else None
         return {
             "version": version,
             "family": profile.family,
@@ -254,7 +252,7 @@ class Report:
             "kinds": [kind for kind, state in self._serving.kinds.items() if state.version == version],
             "created": self._catalogue.created(version),
             "clamp_nats": profile.clamp_nats if adapter is None else None,
-            "clamp_kl_nats": FAMILY_RULES[profile.family].kl_limit(profile),
+            "clamp_kl_nats": profile.spec.kl_limit(profile.parameters),
             "vocab_size": profile.vocab_size,
             "bytes": parameter_bytes(profile),
             "metadata": dict(profile.metadata),

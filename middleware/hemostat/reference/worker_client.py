@@ -19,7 +19,6 @@ from hemostat.reference import worker_messages
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceScores, ScoreRequest
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.backoff import Backoff
-from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates, RecoveredDivergence
 
@@ -97,7 +96,7 @@ class ReferenceWorker:
         functionals = {p.version: values for p in request.profiles if (values := _token_shift(p, size)) is not None}
         bases = {p.version: p for p in request.profiles if p.version in request.codes and p.vocab_size == size}
         for version, profile in bases.items():
-            shape = (len(request.output), profile.parameters["up"].shape[1])
+            shape = (len(request.output), _up(profile).shape[1])
             if (got := request.codes[version].shape) != shape:
                 raise ReferenceFailure(
                     FailureReason.CODE, f"the code of profile {version} has shape {got}, not {shape}"
@@ -165,15 +164,22 @@ def threads_or_default(threads: int | None) -> int:
 def _token_shift(profile: CalibrationProfile, vocab_size: int) -> npt.NDArray[np.float32] | None:
     """Returns Δz as a function of the token alone, float32 [V] nats; None if it is not, or the vocabulary
     differs."""
-    if profile.family != TEMPERATURE_BIAS or profile.vocab_size != vocab_size:
+    spec = profile.spec
+    shift = None if spec.token_shift is None else spec.token_shift(profile.parameters)
+    if shift is None or profile.vocab_size != vocab_size:
         return None
-    if float(profile.parameters["inverse_temperature"]) != 1.0:
-        return None
-    return np.clip(profile.parameters["bias"], -profile.clamp_nats, profile.clamp_nats)
+    return np.clip(shift, -profile.clamp_nats, profile.clamp_nats).astype(np.float32)
+
+
+def _up(profile: CalibrationProfile) -> npt.NDArray[np.floating]:
+    """Returns the matrix [V, r] whose product with a given code is Δz; only a family with anchors has codes."""
+    basis = profile.spec.basis
+    assert basis is not None
+    return basis(profile.parameters)
 
 
 def _basis(profile: CalibrationProfile) -> worker_messages.Basis:
-    up = profile.parameters["up"]
+    up = _up(profile)
     return worker_messages.Basis(up.astype("<f2").tobytes(), up.shape[1], profile.clamp_nats)
 
 

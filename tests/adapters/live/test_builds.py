@@ -68,10 +68,10 @@ class Receiver:
         self.accepting = True
         self.proposed: list[tuple[CalibrationProfile, dict[str, Any]]] = []
 
-    def accepts_adapter(self, tokens: int) -> bool:
+    def accepts(self, family: str, tokens: int) -> bool:
         return self.accepting and tokens >= 2 * self.last
 
-    def propose_adapter(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
+    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
         assert why
         self.proposed.append((profile, dict(report)))
         self.last = report["tokens"]

@@ -37,7 +37,8 @@ from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile
 from hemostat_calibration.profiles.contextual import contextual_profile
-from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.records import Candidates, ExactDistances, TokenRecord
 from hemostat_lab.adapters import judge_process
 from hemostat_lab.models.copies import Copy

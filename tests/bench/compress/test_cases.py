@@ -20,7 +20,7 @@ from tests.bench.compress.cases import Bench, Case
 from tests.bench.compress.figures import LOGITS_FILE, Meter
 from tests.bench.compress.texts import Domain, Texts, _asked
 
-from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_lab.models.copies import Copy
 
 

@@ -40,7 +40,7 @@ from tests.support.streaming_load import Load, streaming_load
 from hemostat.ipc.supervised import STOP_SECONDS
 from hemostat.profiles.persistence import MODE_KEY
 from hemostat.store.protocol import Snapshot, StoreFailure
-from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 NAME = "planes"
 TAKES = "1 minute with 5 runs (`--runs`)"

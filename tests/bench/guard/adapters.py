@@ -204,7 +204,7 @@ class Life:
 
     def propose(self, seed: int) -> str:
         made = adapter(seed, tokens=2_000)
-        assert self.profiles.proposals.propose_adapter(made, "", {"tokens": 2_000})
+        assert self.profiles.proposals.propose(made, "", {"tokens": 2_000})
         return made.version
 
 

@@ -24,6 +24,7 @@ from tests.support.profile_bench import FRACTION, JUDGED, Bench
 
 from hemostat.config.schema import Adapter
 from hemostat.ipc.messages import REST_KIND
+from hemostat_calibration.profiles.adapter import ADAPTER
 from hemostat_calibration.profiles.profile import IDENTITY
 
 NAME = "starvation"
@@ -89,12 +90,12 @@ class Traffic:
 
     def _build(self) -> None:
         proposals = self.profiles.proposals
-        if self._known < self._next or not proposals.accepts_adapter(self._known):
+        if self._known < self._next or not proposals.accepts(ADAPTER, self._known):
             return
         made = adapter(self._made, tokens=self._known)
         self._gain_of[made.version] = self._gains[min(self._made, len(self._gains) - 1)]
         self._made += 1
-        assert proposals.propose_adapter(made, "", {"tokens": self._known})
+        assert proposals.propose(made, "", {"tokens": self._known})
         self._next = int(GROWTH * self._known)
 
     @property

@@ -22,7 +22,7 @@ from hemostat.ipc.messages import REST_KIND, OutcomeReport
 from hemostat.reference.monitor import ReferenceState
 from hemostat.reference.protocol import ReferenceInfo, ReferenceScores, ScoreRequest
 from hemostat.scoring.pipeline import WORKERS
-from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 
 class StoredReference:

@@ -22,7 +22,7 @@ from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.contextual import contextual_profile
-from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.record_checks import validate
 
 V, D, N = 60, 6, 20

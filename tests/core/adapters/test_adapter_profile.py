@@ -19,7 +19,8 @@ from hemostat_calibration.profiles.adapter import (
     adapter_profile,
     max_rank,
 )
-from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 V = 9
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.10.mlp.up_proj"

@@ -19,7 +19,7 @@ from hemostat.reference.hidden.probe import TEXT
 from hemostat.reference.on_server import ServerReference
 from hemostat.reference.protocol import FailureReason, Offer, ReferenceFailure, ScoreRequest
 from hemostat_calibration.allowed_sets import AllowedSets
-from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 MIB = 1 << 20
 

@@ -25,6 +25,7 @@ from hemostat_calibration.arrays import Ids
 from hemostat_calibration.backoff import Backoff
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import with_detail
+from hemostat_calibration.profiles.adapter import ADAPTER
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 log = logging.getLogger("hemostat.adapters")
@@ -59,9 +60,9 @@ class AdapterTarget:
 class AdapterReceiver(Protocol):
     """Implemented by `profiles.proposals.Proposals`."""
 
-    def accepts_adapter(self, tokens: int) -> bool: ...
+    def accepts(self, family: str, tokens: int) -> bool: ...
 
-    def propose_adapter(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool: ...
+    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool: ...
 
 
 class AdapterState(StrEnum):
@@ -210,7 +211,7 @@ class AdapterLearner:
             self._wake.clear()
             if target is None or self.known < self._needed():
                 await self._wake.wait()
-            elif self._clock() < self._not_before or not self._receiver.accepts_adapter(self.known):
+            elif self._clock() < self._not_before or not self._receiver.accepts(ADAPTER, self.known):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(RECHECK_SECONDS):
                         await self._wake.wait()
@@ -313,7 +314,7 @@ class AdapterLearner:
         outcome, detail = BuildOutcome.NOT_ACCEPTED, ""
         try:
             why = f"made from {tokens} tokens: rank {rank}{shared}"
-            if self._receiver.propose_adapter(profile, why, shown | {"tokens": known, "made_from_tokens": tokens}):
+            if self._receiver.propose(profile, why, shown | {"tokens": known, "made_from_tokens": tokens}):
                 outcome = BuildOutcome.PROPOSED
         except HemostatError as error:
             detail = str(error)

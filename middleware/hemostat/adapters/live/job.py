@@ -20,8 +20,7 @@ from hemostat.adapters.live import build_messages
 from hemostat.adapters.live.folders import CheckpointFolders
 from hemostat.checkpoints.texts import Text
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profiles.adapter import adapter_layers
-from hemostat_calibration.profiles.families import ADAPTER
+from hemostat_calibration.profiles.adapter import ADAPTER, adapter_layers
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 PREFIX = "hemostat-adapter-"

@@ -27,7 +27,6 @@ from hemostat.ipc import child_process as child
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.adapter import adapter_layers
-from hemostat_calibration.profiles.families import ADAPTER, FAMILIES
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, code, relative_logits
 
@@ -53,7 +52,7 @@ class Held:
 
 
 def held(profile: CalibrationProfile) -> Held:
-    if profile.family == ADAPTER:
+    if profile.changes_weights:
         return Held(layers=adapter_layers(profile))
     return Held(logits=profile)
 
@@ -63,7 +62,7 @@ def shift(profile: CalibrationProfile, logits: Logits) -> Floats:
     finite = np.isfinite(logits)
     ids = anchors(profile)
     said = None if ids is None else code(profile, logits[:, ids])
-    raw = FAMILIES[profile.family].shift(profile.parameters, relative_logits(logits, finite), None, said)
+    raw = profile.spec.shift(profile.parameters, relative_logits(logits, finite), None, said)
     return np.where(finite, np.clip(raw, -profile.clamp_nats, profile.clamp_nats), 0.0)
 
 

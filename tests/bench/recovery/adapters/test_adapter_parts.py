@@ -19,7 +19,7 @@ from tests.bench.recovery.engine import Ask, Written
 from tests.bench.recovery.stages import Stages
 
 from hemostat_calibration.adapters.factors import LowRank
-from hemostat_calibration.profiles.profile import temperature_bias
+from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 V, D = 12, 4
 

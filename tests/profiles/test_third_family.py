@@ -1,0 +1,59 @@
+"""A family that only the tests have is proposed, judged, served, stored and applied, with no change elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tests.support.profile_bench import BIASED, JUDGED, MODEL, Bench, contextual
+from tests.support.third_family import TOKEN_BIAS, token_bias
+from tests.support.world import V
+
+from hemostat.profiles.candidates import Candidate, Origin, Proposed
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.transform import shift_at
+from hemostat_engine import transform
+
+
+def unbiased(part: float = 1.0, tokens: int = 1_000) -> CalibrationProfile:
+    """Takes back a part of what the biased world adds."""
+    return token_bias(MODEL, -part * BIASED.bias, 1.5, tokens)
+
+
+def test_it_is_proposed_promoted_and_served_again_after_a_restart() -> None:
+    bench = Bench()
+    profile = unbiased()
+    assert bench.profiles.proposals.accepts(TOKEN_BIAS, 1_000)
+    assert bench.profiles.proposals.propose(profile, "learned by a test", {"tokens": 1_000})
+    assert bench.status()["candidates"][0]["source"] == TOKEN_BIAS
+    bench.feed(BIASED, JUDGED, bench.serves)
+    assert bench.profiles.serving.selected == profile.version
+    shown = bench.profiles.report.describe(profile.version)
+    assert shown is not None
+    assert (shown["family"], shown["state"], shown["adapter"]) == (TOKEN_BIAS, "selected", None)
+    again = bench.restart()
+    again.profiles.set_model_pair(MODEL, V)
+    assert again.profiles.serving.selected == profile.version
+    assert not again.profiles.proposals.accepts(TOKEN_BIAS, 1_999)
+    assert again.profiles.proposals.accepts(TOKEN_BIAS, 2_000)
+
+
+def test_its_newer_proposal_waits_for_the_older_one_and_it_for_families_that_go_first() -> None:
+    bench = Bench()
+    first, second, other = unbiased(), unbiased(0.9, 10_000), contextual()
+    bench.profiles.proposals.propose(first, "", {"tokens": 1_000})
+    bench.feed(BIASED, JUDGED[:1])
+    bench.profiles.proposals.propose(second, "", {"tokens": 10_000})
+    bench.profiles.proposals.propose(other, "", {"tokens": 1_000})
+    assert bench.profiles.trials.tested_versions == [other.version, first.version]
+    assert [candidate["version"] for candidate in bench.status()["waiting"]] == [second.version]
+    assert Candidate("a", Proposed(TOKEN_BIAS)).priority > Candidate("b", Origin.IMPORT).priority
+
+
+def test_an_engine_applies_it_as_numpy_does() -> None:
+    profile = unbiased()
+    logits = torch.log_softmax(torch.randn((3, V), generator=torch.Generator().manual_seed(1)), dim=-1)
+    wanted = logits.numpy() + shift_at(profile, np.tile(np.arange(V), (3, 1)), logits.numpy())
+    transform.apply_to_rows(
+        transform.HeldProfile(profile), logits, None, torch.zeros(2, dtype=torch.int64), on_device=torch.tensor
+    )
+    assert np.allclose(logits.numpy(), wanted, atol=1e-6)
