@@ -100,8 +100,7 @@ def build(
         [text.ids for text in texts],
         parts or Parts(None),
         gradients=options.measures_gradients,
-        full={"auto": None, "kfac": True, "full": True, "diagonal": False}[options.metric],
-        memory_bytes=options.memory_mib << 20,
+        memory_bytes={"auto": options.memory_mib << 20, "kfac": None, "full": None, "diagonal": 0}[options.metric],
         seed=options.seed,
         progress=progress,
     )

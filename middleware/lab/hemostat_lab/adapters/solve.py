@@ -41,7 +41,7 @@ class Solver:
     def run(self, statistics: LayerStatistics) -> dict[str, Correction]:
         """By linear layer, from the reference's statistics. AdaptError, WorkFolderError."""
         corrections: dict[str, Correction] = {}
-        for layer, kept in statistics.run(self._solve_layer).items():
+        for layer, kept in statistics.run(self._solve_layer, Moments).items():
             self._pair.restore_notes(layer, _notes(kept))
             corrections |= _unpack(kept)
         return {name: corrections[name] for name in self._pair.skeleton.adaptable}

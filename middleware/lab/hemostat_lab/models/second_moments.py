@@ -7,6 +7,7 @@ goes on at the layer where it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,8 @@ from hemostat_lab.models.walk import LayerWalk
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, finished steps and all steps."""
-Finish = Callable[[str, Moments], Mapping[str, torch.Tensor]]
+_Moments = TypeVar("_Moments", bound=Moments)
+Finish = Callable[[str, _Moments], Mapping[str, torch.Tensor]]
 """Makes what is stored of a decoder layer from its name and its statistics."""
 
 STATISTICS = "statistics"
@@ -32,8 +34,8 @@ class LayerStatistics:
     """The statistics of one model on texts.
 
     source: its weights. seed: of the tokens that the gradients are taken for. gradients: measure the outputs' metric,
-    too. moments: what is made of a layer's inputs and gradients. full: True: full statistics whatever memory they
-    need, False: diagonals, None: as `memory_bytes` allows.
+    too. memory_bytes: full statistics are given to as many layers as it allows, and diagonals to the others; 0:
+    diagonals to all; None: full statistics to all, whatever memory they need.
     """
 
     def __init__(
@@ -44,34 +46,33 @@ class LayerStatistics:
         parts: Parts,
         *,
         gradients: bool,
-        full: bool | None,
-        memory_bytes: int,
+        memory_bytes: int | None,
         seed: int,
         progress: Progress,
-        moments: Callable[[], Moments] = Moments,
     ) -> None:
         self._skeleton = skeleton
         self._names = list(skeleton.layers)
         self._parts = parts
         self._gradients = gradients
-        self._full = full
         self._memory_bytes = memory_bytes
         self._progress = progress
-        self._make_moments = moments
         steps = len(self._names) * (1 + gradients)
         self._walk = LayerWalk(
             skeleton, source, texts, parts, seed=seed, passed=lambda n: progress(STATISTICS, n + 1, steps)
         )
         self._groups: dict[tuple[str, ...], dict[str, str]] = {}
 
-    def run(self, finish: Finish) -> dict[str, dict[str, torch.Tensor]]:
-        """What `finish` makes of each decoder layer, by its name. AdaptError, WorkFolderError."""
+    def run(self, finish: Finish[_Moments], make_moments: Callable[[], _Moments]) -> dict[str, dict[str, torch.Tensor]]:
+        """Returns what `finish` makes of each decoder layer, by its name. Raises AdaptError, WorkFolderError.
+
+        make_moments: makes what collects a layer's inputs and gradients.
+        """
         count = len(self._names)
         result: dict[str, dict[str, torch.Tensor]] = {}
         for n in range(count - 1, -1, -1) if self._gradients else range(count):
             kept = self._parts.get(_layer(n))
             if kept is None:
-                self._measure_layer(n, finish)
+                self._measure_layer(n, finish, make_moments())
                 kept = self._parts.get(_layer(n))
                 assert kept is not None, n
             result[self._names[n]] = kept
@@ -85,10 +86,9 @@ class LayerStatistics:
         for n in range(len(self._names)):
             self._parts.drop(_layer(n))
 
-    def _measure_layer(self, n: int, finish: Finish) -> None:
+    def _measure_layer(self, n: int, finish: Finish[_Moments], moments: _Moments) -> None:
         """Stores what is made of decoder layer `n`, and what the next layer to be measured needs."""
         layer = self._names[n]
-        moments = self._make_moments()
         metrics: dict[str, Metric] = {}
         self._walk.measure(
             n,
@@ -122,8 +122,8 @@ class LayerStatistics:
                 widths[name] = module.in_features
         if self._gradients:
             widths |= {output_key(name): module.out_features for name, module in linears.items()}
-        if self._full is not None:
-            return dict.fromkeys(widths, Metric.FULL if self._full else Metric.DIAGONAL)
+        if self._memory_bytes is None:
+            return dict.fromkeys(widths, Metric.FULL)
         # One layer is solved at a time: its error, three products of its size, and its statistics once more.
         workspace = max(
             8 * (4 * m.in_features * m.out_features + 3 * min(m.in_features, m.out_features) ** 2)

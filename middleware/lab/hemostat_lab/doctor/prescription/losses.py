@@ -77,7 +77,7 @@ def token_statistics(
     reference: Path, texts: Sequence[Ids], device: str, parts: Parts, steps: Callable[[int, int], None], *,
     gradients: bool, seed: int = 0,
 ) -> tuple[Checkpoint, Skeleton, LayerStatistics]:  # fmt: skip
-    """The reference's checkpoint, its layers, and the walk that gives `TokenRows` of each decoder layer. AdaptError.
+    """The reference's checkpoint, its layers, and the walk that can give `TokenRows` of each decoder layer. AdaptError.
 
     seed: of the tokens that gradients are taken for.
     """
@@ -89,11 +89,9 @@ def token_statistics(
         texts,
         parts,
         gradients=gradients,
-        full=False,
         memory_bytes=0,
         seed=seed,
         progress=lambda _, done, total: steps(done, total),
-        moments=TokenRows,
     )
     return checkpoint, skeleton, statistics
 
@@ -122,8 +120,7 @@ def predicted_losses(
     )
     tokens = sum(map(len, texts))
 
-    def losses(layer: str, moments: Moments) -> Mapping[str, torch.Tensor]:
-        assert isinstance(moments, TokenRows)
+    def losses(layer: str, moments: TokenRows) -> Mapping[str, torch.Tensor]:
         result = {}
         for name, module in skeleton.linears_of(layer).items():
             if moments.reached(name):
@@ -136,7 +133,7 @@ def predicted_losses(
         return result
 
     by_layer: dict[str, torch.Tensor] = {}
-    for kept in statistics.run(losses).values():
+    for kept in statistics.run(losses, TokenRows).values():
         by_layer |= kept
     result = {}
     for name, module in skeleton.linears.items():

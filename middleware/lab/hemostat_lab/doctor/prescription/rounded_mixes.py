@@ -15,7 +15,6 @@ from hemostat_lab.doctor.pair import Ids
 from hemostat_lab.doctor.prescription.candidates import planned_weight
 from hemostat_lab.doctor.prescription.losses import TokenRows, token_statistics
 from hemostat_lab.doctor.prescription.mixes import Mix
-from hemostat_lab.models.activations import Moments
 from hemostat_lab.models.parts import Parts
 
 
@@ -39,8 +38,7 @@ class RoundedMixes:
         )
         self._layers = {name: layer for layer in skeleton.layers for name in skeleton.linears_of(layer)}
 
-        def store(layer: str, moments: Moments) -> Mapping[str, torch.Tensor]:
-            assert isinstance(moments, TokenRows)
+        def store(layer: str, moments: TokenRows) -> Mapping[str, torch.Tensor]:
             result = {}
             for name in skeleton.linears_of(layer):
                 weight = checkpoint.weight(name)
@@ -51,7 +49,7 @@ class RoundedMixes:
             parts.put(_weights(layer), result)
             return {}
 
-        self._statistics.run(store)
+        self._statistics.run(store, TokenRows)
 
     def carried_out(self, model: Any, mix: Mix) -> AbstractContextManager[None]:
         """Inside of the context the linear layers of `model`, the reference, have the mix's weights."""
