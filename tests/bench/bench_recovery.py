@@ -35,6 +35,7 @@ import torch
 from hemostat.checkpoints.output_embedding import load as load_embedding
 from hemostat.learner.learner_process import eligible, special_ids
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
+from hemostat_calibration.learning.contextual.choose import ProfileLimits
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.profiles.contextual import probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -200,8 +201,7 @@ class Bench:
             self.weight,
             self.anchors,
             features=features or self.options.features,
-            rank=rank,
-            clamp_nats=self.options.clamp_nats,
+            limits=ProfileLimits(rank, self.options.clamp_nats),
             recent_tokens=RECENT_TOKENS,
         )
 

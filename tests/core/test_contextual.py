@@ -14,6 +14,7 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.learning.contextual import export, hidden_states
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.basis import hidden_sample, make_basis
+from hemostat_calibration.learning.contextual.choose import ProfileLimits
 from hemostat_calibration.learning.contextual.fold_sums import FLUSH_TOKENS, flushed
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.learning.contextual.rows import FOLDS, TokenSource, fold_of
@@ -285,7 +286,7 @@ def test_what_does_not_belong_is_refused():
         ({"anchors": np.zeros((2, 2), int)}, "anchors"),
         ({"weight": np.zeros(V)}, "weight has shape"),
         ({"half_life_tokens": 0.0}, "half_life_tokens"),
-        ({"rank": 0}, "rank is 0"),
+        ({"limits": ProfileLimits(rank=0)}, "rank is 0"),
         ({"features": 0}, "features 0"),
     ],
 )

@@ -3,13 +3,14 @@ the reference's, plus noise."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 from tests.support.oracle import apply
 from tests.support.records import Truth, log_softmax, make_record
 
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
+from hemostat_calibration.learning.contextual.choose import ProfileLimits
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.profiles.transform import anchors_digest
 from hemostat_calibration.records import Features
@@ -59,7 +60,8 @@ class HiddenStateWorld:
 
     def learner(self, **changes):
         options = {"features": A, "rank": D, "min_tokens": 1, "min_requests": 1, **changes}
-        return ContextualLearner(self.weight, self.anchors, **options)
+        limits = {field.name: options.pop(field.name) for field in fields(ProfileLimits) if field.name in options}
+        return ContextualLearner(self.weight, self.anchors, limits=ProfileLimits(**limits), **options)
 
     def learn(self, seeds, learner=None, **kinds):
         learner = learner or self.learner()

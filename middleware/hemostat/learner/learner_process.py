@@ -25,6 +25,7 @@ from hemostat.learner import learner_messages
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 from hemostat_calibration.learning.contextual import storage
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
+from hemostat_calibration.learning.contextual.choose import ProfileLimits
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 
 NICENESS = 15
@@ -57,9 +58,7 @@ class ProcessLearner:
         self._family = ContextualLearner(
             weight,
             anchors,
-            rank=start.rank,
-            clamp_nats=start.clamp_nats,
-            kl_limit=start.kl_limit,
+            limits=ProfileLimits(start.rank, start.clamp_nats, start.kl_limit),
             half_life_tokens=start.half_life_tokens,
             recent_tokens=start.recent_tokens,
             min_tokens=start.min_tokens,

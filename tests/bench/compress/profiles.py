@@ -22,6 +22,7 @@ from hemostat.checkpoints.output_embedding import load as load_embedding
 from hemostat.checkpoints.texts import Text
 from hemostat.learner.learner_process import eligible, special_ids
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
+from hemostat_calibration.learning.contextual.choose import ProfileLimits
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_lab.models.copies import Copy
 
@@ -61,8 +62,7 @@ def _profiled(bench: Bench, start: Case, learn: Learn, folder: Path) -> None:
         weight,
         choose_anchors(weight, FULL.anchors, among=eligible(weight, special_ids(bench.reference))),
         features=FULL.features,
-        rank=FULL.rank,
-        clamp_nats=FULL.clamp_nats,
+        limits=ProfileLimits(FULL.rank, FULL.clamp_nats),
         recent_tokens=RECENT_TOKENS,
     )
     tapped = Stages(base.parent).kept(

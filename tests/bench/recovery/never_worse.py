@@ -23,6 +23,7 @@ import numpy.typing as npt
 from hemostat_calibration.guard.decisions import Action
 from hemostat_calibration.guard.guard import Guard
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
+from hemostat_calibration.learning.contextual.choose import ProfileLimits
 from hemostat_calibration.learning.contextual.hidden_states import softmax
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -183,7 +184,7 @@ def _numbered(seed: int) -> Run:
 
 
 def _propose(w: World, drawn: Sequence[int]) -> CalibrationProfile | None:
-    family = ContextualLearner(w.weight, w.anchors, features=ANCHORS, rank=32, clamp_nats=w.clamp_nats)
+    family = ContextualLearner(w.weight, w.anchors, features=ANCHORS, limits=ProfileLimits(32, w.clamp_nats))
     records = []
     for prompt in drawn:
         rows = np.flatnonzero(w.prompt == prompt)

@@ -19,6 +19,7 @@ from tests.bench.recovery.outcomes import (
 from tests.support import oracle
 
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
+from hemostat_calibration.learning.contextual.choose import ProfileLimits
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.contextual import contextual_profile
@@ -92,7 +93,7 @@ def test_figures_are_those_of_the_full_distributions() -> None:
 def test_the_contextual_family_wins_back_what_a_linear_map_can() -> None:
     weight, anchors, texts, _ = world(120, 25)
     learning, heldout = texts[:80], texts[80:]
-    learner = GrowingRun(ContextualLearner(weight, anchors, features=N, rank=D, clamp_nats=5.0))
+    learner = GrowingRun(ContextualLearner(weight, anchors, features=N, limits=ProfileLimits(D)))
     few = learner.learn(learning[:30], "few")
     all_ = learner.learn(learning, "all")
     assert few.profile is not None

@@ -22,12 +22,16 @@ step may be too long.
 
 @dataclass(frozen=True, slots=True)
 class ProfileLimits:
-    """The limits of the profiles proposed: every |Δz| is at most clamp_nats, the KL of a row's change at most about
-    kl_limit.
+    """The limits of the profiles proposed: their rank is at most `rank`, every |Δz| at most clamp_nats, and the KL of a
+    row's change at most about kl_limit.
     """
 
-    clamp_nats: float
-    kl_limit: float
+    rank: int = 192
+    clamp_nats: float = 5.0
+    kl_limit: float = NO_KL_LIMIT
+
+
+DEFAULT_LIMITS = ProfileLimits()
 
 
 def exact_gains(basis: Basis, rows: HiddenRows, maps: Sequence[LinearMap], limits: ProfileLimits) -> Floats:

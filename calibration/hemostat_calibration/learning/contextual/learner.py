@@ -25,7 +25,7 @@ from hemostat_calibration.arrays import Ids, Singles
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.learning.contextual import hidden_states
 from hemostat_calibration.learning.contextual.basis import Basis, hidden_sample, make_basis
-from hemostat_calibration.learning.contextual.choose import ProfileLimits
+from hemostat_calibration.learning.contextual.choose import DEFAULT_LIMITS, ProfileLimits
 from hemostat_calibration.learning.contextual.examples import HiddenExamples, ListExamples, list_examples
 from hemostat_calibration.learning.contextual.export import to_profile
 from hemostat_calibration.learning.contextual.fit_linear import LinearFitter
@@ -41,13 +41,15 @@ from hemostat_calibration.learning.contextual.fold_sums import (
 )
 from hemostat_calibration.learning.contextual.regression import Moments
 from hemostat_calibration.learning.contextual.rows import FOLDS, TokenRows, TokenSource, newest, rows_of
-from hemostat_calibration.profiles.contextual import NO_KL_LIMIT, probe_profile
+from hemostat_calibration.profiles.contextual import probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors_digest
 from hemostat_calibration.records import TokenRecord
 
 _RANKS = (4, 8, 16, 24, 32, 48, 64, 96, 128)
 """The ranks that are tried in addition to the largest one."""
+_NOISE_NATS = 0.03
+"""The standard deviation of a logit as the engine hands it out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,15 +83,14 @@ class ContextualLearner:
     weight: the output embedding W, [V, d], whose logits are W h.
     anchors: int32 [N] ids, distinct (`choose_anchors`); the map reads the first `features` of them. N should be above
         d: fewer leave part of h_c undetermined, and with it part of what is to be learned.
-    rank: the largest that is tried. clamp_nats, kl_limit: of the profiles proposed.
+    limits: of the profiles proposed.
     half_life_tokens: after how many tokens a row counts half; None never forgets.
-    noise_nats: standard deviation of a logit as the engine hands it out.
     min_tokens, min_requests: below either nothing is proposed.
     Raises InvalidArgumentError on a bad value.
 
     >>> from hemostat_calibration.records import Candidates, Features
     >>> weight = np.array([[2.0, 0.0], [0.0, 2.0], [-2.0, 0.0], [0.0, -2.0], [1.0, 1.0]])
-    >>> learner = ContextualLearner(weight, np.array([0, 1, 2, 3]), rank=2, min_tokens=1, min_requests=1)
+    >>> learner = ContextualLearner(weight, np.arange(4), limits=ProfileLimits(rank=2), min_tokens=1, min_requests=1)
     >>> def record(n):
     ...     h_r = np.array([[np.sin(n), np.cos(3.0 * n)]] * 8) * np.linspace(0.2, 1.0, 8)[:, None]
     ...     log_r, log_c = (z - np.log(np.exp(z).sum(1, keepdims=True)) for z in (h_r @ weight.T, 0.5 * h_r @ weight.T))
@@ -112,12 +113,9 @@ class ContextualLearner:
         anchors: npt.NDArray[np.integer],
         *,
         features: int = 512,
-        rank: int = 192,
-        clamp_nats: float = 5.0,
-        kl_limit: float = NO_KL_LIMIT,
+        limits: ProfileLimits = DEFAULT_LIMITS,
         half_life_tokens: float | None = None,
         recent_tokens: int = 65_536,
-        noise_nats: float = 0.03,
         min_tokens: int = 500,
         min_requests: int = 8,
     ) -> None:
@@ -127,17 +125,16 @@ class ContextualLearner:
             raise InvalidArgumentError(f"anchors must be distinct ids of the vocabulary of {len(weight)}")
         if half_life_tokens is not None and not half_life_tokens > 0.0:
             raise InvalidArgumentError(f"half_life_tokens is {half_life_tokens}: it must be above 0")
-        if rank < 1 or features < 1:
-            raise InvalidArgumentError(f"rank is {rank}, features {features}: they must be 1 or more")
+        if limits.rank < 1 or features < 1:
+            raise InvalidArgumentError(f"rank is {limits.rank}, features {features}: they must be 1 or more")
         self.weight: Singles = np.ascontiguousarray(weight, dtype=np.float32)
         self.anchors: Ids = anchors.astype(np.int32)
         self.digest = anchors_digest(self.anchors)
         self.forgetting = Forgetting(half_life_tokens)
         self.features = min(features, len(anchors))
-        self._ranks = (*(r for r in _RANKS if r < rank), rank)
-        self._limits = ProfileLimits(clamp_nats, kl_limit)
+        self._ranks = (*(r for r in _RANKS if r < limits.rank), limits.rank)
+        self._limits = limits
         self._recent_tokens = recent_tokens
-        self._noise_nats = noise_nats
         self._min_tokens = min_tokens
         self._min_requests = min_requests
 
@@ -230,7 +227,7 @@ class ContextualLearner:
         return Proposal(profile, report)
 
     def _hidden_examples(self, state: ContextualState, sample: Singles) -> HiddenExamples:
-        prior = hidden_states.estimate_prior(sample, self._noise_nats)
+        prior = hidden_states.estimate_prior(sample, _NOISE_NATS)
         basis = make_basis(self.weight, self.anchors, self.features, sample, prior)
         rows = [r for r in self._fresh(state) if r.features is not None and r.hidden is not None]
         return HiddenExamples(basis, self._moments(state, basis), rows)
@@ -245,7 +242,7 @@ class ContextualLearner:
             weight=self.weight,
             anchors=self.anchors,
             features=self.features,
-            noise_nats=self._noise_nats,
+            noise_nats=_NOISE_NATS,
             forgetting=self.forgetting,
             clock=state.tokens,
         )

@@ -15,6 +15,7 @@ from tests.bench.recovery.stages import Stages
 from hemostat.checkpoints.output_embedding import load as load_embedding
 from hemostat.learner.learner_process import eligible, special_ids
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
+from hemostat_calibration.learning.contextual.choose import ProfileLimits
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 
 from .checkpoints import Pair
@@ -58,8 +59,7 @@ def learn_map(
             embedding,
             anchors,
             features=FEATURES,
-            rank=RANK,
-            clamp_nats=CLAMP_NATS,
+            limits=ProfileLimits(RANK, CLAMP_NATS),
             recent_tokens=RECENT_TOKENS,
         )
         states = scorer.reference_states(tokens), scorer.states(tokens, adapter, name)
