@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hemostat_calibration.learning.contextual.narrow import narrow
+from hemostat_calibration.learning.contextual.export import narrow
 
 V, R, ROWS = 400, 12, 3000
 

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.streaming import student_975
 from hemostat_calibration.thresholds.breaks import Break, Existence, break_existence, find_break, kink
-from hemostat_calibration.thresholds.curve import Curve, student_quantile
-from hemostat_calibration.thresholds.floor import leaves_floor
+from hemostat_calibration.thresholds.curve import Curve, leaves_floor, student_quantile
 from hemostat_calibration.thresholds.statements import Verdict, always_better, breaks_within, difference
 
 

@@ -16,7 +16,6 @@ waits); `readings(state)` and `kind_readings(state)` for metrics and console; `s
 Further modules:
 
     breaks          adapts the times that the alarm keeps after a clock was set
-    logit_spread    the figure of the change test
     outlier_engine  the test that names an outlier among several engines
     report          the states of tests and kinds, for metrics and the console
     placement       where the next figure falls among those before it
@@ -38,8 +37,7 @@ from hemostat_calibration.alarm.baseline import Baseline, RequestSpread, fit_bas
 from hemostat_calibration.alarm.betting import Crossing
 from hemostat_calibration.alarm.breaks import after_break
 from hemostat_calibration.alarm.budget import BudgetTest
-from hemostat_calibration.alarm.change import ChangeTest
-from hemostat_calibration.alarm.logit_spread import spread
+from hemostat_calibration.alarm.change import ChangeTest, spread
 from hemostat_calibration.alarm.report import KindReading, Reading, kind_readings, readings, weighted_spread_ratio
 from hemostat_calibration.alarm.serialization import begun_tests, load, read, save
 from hemostat_calibration.alarm.workload import Workload

@@ -14,8 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from hemostat_calibration.thresholds.breaks import Break, Existence, find_break
-from hemostat_calibration.thresholds.curve import Curve
-from hemostat_calibration.thresholds.floor import leaves_floor
+from hemostat_calibration.thresholds.curve import Curve, leaves_floor
 from hemostat_calibration.thresholds.statements import (
     Difference,
     Verdict,
