@@ -288,7 +288,7 @@ async def test_status_has_the_reports_shape_and_is_json(plane: Control, client: 
         assert wanted <= figures(status)
         assert status["profile"] == {"version": "identity", "family": "identity", "mode": "observe"}
         assert status["calibrated"] == status["raw"]
-        plane.pipeline.use_record(*scored(str(n), prompt=n))
+        plane.pipeline.update(*scored(str(n), prompt=n))
     assert status["tokens_scored"] == 6
 
 

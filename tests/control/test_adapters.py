@@ -145,7 +145,7 @@ class World:
         """That many more, all of them to their end."""
         pipeline = self.one.pipeline
         for _ in range(count):
-            self.one.pipeline.receive(self.serve())
+            self.one.pipeline.offer(self.serve())
         await until(lambda: pipeline.pending == 0 and not pipeline.users.distances.waiting, LONG)
         self.one.policy.publish()
 

@@ -95,7 +95,7 @@ async def test_an_upstream_that_gives_fewer_logprobs_is_a_mismatch_that_says_wha
         assert "--max-logprobs 4" in plane.monitor.detail
         assert "shadow.top_k" in plane.monitor.detail
         assert not told[-1].scoring
-        plane.pipeline.receive(capture())
+        plane.pipeline.offer(capture())
         assert status_json(plane)["requests"]["dropped"] == {"reference_not_ready": 1}
         fake.max_logprobs = 4
         await until(lambda: plane.monitor.state == "ready")
@@ -152,7 +152,7 @@ async def test_relays_are_informed_of_adapters_as_they_come_and_go(
         assert told[-1].unscorable_models == {"lora"}
         fake.adapters = ("lora", "sql")
         await until(lambda: told[-1].unscorable_models == {"lora", "sql"})
-        plane.pipeline.receive(capture(model="loaded-since"))
+        plane.pipeline.offer(capture(model="loaded-since"))
         await until(lambda: status_json(plane)["requests"]["skipped"] == {"unknown_model": 1})
         fake.adapters = ()
         await until(lambda: told[-1].unscorable_models == frozenset())
@@ -170,7 +170,7 @@ async def test_an_adapter_that_the_reference_serves_too_is_scored_with_it(
         assert told[-1].unscorable_models == {"chat"}
         assert status_json(plane)["compressed"] == {"models": ["fake"], "adapters": ["sql"]}
         for model in ("sql", "fake", "chat"):
-            plane.pipeline.receive(capture(model=model))
+            plane.pipeline.offer(capture(model=model))
         await until(lambda: plane.pipeline.scorer is not None and plane.pipeline.scorer.pending == 0)
         assert status_json(plane)["requests"]["scored"] == 2
         assert status_json(plane)["requests"]["skipped"] == {"unknown_model": 1}
@@ -212,7 +212,7 @@ async def test_a_reference_that_dies_stops_the_sampling_and_comes_back(
         await until(lambda: plane.monitor.state == "ready")
         fake.status = 500
         for _ in range(plane.breakers.of("fake").threshold):
-            plane.pipeline.receive(capture(model="fake"))
+            plane.pipeline.offer(capture(model="fake"))
         await until(lambda: plane.monitor.state == "down")
         assert status_json(plane)["requests"]["dropped"]["reference_http_error"] == plane.breakers.of("fake").threshold
         assert not told[-1].scoring
@@ -227,7 +227,7 @@ async def test_a_bug_in_calibration_costs_no_measurement(tmp_path: Path, monkeyp
 
     async with control(tmp_path) as plane:
         monkeypatch.setattr(plane.profile_manager, "update", bug)
-        plane.pipeline.use_record(*scored())
+        plane.pipeline.update(*scored())
         assert plane.measured.measurements.tokens == 3
         assert plane.registry.get_sample_value("hemostat_internal_errors_total", {"part": "calibration"}) == 1
 
@@ -241,7 +241,7 @@ async def test_consumers_of_records_know_only_the_kinds_that_are_followed(
         plane.link.set_policy = told.append  # type: ignore[method-assign]
         monkeypatch.setattr(plane.profile_manager, "update", lambda scored: result.append(scored.record.kind))
         for n, kind in enumerate(["chat text greedy", "chat json greedy", "", "chat text greedy"]):
-            plane.pipeline.use_record(*scored(str(n), prompt=n, kind=kind))
+            plane.pipeline.update(*scored(str(n), prompt=n, kind=kind))
         assert result == ["chat text greedy", "rest", "rest", "chat text greedy"]
         assert told[-1].kinds == {"chat text greedy"}
 
@@ -404,7 +404,7 @@ async def test_while_it_is_suspended_records_decide_nothing_and_off_applies(
         told: list[Policy] = []
         plane.link.set_policy = told.append  # type: ignore[method-assign]
         plane.ownership._lose(ExclusionLost("the session has ended"))
-        plane.pipeline.use_record(*scored())
+        plane.pipeline.update(*scored())
         assert plane.measured.measurements.tokens == 0
         for mode, code in (("observe", 503), ("off", 507)):
             answer = await client.post("/api/v1/calibration", headers=AUTHORIZED, json={"mode": mode})
@@ -414,7 +414,7 @@ async def test_while_it_is_suspended_records_decide_nothing_and_off_applies(
         plane.ownership._move(ownership._Event.REGAINED, "")
         assert await plane.writer.wait_until_written(30.0)
         assert plane.store.read().states["mode"] == "auto off"
-        plane.pipeline.use_record(*scored())
+        plane.pipeline.update(*scored())
         assert plane.measured.measurements.tokens > 0
 
 
@@ -446,11 +446,11 @@ async def test_the_cost_of_a_status_and_of_a_scrape_does_not_grow_with_the_recor
             return count_calls(plane.status.current), count_calls(lambda: list(plane.registry.collect()))
 
         for n in range(60):
-            plane.pipeline.use_record(*scored(str(n), prompt=n))
+            plane.pipeline.update(*scored(str(n), prompt=n))
         calls()  # fills caches
         few = calls()
         for n in range(60, 180):
-            plane.pipeline.use_record(*scored(str(n), prompt=n))
+            plane.pipeline.update(*scored(str(n), prompt=n))
         calls()
         many = calls()
         # Of three times the records; more figures have an interval then.

@@ -26,7 +26,7 @@ async def test_what_relays_and_the_scorer_count_is_one_figure(tmp_path: Path) ->
         )
         await until(lambda: plane.pipeline.coverage.report()["requests"] == 1.0)
         record, capture = scored(tokens=60, kind="chat text greedy")
-        plane.pipeline.use_record(record, capture)
+        plane.pipeline.update(record, capture)
         plane.pipeline.endings.scored(capture)
         result = status_json(plane)["coverage"]
         assert result["scored_share"] == {"tokens": 0.6, "requests": 0.5}
@@ -43,7 +43,7 @@ async def test_a_part_of_an_output_is_in_no_figure_but_those_by_place(tmp_path: 
         plane.monitor.served = served_models(pair("m", info=INFO))
         before = status_json(plane)
         record, capture = scored(tokens=8, kind="chat text greedy")
-        plane.pipeline.use_record(replace(record, position=100, context_tokens=105), capture)
+        plane.pipeline.update(replace(record, position=100, context_tokens=105), capture)
         after = status_json(plane)
         assert [place["place"] for place in after["places"]["position"]] == ["64-255"]
         changed = {key for key, value in after.items() if before[key] != value} - {"at", "shadow", "queue"}
@@ -51,7 +51,7 @@ async def test_a_part_of_an_output_is_in_no_figure_but_those_by_place(tmp_path: 
         # The kind is followed from now on, with nothing known of it.
         [kind] = [kind for kind in after["calibration"]["kinds"] if kind["kind"] == "chat text greedy"]
         assert not kind["candidates"]
-        plane.pipeline.use_record(*scored("whole", prompt=1, tokens=8, kind="chat text greedy"))
+        plane.pipeline.update(*scored("whole", prompt=1, tokens=8, kind="chat text greedy"))
         assert status_json(plane)["raw"]["requests"] == 1
 
 
@@ -74,9 +74,9 @@ async def test_thinking_is_counted_where_the_markers_of_the_model_are_known(tmp_
         record, capture = scored(tokens=8, finish_reason="length")
         record = replace(record, thinking=Thinking(0, 8, ended=False))
         plane.monitor.served = served_models(pair("m", info=INFO))
-        plane.pipeline.use_record(record, capture)
+        plane.pipeline.update(record, capture)
         assert status_json(plane)["thinking"]["arms"] == {}
         plane.monitor.served = served_models(replace(pair("m", info=INFO), markers=Markers((), ((1,),))))
-        plane.pipeline.use_record(replace(record, conversation=b"another"), capture)
+        plane.pipeline.update(replace(record, conversation=b"another"), capture)
         [arm] = status_json(plane)["thinking"]["arms"].values()
         assert (arm["requests"], arm["endings"]["cut"], arm["never_ended"]["estimate"]) == (1, 1, 1.0)

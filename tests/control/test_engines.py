@@ -92,7 +92,7 @@ def observe(plane: Control, count: int, outlier: str | None, first: int = 0, *, 
         row = np.log([top, (1 - top) / 2, (1 - top) / 4, (1 - top) / 8, 1e-300]).astype("<f4")
         row[K] = -np.inf
         rows = np.tile(row, (3, 1))
-        plane.pipeline.use_record(
+        plane.pipeline.update(
             *scored(
                 f"r{n}",
                 n,
@@ -157,7 +157,7 @@ async def test_an_engine_that_was_named_is_not_shown_when_none_was_drawn_for_a_d
 
 async def test_records_without_an_engine_count_nowhere(tmp_path: Path) -> None:
     async with control(tmp_path) as plane:
-        plane.pipeline.use_record(*scored())
+        plane.pipeline.update(*scored())
         assert plane.measured.by_engine.report() == []
 
 

@@ -23,7 +23,7 @@ def know_models(control: Control, digest: str = INFO.digest) -> None:
 
 def learn(control: Control, prompts: range) -> None:
     for prompt in prompts:
-        control.pipeline.use_record(*support.scored(f"r{prompt}", prompt))
+        control.pipeline.update(*support.scored(f"r{prompt}", prompt))
 
 
 async def test_what_was_learned_and_proposed_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

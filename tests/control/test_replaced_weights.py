@@ -54,7 +54,7 @@ class Life:
 
     def use(self, prompts: range) -> None:
         for prompt in prompts:
-            self.one.pipeline.use_record(*support.scored(f"r{prompt}", prompt))
+            self.one.pipeline.update(*support.scored(f"r{prompt}", prompt))
 
     @property
     def known(self) -> tuple[bool, bool, bool]:
@@ -244,7 +244,7 @@ async def test_the_figures_of_another_model_begin_anew_by_themselves(settings: S
         refer(plane, OLD)
         plane.use(range(20))
         for prompt in range(20):
-            plane.one.pipeline.use_record(*support.scored(f"o{prompt}", prompt, model="other"))
+            plane.one.pipeline.update(*support.scored(f"o{prompt}", prompt, model="other"))
         assert requests(plane) == (20, 20)
         refer(plane, NOISY)
         assert requests(plane) == (20, 20), "the noise of a server"

@@ -168,10 +168,10 @@ async def test_a_shadow_score_is_linked_to_its_request(receiver: Receiver, tmp_p
     made = settings(tracing={"endpoint": receiver.url})
     async with control(tmp_path, made) as plane:
         captured = time.monotonic() - 0.5
-        plane.pipeline.use_record(*scored("traced", traceparent=f"00-{TRACE}-{PARENT}-01", captured_at=captured))
-        plane.pipeline.use_record(*scored("unsampled", traceparent=f"00-{TRACE}-{PARENT}-00"))
-        plane.pipeline.use_record(*scored("untraced"))
-        plane.pipeline.use_record(*scored("nonsense", traceparent="00-xyz"))
+        plane.pipeline.update(*scored("traced", traceparent=f"00-{TRACE}-{PARENT}-01", captured_at=captured))
+        plane.pipeline.update(*scored("unsampled", traceparent=f"00-{TRACE}-{PARENT}-00"))
+        plane.pipeline.update(*scored("untraced"))
+        plane.pipeline.update(*scored("nonsense", traceparent="00-xyz"))
     (span,) = receiver.spans()
     assert span.trace_id.hex() == TRACE
     assert [(link.trace_id.hex(), link.span_id.hex()) for link in span.links] == [(TRACE, PARENT)]

@@ -131,10 +131,10 @@ class Bench:
         )
         consumers: Any = SimpleNamespace(
             measurements=self.measured,
-            alarms=SimpleNamespace(observe=lambda record, figures: self.noted["alarms"].append(record)),
+            alarms=SimpleNamespace(update=lambda record, figures: self.noted["alarms"].append(record)),
             engines=None,
             profiles=profiles,
-            learner=SimpleNamespace(offer=self.noted["learned"].append),
+            learner=SimpleNamespace(update=self.noted["learned"].append),
             records=None,
             texts=None,
             evidence=None,
@@ -174,7 +174,7 @@ class Bench:
 
     def _use(self, record: TokenRecord, capture: Capture) -> None:
         self.records.append(record)
-        self.pipeline.use_record(record, capture)
+        self.pipeline.update(record, capture)
 
     async def score(self, *captures: Capture) -> None:
         self.engines.taps.update(TapMessage("boot", self.runs), 0.0)
@@ -394,7 +394,7 @@ async def test_a_part_of_an_output_counts_in_no_conditional_mean(of_another: boo
         [first] = bench.served.pairs
         monitor: Any = bench.pipeline._monitor
         monitor.served = served_models(pair("other", bench.reference, INFO), first)
-    bench.pipeline.use_record(part, request.capture())
+    bench.pipeline.update(part, request.capture())
     result = bench.measured.conditional
     assert result.report()["raw"]["requests"] == 1
     assert result.tokens == record.tokens * (1 if of_another else 2)
@@ -402,6 +402,6 @@ async def test_a_part_of_an_output_counts_in_no_conditional_mean(of_another: boo
     assert bench.measured.by_place.report() == Measurements().by_place.report()
     assert bench.pipeline.users.other_models.report("m")["conditional"]["raw"]["requests"] == 0
     # Its conversation has no observation yet.
-    bench.pipeline.use_record(replace(part, position=0), request.capture())
+    bench.pipeline.update(replace(part, position=0), request.capture())
     now = bench.pipeline.users.other_models.report("m")["conditional"] if of_another else result.report()
     assert now["raw"]["requests"] == (1 if of_another else 2)

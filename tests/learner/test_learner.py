@@ -83,7 +83,7 @@ class Bench:
 
     def teach(self, seeds: range) -> None:
         for seed in seeds:
-            self.learner.offer(self.world.record(seed, self.receiver.anchors, self.digest))
+            self.learner.update(self.world.record(seed, self.receiver.anchors, self.digest))
 
     async def taught(self, tokens: int) -> None:
         await until(lambda: self.learner.status()["tokens"] == tokens)
@@ -142,11 +142,11 @@ async def test_records_with_missing_parts_are_learned_from_for_the_others(bench:
     assert record.features is not None
     values = record.features.values.copy()
     values[:6] = np.nan
-    bench.learner.offer(replace(record, features=Features(bench.digest, values)))
-    bench.learner.offer(replace(record, features=Features("f" * 32, values)))
-    bench.learner.offer(replace(record, features=None))
-    bench.learner.offer(replace(record, reference_hidden=None))
-    bench.learner.offer(replace(record, features=None, reference_hidden=None))
+    bench.learner.update(replace(record, features=Features(bench.digest, values)))
+    bench.learner.update(replace(record, features=Features("f" * 32, values)))
+    bench.learner.update(replace(record, features=None))
+    bench.learner.update(replace(record, reference_hidden=None))
+    bench.learner.update(replace(record, features=None, reference_hidden=None))
     await until(lambda: bench.learner.status()["sources"].get("list") == 16)
     sources = bench.learner.status()["sources"]
     # Of the masked ones nothing is learned; other anchors are none.
@@ -158,8 +158,8 @@ async def test_records_with_missing_parts_are_learned_from_for_the_others(bench:
 async def test_a_record_that_does_not_fit_is_counted_as_failed(bench: Bench) -> None:
     await bench.ready()
     record = bench.world.record(1, bench.receiver.anchors, bench.digest)
-    bench.learner.offer(replace(record, reference_hidden=np.zeros((16, D + 1), np.float32)))
-    bench.learner.offer(replace(record, features=Features(bench.digest, np.zeros((16, 31), np.float32))))
+    bench.learner.update(replace(record, reference_hidden=np.zeros((16, D + 1), np.float32)))
+    bench.learner.update(replace(record, features=Features(bench.digest, np.zeros((16, 31), np.float32))))
     bench.teach(range(5))
     await bench.taught(80)
     assert sum(bench.learner.status()["failed"].values()) == 2

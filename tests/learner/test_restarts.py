@@ -72,7 +72,7 @@ class Life:
         anchors = transform.anchors(self.receiver.probe)
         assert anchors is not None
         for seed in seeds:
-            self.learner.offer(self.world.record(seed, anchors, transform.anchors_digest(anchors)))
+            self.learner.update(self.world.record(seed, anchors, transform.anchors_digest(anchors)))
 
     @property
     def tokens(self) -> int:

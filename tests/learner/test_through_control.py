@@ -136,13 +136,13 @@ class Bench:
         self.learned_from: list[bytes] = []
         self._seed = 0
         plane.link.set_policy = self.told.append  # type: ignore[method-assign]
-        offer = plane.learner.offer
+        offer = plane.learner.update
 
         def note(record: TokenRecord) -> None:
             self.learned_from.append(record.unit)
             offer(record)
 
-        plane.learner.offer = note  # type: ignore[method-assign]
+        plane.learner.update = note  # type: ignore[method-assign]
 
     async def ready(self) -> None:
         await until(lambda: self.one.monitor.state == "ready")
@@ -155,7 +155,7 @@ class Bench:
         """That many more, all of them to their end."""
         for _ in range(count):
             self._seed += 1
-            self.one.pipeline.receive(self.engine.serves(self._seed, self.told[-1], **damage))
+            self.one.pipeline.offer(self.engine.serves(self._seed, self.told[-1], **damage))
         assert self.one.pipeline.scorer is not None
         await until(lambda: self.one.pipeline.scorer.pending == 0)  # type: ignore[union-attr]
         # Limits are counted in requests: a learner that a busy machine gives no time would be too late for them.

@@ -58,7 +58,7 @@ async def test_names_and_labels_are_those_of_the_contract(tmp_path: Path) -> Non
         plane.profile_manager.set_model_pair("m", 30)
         version = plane.profile_manager.operator.import_profile(profile())
         plane.profile_manager.operator.promote(version)
-        plane.pipeline.use_record(*scored(arm="treated"))
+        plane.pipeline.update(*scored(arm="treated"))
         families = scrape(plane)
         series = {name: set(dict(labels)) - {"le"} for name, labels in samples(families)}
         for name, labels in CONTRACT.items():
@@ -157,7 +157,7 @@ async def test_decisions_and_clamps_that_bind_are_counted(tmp_path: Path) -> Non
 async def test_histograms_are_cumulative_and_agree_with_the_counters(tmp_path: Path) -> None:
     async with control(tmp_path) as plane:
         for n in range(4):
-            plane.pipeline.use_record(*scored(str(n), prompt=n, tokens=3 + n))
+            plane.pipeline.update(*scored(str(n), prompt=n, tokens=3 + n))
         result = samples(scrape(plane))
         decoded = [(("arm", "none"), ("decoding", decoding)) for decoding in ("greedy", "sampled")]
         tokens = sum(result["hemostat_scored_tokens_total", labels] for labels in decoded)
@@ -181,7 +181,7 @@ async def test_scrapes_between_any_two_changes(tmp_path: Path) -> None:
 
         async def change() -> None:
             for n in range(40):
-                plane.pipeline.use_record(*scored(str(n), prompt=n, arm=("none", "treated", "control")[n % 3]))
+                plane.pipeline.update(*scored(str(n), prompt=n, arm=("none", "treated", "control")[n % 3]))
                 plane.pipeline.endings.unscored(Unscored.INVALID_RECORD, scored()[1], f"reason{n % 5}")
                 await asyncio.sleep(0)
 

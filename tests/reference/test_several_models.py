@@ -41,7 +41,7 @@ class Bench:
         """What became of all captures so far, after these."""
         before = status_json(self.one)["requests"]
         for item in captures:
-            self.one.pipeline.receive(item)
+            self.one.pipeline.offer(item)
         endings = self.one.pipeline.endings
         await until(lambda: sum(endings._counts.values()) >= self.total(before) + len(captures))
         result: dict[str, Any] = status_json(self.one)["requests"]
@@ -79,7 +79,7 @@ async def test_each_model_is_scored_on_its_own_reference(tmp_path: Path, monkeyp
             await until(lambda: (made.state("a"), made.state("b"), made.state("c")) == ("ready", "ready", "none"))
             await until(lambda: made.told[-1].scorable_models == {"a", "b"} and made.told[-1].scoring)
             records = []
-            emit = made.one.pipeline.use_record
+            emit = made.one.pipeline.update
             assert made.one.pipeline.scorer is not None
             monkeypatch.setattr(made.one.pipeline.scorer, "_emit", lambda *given: (records.append(given), emit(*given)))
             result = await made.scored(capture(model="a"), capture(model="b"), capture(model="c"), capture(model="d"))

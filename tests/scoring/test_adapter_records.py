@@ -117,7 +117,7 @@ class Pipeline:
             alarms=SimpleNamespace(update=lambda record, figures: None),
             engines=SimpleNamespace(update_totals=lambda record, figures: None, update=lambda record, figures: None),
             profiles=profiles,
-            learner=SimpleNamespace(offer=self.learned.append),
+            learner=SimpleNamespace(update=self.learned.append),
             records=self.records,
             texts=None,
             tracing=SimpleNamespace(record_score=lambda *_, **given: self.traced.append(given["attributes"])),
@@ -132,7 +132,7 @@ class Pipeline:
 
     def use(self, record: TokenRecord, **more: Any) -> None:
         given = {"prompt_token_ids": np.arange(3, dtype="<i4").tobytes()} | more
-        self.pipeline.use_record(
+        self.pipeline.update(
             replace(record, model="m", kind=KIND), sized_capture(record.request_id).__class__(**_fields(record, given))
         )
 

@@ -44,7 +44,7 @@ class World:
             lost = self.draw.random() < share(engine)
             self.asked += 1
             self.lost += lost
-            if self.losses.count(str(engine), self.now, lost=lost):
+            if self.losses.update(str(engine), self.now, lost=lost):
                 self.pauses.append(self.now)
 
 
@@ -103,7 +103,7 @@ def test_once_answers_come_again_the_next_pause_is_a_short_one() -> None:
 def test_engines_are_bounded() -> None:
     losses = AnswerLosses()
     for n in range(3 * MAX_ENGINES):
-        losses.count(str(n), 0.0, lost=True)
+        losses.update(str(n), 0.0, lost=True)
     assert len(losses._recent) == MAX_ENGINES
 
 
@@ -117,10 +117,10 @@ def test_it_pauses_exactly_where_ten_of_an_engines_last_fifty_were_lost(
         now += seconds
         if losses.paused(now):
             assert now - begun < MAX_PAUSE_SECONDS
-            assert not losses.count(engine, now, lost=lost)
+            assert not losses.update(engine, now, lost=lost)
             continue
         recent[engine].append(lost)
         expected = sum(recent[engine][-RECENT_ANSWERS:]) >= MAX_LOST
-        assert losses.count(engine, now, lost=lost) == losses.paused(now) == expected
+        assert losses.update(engine, now, lost=lost) == losses.paused(now) == expected
         if expected:
             recent, begun = {"a": [], "b": []}, now

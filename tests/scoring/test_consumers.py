@@ -27,7 +27,7 @@ class Noting:
     seen: list[ScoredRecord] = field(default_factory=list)
     fails: bool = False
 
-    def use(self, scored: ScoredRecord) -> None:
+    def update(self, scored: ScoredRecord) -> None:
         if self.fails:
             raise ValueError("a bug")
         self.seen.append(scored)
@@ -72,7 +72,7 @@ async def test_a_new_consumer_gets_every_record_once(tmp_path: Path) -> None:
         for number, name in enumerate(USES):
             record, capture = scored(str(number), prompt=number)
             capture = msgspec.structs.replace(capture, ids_only="again" in name)
-            plane.pipeline.use_record(variant(record, name), capture)
+            plane.pipeline.update(variant(record, name), capture)
         assert [each.uses for each in consumer.seen] == list(USES.values())
         assert [each.capture.request_id for each in consumer.seen] == [str(number) for number in range(len(USES))]
         with pytest.raises(FrozenInstanceError):
@@ -85,7 +85,7 @@ async def test_a_consumer_that_fails_costs_the_others_nothing(tmp_path: Path, ca
         plane.pipeline.users.consumers.insert(0, Noting(fails=True))
         plane.pipeline.users.consumers.append(after)
         with pytest.raises(RuntimeError, match="Noting"):  # counted by the scorer
-            plane.pipeline.use_record(*scored())
+            plane.pipeline.update(*scored())
         assert len(after.seen) == 1
         assert plane.measured.measurements.tokens == 3
         assert plane.registry.get_sample_value(names.INTERNAL_ERRORS, {"part": "calibration"}) == 0
@@ -93,13 +93,14 @@ async def test_a_consumer_that_fails_costs_the_others_nothing(tmp_path: Path, ca
 
 
 def test_each_consumer_is_a_class_and_a_line() -> None:
-    """Nothing of them is called but `use`, and each is made in one place."""
+    """Nothing of them is called but `update`, and each is made in one place."""
     tree = ast.parse(inspect.getsource(module))
     classes = {
         node.name
         for node in tree.body
         if isinstance(node, ast.ClassDef)
-        and [item.name for item in node.body if isinstance(item, ast.FunctionDef) and item.name[0] != "_"] == ["use"]
+        and "Protocol" not in map(ast.unparse, node.bases)
+        and [item.name for item in node.body if isinstance(item, ast.FunctionDef) and item.name[0] != "_"] == ["update"]
     }
     assert len(classes) >= 11
     package = Path(module.__file__).parent

@@ -20,24 +20,24 @@ def turn(conversation: bytes, kind: str = "chat text greedy"):
 
 def test_the_first_record_of_a_conversation_and_kind_is_fresh() -> None:
     seen = SeenUnits()
-    assert seen.add(turn(b"a"), PROMPT)
-    assert not seen.add(turn(b"a"), PROMPT)
-    assert seen.add(turn(b"a", "chat text greedy reply"), PROMPT)
-    assert seen.add(turn(b"b"), PROMPT)
-    assert not seen.add(turn(b"b"), PROMPT)
+    assert seen.update(turn(b"a"), PROMPT)
+    assert not seen.update(turn(b"a"), PROMPT)
+    assert seen.update(turn(b"a", "chat text greedy reply"), PROMPT)
+    assert seen.update(turn(b"b"), PROMPT)
+    assert not seen.update(turn(b"b"), PROMPT)
 
 
 def test_a_record_without_a_conversation_is_always_fresh() -> None:
     seen = SeenUnits()
-    assert all(seen.add(turn(b""), PROMPT) for _ in range(3))
+    assert all(seen.update(turn(b""), PROMPT) for _ in range(3))
 
 
 def test_the_oldest_is_forgotten_first() -> None:
     seen = SeenUnits(limit=2)
-    assert [seen.add(turn(name), PROMPT) for name in (b"a", b"b", b"c")] == [True, True, True]
-    assert not seen.add(turn(b"b"), PROMPT)
-    assert not seen.add(turn(b"c"), PROMPT)
-    assert seen.add(turn(b"a"), PROMPT)
+    assert [seen.update(turn(name), PROMPT) for name in (b"a", b"b", b"c")] == [True, True, True]
+    assert not seen.update(turn(b"b"), PROMPT)
+    assert not seen.update(turn(b"c"), PROMPT)
+    assert seen.update(turn(b"a"), PROMPT)
 
 
 def test_a_later_turn_counts_in_tokens_and_histograms_only() -> None:

@@ -38,7 +38,7 @@ def test_alike_turns_count_once(named: bool) -> None:
         alarms=SimpleNamespace(update=lambda record, figures: alarmed.append(record)),
         engines=SimpleNamespace(update_totals=lambda record, figures: None, update=lambda record, figures: None),
         profiles=profiles,
-        learner=SimpleNamespace(offer=learned.append),
+        learner=SimpleNamespace(update=learned.append),
         records=None,
         tracing=None,
         texts=None,
@@ -49,7 +49,7 @@ def test_alike_turns_count_once(named: bool) -> None:
         record = make_record(Truth(truth.reference[:5], truth.compressed[:5], truth.emitted[:5]), 20)
         name = conversation.to_bytes(8, "big") if named else b""
         for _ in range(TURNS):
-            pipeline.use_record(replace(record, conversation=name, kind="chat text sampled"), sized_capture())
+            pipeline.update(replace(record, conversation=name, kind="chat text sampled"), sized_capture())
     assert pipeline.users.calibration.errors == 0
     units = CONVERSATIONS if named else CONVERSATIONS * TURNS
     assert measured.summary(None)["requests"] == len(alarmed) == len(learned) == sum(fresh_seen) == units

@@ -221,7 +221,7 @@ async def everything(plane: Control, folder: Path) -> asyncio.StreamWriter:
             plane.profile_manager.operator.import_profile(profile(1))
             held = plane.profile_manager.catalogue.get(serving)
         made = replace(with_kind(record(n, held), n), context_tokens=300 * (1 + n % 4), thinking=thinking(n))
-        plane.pipeline.use_record(made, scored(str(n))[1])
+        plane.pipeline.update(made, scored(str(n))[1])
         plane.pipeline.received += 1
         plane.pipeline.endings.scored(scored(str(n))[1])
         arm = ("control", "treated", "none")[n % 3]
@@ -230,7 +230,7 @@ async def everything(plane: Control, folder: Path) -> asyncio.StreamWriter:
             truth = WORLD.truth(n)
             for model in ("compressed", "reference"):
                 near = log_softmax(truth.reference + 0.01 * World(seed=n).truth(n).reference)
-                floor.use(model, make_record(Truth(truth.reference, near, truth.emitted), 20))
+                floor.update(model, make_record(Truth(truth.reference, near, truth.emitted), 20))
         if n % 5 == 0:
             at = n - 160
             status = plane.status.current()

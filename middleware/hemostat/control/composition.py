@@ -178,7 +178,7 @@ class Control:
                 draw=draw,
                 budget=budget,
                 compressed=self.compressed_scorer,
-                emit=NoiseFloorUsers(self.monitor, measured, other_models).use,
+                emit=NoiseFloorUsers(self.monitor, measured, other_models).update,
                 clock=clock,
             )
         others: list[RecordConsumer] = []
@@ -225,7 +225,7 @@ class Control:
     def _connect_relays(self, settings: Settings) -> None:
         """Connects what relays send and receive, and what is stored."""
         pipeline = self.pipeline
-        self.link.on_capture = pipeline.receive
+        self.link.on_capture = pipeline.offer
         self.link.on_outcome = self._receive_outcome
         self.link.on_sampled = pipeline.coverage.update_relayed
         self.canaries = Canaries(

@@ -177,7 +177,7 @@ class Learner:
         """It is True if hidden states of the reference would be used."""
         return self._learning and self._hidden_size > 0 and self._records.less_than_half_full
 
-    def offer(self, record: TokenRecord) -> None:
+    def update(self, record: TokenRecord) -> None:
         """Queues a record of the learning side; where it cannot be used or there is no room, it is counted as dropped.
 
         The record's hidden states must not be changed afterwards.

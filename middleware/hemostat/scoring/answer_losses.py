@@ -41,7 +41,7 @@ class AnswerLosses:
         self._paused_until: float | None = None
         self._pause = FIRST_PAUSE_SECONDS
 
-    def count(self, engine: str, now: float, *, lost: bool) -> bool:
+    def update(self, engine: str, now: float, *, lost: bool) -> bool:
         """Counts a request whose answer came, or did not come whole. Returns whether a pause begins with it."""
         if self.paused(now):
             return False  # it was asked for before the relays knew

@@ -35,7 +35,7 @@ TRACED_FIGURES = ("kl_rc", "kl_cr", "js", "tv", "top1_agreement", "covered_compr
 class RecordLearner(Protocol):
     """The part of `hemostat.learner.client.Learner` that a consumer uses."""
 
-    def offer(self, record: TokenRecord) -> None: ...
+    def update(self, record: TokenRecord) -> None: ...
 
 
 class TextLearner(Protocol):
@@ -50,11 +50,11 @@ class Each:
     def __init__(self, consumers: Sequence[RecordConsumer]) -> None:
         self._consumers = consumers
 
-    def use(self, scored: ScoredRecord) -> None:
+    def update(self, scored: ScoredRecord) -> None:
         failed = []
         for consumer in self._consumers:
             try:
-                consumer.use(scored)
+                consumer.update(scored)
             except Exception:
                 failed.append(type(consumer).__name__)
                 log.exception("%s could not use the record of %s", failed[-1], scored.capture.request_id)
@@ -69,7 +69,7 @@ class Figures:
     measurements: Measurements
     other_models: OtherModels
 
-    def use(self, scored: ScoredRecord) -> None:
+    def update(self, scored: ScoredRecord) -> None:
         figures, fresh = scored.figures, scored.fresh
         if Use.OTHER_FIGURES in scored.uses and scored.pair is not None:
             self.other_models.update(scored.pair.name, scored.record, figures, fresh=fresh)
@@ -87,7 +87,7 @@ class ThinkingLengths:
 
     figures: ThinkingFigures
 
-    def use(self, scored: ScoredRecord) -> None:
+    def update(self, scored: ScoredRecord) -> None:
         known = scored.pair is not None and scored.pair.markers is not None
         if known and scored.uses & (Use.FIGURES | Use.PART_FIGURES):
             record, reason = scored.record, scored.capture.finish_reason
@@ -100,7 +100,7 @@ class EngineTotals:
 
     by_engine: ByEngine
 
-    def use(self, scored: ScoredRecord) -> None:
+    def update(self, scored: ScoredRecord) -> None:
         if Use.FIGURES in scored.uses:
             self.by_engine.update_totals(scored.record, scored.figures)
 
@@ -111,7 +111,7 @@ class NoiseFloorOffers:
 
     meter: NoiseFloorMeter
 
-    def use(self, scored: ScoredRecord) -> None:
+    def update(self, scored: ScoredRecord) -> None:
         pair, record = scored.pair, scored.record
         if Use.NOISE_FLOOR not in scored.uses or not scored.fresh or pair is None:
             return
@@ -126,7 +126,7 @@ class Traces:
     tracing: Tracing
     clock: Callable[[], float]
 
-    def use(self, scored: ScoredRecord) -> None:
+    def update(self, scored: ScoredRecord) -> None:
         record, capture, figures = scored.record, scored.capture, scored.figures
         if not capture.traceparent:
             return
@@ -157,7 +157,7 @@ class Texts:
     learner: TextLearner
     profiles: ProfileManager
 
-    def use(self, scored: ScoredRecord) -> None:
+    def update(self, scored: ScoredRecord) -> None:
         if Use.FIGURES in scored.uses and self.profiles.serving.uses(scored.record) and not scored.held_out:
             # By conversation: variants of a template are texts of their own.
             record = scored.record
@@ -172,15 +172,15 @@ class WithDistances:
     profiles: ProfileManager
     consumer: RecordConsumer
 
-    def use(self, scored: ScoredRecord) -> None:
+    def update(self, scored: ScoredRecord) -> None:
         versions = self.profiles.distance_versions(scored.record) if Use.FIGURES in scored.uses else ()
         if versions:
-            then = self.consumer.use
-            self.waits.use(
+            then = self.consumer.update
+            self.waits.request(
                 scored.record, prompt_ids(scored.capture), versions, lambda back: then(replace(scored, record=back))
             )
         else:
-            self.consumer.use(scored)
+            self.consumer.update(scored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,7 @@ class ModelTests:
     alarms: Alarms
     by_engine: ByEngine
 
-    def use(self, scored: ScoredRecord) -> None:
+    def update(self, scored: ScoredRecord) -> None:
         if Use.FIGURES in scored.uses and scored.fresh:
             self.alarms.update(scored.record, scored.figures)
             self.by_engine.update(scored.record, scored.figures)
@@ -203,7 +203,7 @@ class DistanceFigures:
     measurements: Measurements
     profiles: ProfileManager
 
-    def use(self, scored: ScoredRecord) -> None:
+    def update(self, scored: ScoredRecord) -> None:
         if scored.record.distances:
             would_serve = self.profiles.catalogue.get(self.profiles.serving.would_serve(scored.record))
             self.measurements.update_distances(scored.record, would_serve, fresh=scored.fresh)
@@ -217,13 +217,13 @@ class Calibration:
     learner: RecordLearner
     errors: int = 0
 
-    def use(self, scored: ScoredRecord) -> None:
+    def update(self, scored: ScoredRecord) -> None:
         if Use.PROFILES not in scored.uses:
             return
         try:
             self.profiles.update(scored)
             if scored.fresh and self.profiles.learns_from(scored.record):
-                self.learner.offer(scored.record)
+                self.learner.update(scored.record)
         except Exception:
             self.errors += 1
             log.exception("calibration could not use the record of %s", scored.capture.request_id)
@@ -235,5 +235,5 @@ class Change:
 
     notify: Callable[[], None]
 
-    def use(self, scored: ScoredRecord) -> None:
+    def update(self, scored: ScoredRecord) -> None:
         self.notify()

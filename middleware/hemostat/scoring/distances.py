@@ -68,7 +68,7 @@ class DistanceWaits:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def use(
+    def request(
         self, record: TokenRecord, prompt_ids: Ids, versions: tuple[str, ...], then: Callable[[TokenRecord], None]
     ) -> None:
         """Hands the record to `then`, with its distances if they can be had; at once if they are refused."""

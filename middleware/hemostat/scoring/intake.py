@@ -65,7 +65,7 @@ class CaptureIntake:
 
     def offer(self, capture: Capture) -> None:
         """Queues a capture, or counts it as dropped."""
-        has_room = self._awaited.add(capture) if capture.from_tap else self._queue.offer(capture)
+        has_room = self._awaited.offer(capture) if capture.from_tap else self._queue.offer(capture)
         if not has_room:
             self._endings.unscored(Unscored.QUEUE_FULL, capture)
         (self._answer_awaited if capture.from_tap else self._wake).set()
@@ -122,7 +122,7 @@ class CaptureIntake:
             log.exception("answers of %s cannot be used", capture.request_id)
         if capture.also_in_response:
             lost = reason in (Unscored.NO_ANSWER, Unscored.ANSWER_MISMATCH)
-            if self._answer_losses.count(capture.engine, self._clock(), lost=lost):
+            if self._answer_losses.update(capture.engine, self._clock(), lost=lost):
                 log.warning("answers of engine %s get lost: logprobs in responses are asked for", capture.engine)
         for choice in choices:
             self.offer(choice)

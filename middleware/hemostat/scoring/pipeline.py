@@ -1,12 +1,12 @@
 """From a capture to a scored record, and from there to everything that uses records.
 
-    relays -> ScoringPipeline.receive -> queue -> Scorer -> use_record -> RecordUsers -> consumers
-                                                                              |
-                                                                              +-> distances (held-out records that need
-                                                                                  them) -> more consumers
+    relays -> ScoringPipeline.offer -> queue -> Scorer -> update -> RecordUsers -> consumers
+                                                                        |
+                                                                        +-> distances (held-out records that need
+                                                                            them) -> more consumers
 
 A record is read once into a `ScoredRecord`, which says what it may be used for; each consumer (`consumers`) has the one
-method `use`.
+method `update`.
 
 Fail open: whatever a consumer does wrong is counted or logged, and the other consumers, the capture before and the one
 after it are served all the same.
@@ -90,7 +90,7 @@ class ScoringPipeline:
         if stages is not None:
             losses, most = self.answer_losses, shadow.max_tokens
             intake = CaptureIntake(self.queue, engines, self.endings, losses, max_tokens=most, clock=clock)
-            emit, taken = self.use_record, self.sampling.taken
+            emit, taken = self.update, self.sampling.taken
             self.scorer = Scorer(intake, stages, self.endings, emit=emit, clock=clock, taken=taken)
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
@@ -133,7 +133,7 @@ class ScoringPipeline:
             expected = requests_per_second * self.rate
             self.sampling.update(expected, self.queue.fill, self._clock(), scoring=self._monitor.ready)
 
-    def receive(self, capture: Capture) -> None:
+    def offer(self, capture: Capture) -> None:
         """Receives a capture from a relay."""
         self.received += 1
         self.sampling.received()
@@ -142,7 +142,7 @@ class ScoringPipeline:
         else:
             self.scorer.offer(capture)
 
-    def use_record(self, record: TokenRecord, capture: Capture) -> None:
+    def update(self, record: TokenRecord, capture: Capture) -> None:
         """Uses a scored record, which comes from the scorer."""
         if self._decides():
-            self.users.use(record, capture)
+            self.users.update(record, capture)

@@ -53,7 +53,7 @@ class RecordReader:
             pair=pair,
             uses=uses,
             # A part that counts in no mean takes no place of an observation.
-            fresh=uses not in (NO_USE, Use.CONDITIONAL_FIGURES) and self._seen.add(record, prompt_ids(capture)),
+            fresh=uses not in (NO_USE, Use.CONDITIONAL_FIGURES) and self._seen.update(record, prompt_ids(capture)),
             held_out=calibrated and profiles.is_held_out(record),
             profile=profile,
             applied=applied,

@@ -86,9 +86,9 @@ class RecordUsers:
             WithDistances(distances, profiles, Each(with_distances)),
         ]
 
-    def use(self, record: TokenRecord, capture: Capture) -> None:
+    def update(self, record: TokenRecord, capture: Capture) -> None:
         """Makes a `ScoredRecord` of the record, and hands it to each consumer."""
-        Each(self.consumers).use(self._reader.read(record, capture))
+        Each(self.consumers).update(self._reader.read(record, capture))
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.INTERNAL_ERRORS, (FailedPart.CALIBRATION.value,), self.calibration.errors)
@@ -107,7 +107,7 @@ class NoiseFloorUsers:
         self._measured = measured
         self._other_models = other_models
 
-    def use(self, model: str, record: TokenRecord) -> None:
+    def update(self, model: str, record: TokenRecord) -> None:
         """model: the one of `measurement.figures.MODELS` that is on both sides."""
         served = self._models.served
         pair = served.of(record.model)

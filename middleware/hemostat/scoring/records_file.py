@@ -53,7 +53,7 @@ class RecordsFile:
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.RECORDS_LOST, (), self.lost)
 
-    def use(self, scored: ScoredRecord) -> None:
+    def update(self, scored: ScoredRecord) -> None:
         self.write(scored.capture, scored.record, scored.figures)
 
     def write(self, capture: Capture, record: TokenRecord, figures: TokenDivergence) -> None:

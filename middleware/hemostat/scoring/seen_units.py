@@ -29,7 +29,7 @@ class SeenUnits:
         self._seen: OrderedDict[tuple[bytes, str], None] = OrderedDict()
         self._continuations = Continuations(secrets.token_bytes(32))
 
-    def add(self, record: TokenRecord, prompt: Ids) -> bool:
+    def update(self, record: TokenRecord, prompt: Ids) -> bool:
         """Adds a record, and returns True if it is the first of its conversation and kind. A record without a
         conversation always is. prompt: int32 [P], its token ids.
         """

@@ -92,7 +92,7 @@ class AwaitedAnswers:
     def __len__(self) -> int:
         return len(self._captures)
 
-    def add(self, capture: Capture) -> bool:
+    def offer(self, capture: Capture) -> bool:
         """Adds a capture. Returns False if there is no room."""
         if len(self._captures) >= self._limit:
             return False

@@ -108,7 +108,7 @@ def _conversations(rate: float, lives: int, seed: int) -> Row:
             for turn in np.flatnonzero(scored[conversation]):
                 sums = float(x[conversation, turn]), float(n[conversation, turn])
                 sequences["all"] = sequences["all"].update(*sums)
-                if seen.add(cast(TokenRecord, record), NO_PROMPT):
+                if seen.update(cast(TokenRecord, record), NO_PROMPT):
                     sequences["fresh"] = sequences["fresh"].update(*sums)
             if conversation % 10 == 9:
                 for name, sequence in sequences.items():

@@ -104,7 +104,7 @@ def measure(answers: Answers, given: TapAnswer, *, stream: bool, rounds: int = R
             engines.update_answers(decode_answers(body), time.monotonic())
             for message in reader.feed(receiving.recv(len(frames.pop()))):
                 assert isinstance(message, Capture)
-                assert awaited.add(message)
+                assert awaited.offer(message)
             for capture, reported in awaited.take(time.monotonic()):
                 for choice in captures_from_tap(capture, reported, 8192):
                     assert queue.offer(choice)

@@ -118,7 +118,7 @@ class NotingControl(Control):
 
     def _note(self, record: TokenRecord, capture: Capture) -> None:
         self.noted.append(record)
-        self.pipeline.use_record(record, capture)
+        self.pipeline.update(record, capture)
 
 
 class Relay:
