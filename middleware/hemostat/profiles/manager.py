@@ -115,7 +115,6 @@ class ProfileManager:
             writer=self.writer,
         )
         self.restoring = Restoring(
-            settings.mode,
             catalogue=self.catalogue,
             serving=self.serving,
             kinds=self.kinds,

@@ -157,7 +157,7 @@ class StateWriter:
         trials: Trials,
     ) -> None:
         self._writes = writes
-        self._configured_mode = configured_mode
+        self.configured_mode = configured_mode
         self._wall = wall
         self._serving = serving
         self._kinds = kinds
@@ -242,7 +242,7 @@ class StateWriter:
             self.save()
 
     def write_mode(self) -> None:
-        self._writes.set_state(MODE_KEY, f"{self._configured_mode} {self._serving.mode}")
+        self._writes.set_state(MODE_KEY, f"{self.configured_mode} {self._serving.mode}")
 
     def write_proposed(self, tokens: Mapping[str, int]) -> None:
         """Writes the number of tokens that the last proposal of each family was learned from."""

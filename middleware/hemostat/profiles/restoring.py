@@ -36,11 +36,10 @@ Cause = tuple[Reason, str]
 
 
 class Restoring:
-    """Restores the parts of a profile's life. configured_mode: `calibration.mode`."""
+    """Restores the parts of a profile's life."""
 
     def __init__(
         self,
-        configured_mode: str,
         *,
         catalogue: Catalogue,
         serving: ServingState,
@@ -51,7 +50,6 @@ class Restoring:
         proposals: Proposals,
         writer: StateWriter,
     ) -> None:
-        self._configured_mode = configured_mode
         self._catalogue = catalogue
         self._serving = serving
         self._kinds = kinds
@@ -103,7 +101,7 @@ class Restoring:
         self, stored: Iterable[StoredProfile], states: Mapping[StateKey, str | None], served: StoredServing
     ) -> tuple[dict[str, Cause], dict[Candidate, Cause]]:
         """Returns the kinds that something served which cannot any more, and the candidates that are not tested."""
-        self._serving.mode = stored_mode(states, self._configured_mode) or self._serving.mode
+        self._serving.mode = stored_mode(states, self._writer.configured_mode) or self._serving.mode
         unread = self._restore_profiles(stored, served.versions())
         self._kinds.table = served.kind_table(self._kinds.limit)
         former = served.former.items()
