@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from tests.support.profile_bench import BIASED, JUDGED, MODEL, Bench, contextual
 from tests.support.third_family import TOKEN_BIAS, token_bias
 from tests.support.world import V
 
 from hemostat.profiles.candidates import Candidate, Origin, Proposed
+from hemostat_calibration.profiles.families import FAMILIES
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import shift_at
 from hemostat_engine import transform
@@ -35,6 +37,30 @@ def test_it_is_proposed_promoted_and_served_again_after_a_restart() -> None:
     assert again.profiles.serving.selected == profile.version
     assert not again.profiles.proposals.accepts(TOKEN_BIAS, 1_999)
     assert again.profiles.proposals.accepts(TOKEN_BIAS, 2_000)
+
+
+def test_a_stored_profile_of_a_family_that_went_serves_as_identity_with_one_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An upgrade to a version without the family loses no stored profile, and goes on with the other families."""
+    bench = Bench()
+    profile = unbiased()
+    bench.profiles.proposals.propose(profile, "", {"tokens": 1_000})
+    bench.feed(BIASED, JUDGED, bench.serves)
+    bench.profiles.proposals.propose(unbiased(0.9, 10_000), "", {"tokens": 10_000})
+    bench.profiles.writer.save()
+    monkeypatch.delitem(FAMILIES, TOKEN_BIAS)
+    again = bench.restart(crash=True)
+    again.profiles.set_model_pair(MODEL, V)
+    assert again.profiles.serving.selected is None
+    event = again.last("roll_back")
+    assert (event["version"], event["reason"]) == (profile.version, "lost")
+    assert "family token_bias is unknown" in event["why"]
+    assert again.profiles.trials.queue == ()
+    assert profile.version in {stored.version for stored in again.store.profiles()}
+    assert again.profiles.proposals.propose(contextual(), "", {"tokens": 1_000})
+    last = again.restart(crash=True)
+    assert last.decisions().count("roll_back") == 1
 
 
 def test_its_newer_proposal_waits_for_the_older_one_and_it_for_families_that_go_first() -> None:
