@@ -103,7 +103,7 @@ class Pipeline:
         self.measured = Measurements()
         self.records = RecordsFile(folder / "records.jsonl") if folder else None
         profiles = SimpleNamespace(
-            kinds=SimpleNamespace(see=lambda kind: kind),
+            kinds=SimpleNamespace(update=lambda kind: kind),
             calibrated_profile=lambda _: ADAPTER,
             catalogue=SimpleNamespace(get=lambda version: ADAPTER if version == ADAPTER.version else None),
             serving=SimpleNamespace(would_serve=lambda _: ADAPTER.version, reported=ADAPTER.version),

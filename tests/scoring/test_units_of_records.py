@@ -24,7 +24,7 @@ def test_alike_turns_count_once(named: bool) -> None:
     alarmed: list[Any] = []
     fresh_seen: list[bool] = []
     profiles = SimpleNamespace(
-        kinds=SimpleNamespace(see=lambda kind: kind),
+        kinds=SimpleNamespace(update=lambda kind: kind),
         calibrated_profile=lambda _: None,
         catalogue=SimpleNamespace(get=lambda _: None),
         is_held_out=lambda _: False,
