@@ -4,9 +4,9 @@
 `change`  the requests of the kinds are no longer what the frozen baselines of these kinds were: another checkpoint, a
           driver, a KV-cache type (`change`, `baseline`).
 
-Both bet against "nothing is wrong" (`betting`), one bounded bet for each request; `alarm` holds the tests and shares
-out the probability; `workload` compares the mix of kinds with what it was, which is information and no alarm;
-`serialization` keeps the state across restarts.
+Both bet against "nothing is wrong" (`betting`), one bounded bet for each request; `alarm` updates the tests and shares
+out the probability, and `state` is what it keeps; `workload` compares the mix of kinds with what it was, which is
+information and no alarm; `serialization` keeps the state across restarts.
 
 Use: `state = init(Settings(...))` once; for each scored request that is independent of the others (a conversation's
 first in its kind) `state = update(state, kind, Observation(now, kl_rc, spread(record)), noise_floor)`, with
@@ -15,7 +15,6 @@ waits); `readings(state)` and `kind_readings(state)` for metrics and console; `s
 
 Further modules:
 
-    breaks          adapts the times that the alarm keeps after a clock was set
     outlier_engine  the test that names an outlier among several engines
     report          the states of tests and kinds, for metrics and the console
     placement       where the next figure falls among those before it
@@ -23,10 +22,7 @@ Further modules:
 
 from hemostat_calibration.alarm.alarm import (
     EFFECTIVE_SHARE,
-    Alarm,
-    AlarmTest,
-    Observation,
-    Settings,
+    after_break,
     init,
     rebase,
     update,
@@ -35,11 +31,11 @@ from hemostat_calibration.alarm.alarm import (
 )
 from hemostat_calibration.alarm.baseline import Baseline, RequestSpread, fit_baseline, request_spread
 from hemostat_calibration.alarm.betting import Crossing
-from hemostat_calibration.alarm.breaks import after_break
 from hemostat_calibration.alarm.budget import BudgetTest
 from hemostat_calibration.alarm.change import ChangeTest, spread
 from hemostat_calibration.alarm.report import KindReading, Reading, kind_readings, readings, weighted_spread_ratio
 from hemostat_calibration.alarm.serialization import begun_tests, load, read, save
+from hemostat_calibration.alarm.state import Alarm, AlarmTest, Observation, Settings
 from hemostat_calibration.alarm.workload import Workload
 
 __all__ = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hemostat_calibration.alarm.alarm import Alarm, AlarmTest, RunningTest
 from hemostat_calibration.alarm.betting import Crossing
+from hemostat_calibration.alarm.state import Alarm, AlarmTest, RunningTest
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,8 @@ def readings(alarm: Alarm) -> list[Reading]:
     kinds.
 
     >>> import numpy as np
-    >>> from hemostat_calibration.alarm.alarm import Observation, Settings, init, update
+    >>> from hemostat_calibration.alarm.alarm import init, update
+    >>> from hemostat_calibration.alarm.state import Observation, Settings
     >>> alarm = init(Settings(budget=0.1))
     >>> for now in range(100):
     ...     alarm = update(alarm, "chat", Observation(float(now), np.full(8, 0.1), np.full(8, 0.1)))
@@ -84,7 +85,8 @@ def _reading(test: AlarmTest, kind: str, running: RunningTest | None) -> Reading
 def kind_readings(alarm: Alarm) -> list[KindReading]:
     """Returns the state of every kind, sorted by name. The list is empty without a change test.
 
-    >>> from hemostat_calibration.alarm.alarm import Settings, init
+    >>> from hemostat_calibration.alarm.alarm import init
+    >>> from hemostat_calibration.alarm.state import Settings
     >>> kind_readings(init(Settings()))
     []
     """
@@ -109,7 +111,8 @@ def weighted_spread_ratio(alarm: Alarm) -> float | None:
     weighted by its part of the *baseline's* mix: what it would be had only the model changed, and not the traffic. None
     while the mix of the baseline is not known.
 
-    >>> from hemostat_calibration.alarm.alarm import Settings, init
+    >>> from hemostat_calibration.alarm.alarm import init
+    >>> from hemostat_calibration.alarm.state import Settings
     >>> weighted_spread_ratio(init(Settings())) is None
     True
     """

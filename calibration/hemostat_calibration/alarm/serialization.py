@@ -15,12 +15,13 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.alarm.alarm import Alarm, KindState, RunningTest, Settings, with_settings
+from hemostat_calibration.alarm.alarm import with_settings
 from hemostat_calibration.alarm.baseline import LEVEL_WEIGHTS, LEVELS, LOG_WEIGHTS, STAKES
 from hemostat_calibration.alarm.betting import BET_FRACTIONS, WealthState
 from hemostat_calibration.alarm.budget import BudgetTest
 from hemostat_calibration.alarm.change import ChangeTest
 from hemostat_calibration.alarm.outlier_engine import OutlierTest, Unit, init, update
+from hemostat_calibration.alarm.state import Alarm, KindState, RunningTest, Settings
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.state_codec import decode, encode
 from hemostat_calibration.statistics.dependence import (
