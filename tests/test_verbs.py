@@ -16,7 +16,6 @@ OTHER_VERBS = frozenset({"add", "count", "feed", "learn", "note", "observe", "of
 TO_RENAME = frozenset(
     {
         "Catalogue.add",
-        "FollowedKinds.see",
         "KindState.add_tried",
         "Lifecycle.count_unit",
         "Proposals.count_serving",
@@ -24,7 +23,6 @@ TO_RENAME = frozenset(
         "StateWriter.note_record",
         "Trials.add",
         "Trials.count_seen",
-        "Trials.note",
         "Trials.note_gain",
     }
 )
