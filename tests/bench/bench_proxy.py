@@ -23,8 +23,9 @@ LiteLLM's proxy forwards the same chat completions, in the same rounds. It is no
 "direct" is the upstream without a proxy: no proxy can be measured beyond it.
 
 `--beside FOLDER` compares the relay with the one of another checkout (`git worktree add FOLDER REVISION`), and measures
-nothing else. In each round both are measured, one immediately after the other, and the next round begins with the other
-one. Printed is the median of the rounds' ratios with its interval. Both relays are compiled; with `--interpreted`, or
+nothing else. In each round both are started, since two starts of one relay differ by up to 4 %, and measured, one
+immediately after the other; the next round begins with the other one. Printed is the median of the rounds' ratios with
+its interval. Both relays are compiled; with `--interpreted`, or
 without a C compiler, both run their sources. The CPU time is the figure to look at if the machine does other things.
 Instructions, which do not depend on these at all: `python -m tests.bench.proxy.instructions --beside FOLDER`.
 """
@@ -43,6 +44,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -156,7 +158,6 @@ class Setting:
 
     bench: Bench
     stack: contextlib.AsyncExitStack
-    folder: Path
     answers: Answers
     script: Path
     """What wrk sends."""
@@ -168,10 +169,11 @@ class Setting:
         """The number of chunks of all streams that are sent at a time."""
         return len(self.answers.stream_plain) * STREAMS_AT_ONCE
 
-    async def warm_up(self, proxies: Sequence[Proxy]) -> None:
+    async def warm_up(self, proxies: Sequence[Proxy], folder: Path) -> None:
+        """folder: of their logs."""
         for proxy in proxies:
             for kind, port in proxy.ports.items():
-                await until_answering(port, proxy.name, self.folder / f"{proxy.name.replace(' ', '-')}-{kind}.log")
+                await until_answering(port, proxy.name, folder / f"{proxy.name.replace(' ', '-')}-{kind}.log")
         for proxy in proxies:
             await run_wrk(proxy.ports["json"], self.seconds, self.script)
 
@@ -206,7 +208,7 @@ async def upstreams(arguments: argparse.Namespace, folder: Path) -> AsyncIterato
             )
         for kind, port in bench.upstreams.items():
             await until_answering(port, f"the {kind} upstream", folder / f"upstream-{kind}.log")
-        yield Setting(bench, stack, folder, answers, script, length, arguments.seconds)
+        yield Setting(bench, stack, answers, script, length, arguments.seconds)
 
 
 class Figures:
@@ -246,25 +248,31 @@ async def measure_beside(arguments: argparse.Namespace, folder: Path) -> dict[st
     if None in builds and builds != [None, None]:
         print("one of the two cannot be compiled, so that both run their sources", flush=True)
         builds = [None, None]
+    figures: Figures | None = None
+    received: Counter[str] = Counter()
     async with upstreams(arguments, folder) as setting:
-        bench, stack = setting.bench, setting.stack
-        pairs = [
-            [
-                await bench.hemostat(rate, stack, checkout, compiled=build)
-                for checkout, build in zip((None, arguments.beside), builds, strict=True)
-            ]
-            for rate in (0.0, 0.05)
-        ]
-        proxies = [proxy for pair in pairs for proxy in pair]
-        figures = Figures([proxy.name for proxy in proxies])
-        await setting.warm_up(proxies)
         for number in range(arguments.rounds):
             print(f"round {number + 1} of {arguments.rounds}", flush=True)
-            for pair in pairs:
-                for proxy in pair if number % 2 == 0 else reversed(pair):
-                    await figures.measure(proxy, setting)
-        await asyncio.sleep(1.5)  # the relays report once a second
-        received = {proxy.name: proxy.received for proxy in proxies}
+            bench = Bench(folder / f"round-{number}", setting.bench.upstreams)
+            bench.folder.mkdir()
+            async with contextlib.AsyncExitStack() as stack:
+                stack.callback(bench.stop)
+                pairs = [
+                    [
+                        await bench.hemostat(rate, stack, checkout, compiled=build)
+                        for checkout, build in zip((None, arguments.beside), builds, strict=True)
+                    ]
+                    for rate in (0.0, 0.05)
+                ]
+                proxies = [proxy for pair in pairs for proxy in pair]
+                figures = figures or Figures([proxy.name for proxy in proxies])
+                await setting.warm_up(proxies, bench.folder)
+                for pair in pairs:
+                    for proxy in pair if number % 2 == 0 else reversed(pair):
+                        await figures.measure(proxy, setting)
+                for proxy in proxies:
+                    received[proxy.name] += proxy.received
+    assert figures is not None
     if received["beside 0.05"] < 2 * received["beside 0"]:
         raise SystemExit("the relay of the other checkout sampled nothing, so that no comparison at rate 0.05 is one")
     return {
@@ -272,7 +280,7 @@ async def measure_beside(arguments: argparse.Namespace, folder: Path) -> dict[st
         "requests_per_second": {name: spread(values) for name, values in figures.rate.items()},
         "cpu_us_per_request": {name: spread(values) for name, values in figures.request_cpu.items()},
         "cpu_us_per_chunk": {name: spread(values) for name, values in figures.chunk_cpu.items()},
-        "to_beside": {ours.name: figures.to(ours.name, other.name) for ours, other in pairs},
+        "to_beside": {f"hemostat {rate}": figures.to(f"hemostat {rate}", f"beside {rate}") for rate in ("0", "0.05")},
     }
 
 
@@ -312,7 +320,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         names = [proxy.name for proxy in proxies]
         figures = Figures([*names, "direct"])
         order = random.Random(1)
-        await setting.warm_up(proxies)
+        await setting.warm_up(proxies, folder)
         for number in range(arguments.rounds):
             print(f"round {number + 1} of {arguments.rounds}", flush=True)
             direct = await run_wrk(bench.upstreams["json"], arguments.seconds, setting.script)
