@@ -317,7 +317,12 @@ def test_choices_are_judged_in_both_arms_or_in_none(
         (body, {"tap": True, "tap_tokens": True}),
         (
             body,
-            {"tap": True, "adapters": {VERSION: False}, "base_models": frozenset({"fake"}), "answered_name": "fake"},
+            {
+                "tap": True,
+                "adapters": frozenset({VERSION}),
+                "base_models": frozenset({"fake"}),
+                "answered_name": "fake",
+            },
         ),
     ):
         wire.captures.clear()
