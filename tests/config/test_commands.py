@@ -22,7 +22,7 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "a command is needed: serve, relay, control, init, check, profile, engines, canaries, demo"),
+        ([], "a command is needed: serve, relay, control, init, check, profile, engines, canaries, gate, demo"),
         (["serv"], "unknown command 'serv'; did you mean serve?"),
         (["diagnose"], "unknown command 'diagnose'; use one of"),
         (["serve", "--confg", "x"], "unrecognized arguments: --confg x"),

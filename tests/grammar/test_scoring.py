@@ -120,7 +120,7 @@ class Bench:
         self.endings = EndingCounts()
         self.served = served_models(pair("m", self.reference, info))
         profiles = SimpleNamespace(
-            kinds=SimpleNamespace(see=lambda kind: kind),
+            kinds=SimpleNamespace(update=lambda kind: kind),
             calibrated_profile=lambda _: None,
             catalogue=SimpleNamespace(get=lambda _: None),
             is_held_out=lambda _: True,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from hemostat import __version__
 from hemostat.commands.arguments import UsageError, positive_integer
+from hemostat.config.install_command import install_command
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -136,7 +137,7 @@ def _write(options: argparse.Namespace, result: Result, subject: Subject) -> Non
     except OSError as error:
         raise UsageError(f"the result cannot be written ({error.strerror}); name another file") from None
     except ModuleNotFoundError as error:
-        raise UsageError(f"--html needs {error.name}: pip install 'hemostat[report]', or leave it out") from None
+        raise UsageError(f"--html needs {error.name}; {install_command('report')}, or leave --html out") from None
 
 
 async def _asked(options: argparse.Namespace) -> tuple[Result, Subject]:

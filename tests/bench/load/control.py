@@ -85,14 +85,14 @@ def counts(control: Control, reports: int) -> dict[str, Any]:
 async def run(folder: Path, budget: float) -> None:
     control = made(budget)
     await control.start(None)
-    use, seen = control.link._on_outcome, 0
+    use, seen = control.link.on_outcome, 0
 
     def count(report: OutcomeReport) -> None:
         nonlocal seen
         seen += 1
         use(report)
 
-    control.link._on_outcome = count
+    control.link.on_outcome = count
     relays = listen(control.link, folder / "control.sock")
     version = serve(control)
     scorer = control.pipeline.scorer
