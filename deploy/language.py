@@ -26,7 +26,8 @@ _FRAGMENT = re.compile(
 """A docstring that begins with one of these words has no subject, with a few exceptions, which `_SENTENCE` knows."""
 _SENTENCE = re.compile(r"(?:Between|By|For|From|In|On|Until|When|Where|With|Without|At|As)\b[^.:;]*, \w|So that\b")
 """A clause, a comma and the main clause: "With none, there is no limit." """
-_POINTER = re.compile(r"\b(?:that|those) of\b|\bbeside\b", re.IGNORECASE)
+_POINTER = re.compile(r"\b(?:that|those) of\b|(?<!--)\bbeside\b", re.IGNORECASE)
+"""A command's option `--beside` is no use of the word."""
 _ADVICE = {
     "fragment": 'say what the thing is or does: "Returns …", "The share of …"',
     "pointer": 'name the thing again in place of "that of" and "those of"; "next to" or "in addition to" in place of '

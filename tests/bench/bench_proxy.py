@@ -160,7 +160,7 @@ class Setting:
     stack: contextlib.AsyncExitStack
     answers: Answers
     script: Path
-    """What wrk sends."""
+    """The script that wrk runs."""
     request_bytes: int
     seconds: int
 
@@ -212,7 +212,7 @@ async def upstreams(arguments: argparse.Namespace, folder: Path) -> AsyncIterato
 
 
 class Figures:
-    """What was measured of each proxy, round by round."""
+    """The figures of each proxy, round by round."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.rate: dict[str, list[float]] = {name: [] for name in names}
@@ -234,7 +234,7 @@ class Figures:
         self.chunk_cpu[proxy.name].append((cpu_seconds(proxy.pids["stream"]) - before) / setting.chunks * 1e6)
 
     def to(self, name: str, other: str) -> dict[str, dict[str, float] | None]:
-        """The ratios of one proxy's figures to those of the other, in the same rounds."""
+        """Returns the ratios of one proxy's figures to the other's, in the same rounds."""
         return {
             "requests_per_second": ratios(self.rate[name], self.rate[other]),
             "cpu_per_request": ratios(self.request_cpu[name], self.request_cpu[other]),

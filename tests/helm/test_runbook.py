@@ -190,8 +190,8 @@ def check_change(stack: Stack, engine: str, environment: dict[str, str]) -> None
 def test_in_the_pod_of_the_chart(
     commands_run: Callable[[Stack, str, dict[str, str]], None], helm: Helm, tmp_path: Path
 ) -> None:
-    """In `make test`: the pod's environment lets a command change something. That each command of the runbook is one
-    that Hemostat has, and does what it says, `test_in_the_container_of_compose` tests."""
+    """The pod's environment lets a command change something: `make test` tries one. `test_in_the_container_of_compose`
+    tests that each command of the runbook is one that Hemostat has, and does what it says."""
     rendered = helm.set()
     environment = dict(rendered.environment())
     assert environment["HEMOSTAT_ADMIN__TOKEN"]

@@ -1,4 +1,4 @@
-"""What the life of a profile knows of its family: its anchors, and which limit it enforces."""
+"""The life of a profile asks its family for its anchors, and for the limit that it enforces."""
 
 from __future__ import annotations
 

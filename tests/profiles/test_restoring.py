@@ -283,7 +283,7 @@ EARLIER_BLOB = (
     b'\\\\\\"weights\\\\\\": \\\\\\"abc\\\\\\"}\\"}"},"0.masses":{"dtype":"F32","shape":[2,4],'
     b'"data_offsets":[0,32]}}       ' + 32 * b"\0"
 )
-"""What a version before `PROPOSED_KEY` has stored: it had proposed after 100,000 and 40,000 tokens."""
+"""A blob that a version before `PROPOSED_KEY` has stored: it had proposed after 100,000 and 40,000 tokens."""
 
 
 def after_upgrade(blob: bytes | None) -> Bench:

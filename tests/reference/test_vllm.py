@@ -247,7 +247,7 @@ async def test_a_real_server_that_generates_is_recognized(vllm_server: Any) -> N
 
 @pytest.mark.vllm
 async def test_a_real_server_refuses_more_logprobs_than_it_allows_by_a_failure(vllm_server: Any) -> None:
-    """That a real pair of models matches: tests/config/test_real_check.py."""
+    """tests/config/test_real_check.py shows that a real pair of models matches."""
     refusing = VllmServer(vllm_server.url)
     try:
         with pytest.raises(ReferenceFailure, match="max allowed: 64"):

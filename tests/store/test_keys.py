@@ -9,7 +9,7 @@ from pathlib import Path
 import hemostat
 
 DECLARED = re.compile(r'^(?!EARLIER_)\w+ = (StateKey|BlobKey)\("([^"]+)"\)$', re.MULTILINE)
-"""Those of earlier versions, which are only read, may have a new owner meanwhile."""
+"""The keys of earlier versions, which are only read, may have a new owner meanwhile."""
 
 
 def test_each_key_is_declared_once() -> None:

@@ -56,7 +56,7 @@ def candidates_of(made: Capture) -> Candidates:
 
 
 def flat_scores(ids: Ids) -> ReferenceScores:
-    """What a reference says of these ids [T, K] to which every id is equally likely."""
+    """Returns the scores of these ids [T, K] by a reference to which every id is equally likely."""
     tokens, flat = len(ids), -np.log(V)
     top = Candidates(np.tile(np.arange(3, dtype=np.int32), (tokens, 1)), np.full((tokens, 3), flat))
     at = np.where(ids >= 0, flat, np.nan)

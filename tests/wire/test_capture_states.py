@@ -57,7 +57,7 @@ TREATING = policy(served=VERSION, control_fraction=0.0, shadow_top_k=1)
 
 @dataclass
 class Told:
-    """What an exchange reports."""
+    """The reports of an exchange."""
 
     captures: int = 0
     sampled: Counter[tuple[str, ...]] = field(default_factory=Counter)

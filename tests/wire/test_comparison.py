@@ -66,7 +66,7 @@ def test_the_client_is_named_by_a_digest() -> None:
 @pytest.mark.parametrize("scoring", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
 def test_it_is_known_if_the_client_asked_for_a_stream(stream: bool, scoring: bool) -> None:
-    """Also of a request that is not sampled, as most are not."""
+    """It says so also of a request that is not sampled, as most are not."""
     result = compared("Hello", msgspec.structs.replace(SERVED, scoring=scoring), stream=stream)
     assert result is not None
     assert result.streamed is stream

@@ -23,7 +23,8 @@ from hemostat.scoring.tapped_answers import captures_from_tap
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 ATTEMPTS = 3
-"""Until the answers are the same. On a busy machine vLLM's front end puts two steps into one event: see `joined`."""
+"""A request is sent so often at most, until the answers are the same. On a busy machine vLLM's front end puts two steps
+into one event: see `joined`."""
 AS_IDS = {"return_tokens_as_token_ids": True}
 UNICODE = user("Repeat: 🎉🌍 日本語 été ☃")
 CODE = [user("Write a C program that prints a \\ and a tab.")]

@@ -152,8 +152,9 @@ def test_errors_are_those_of_the_routes_form(wire: Wire, vllm_server: Any) -> No
 
 @pytest.mark.slow
 def test_the_clients_read_sampled_responses(wire: Wire, vllm_server: Any) -> None:
-    """In `make test`: a sampled response of the real server is the unsampled one (above), the fake writes what the real
-    server writes (above), and the clients read the fake's sampled responses (test_other_forms.py)."""
+    """`make test` shows the same in parts: a sampled response of the real server is the unsampled one (above), the fake
+    writes what the real server writes (above), and the clients read the fake's sampled responses
+    (test_other_forms.py)."""
     import anthropic  # takes seconds
 
     wire.interceptor.policy = policy(

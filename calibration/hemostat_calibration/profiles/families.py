@@ -1,7 +1,7 @@
 """The table of calibration families: which parameters a profile of a family holds, what they add to the logits, and by
 which rules it lives.
 
-A family is a module that registers its `FamilySpec` when it is imported; the package imports those of the product.
+A family is a module that registers its `FamilySpec` when it is imported; the package imports the product's families.
 Profiles, files, the numpy transform, tests and decisions follow from the specification, and know no family by name.
 What the engine computes in torch is in `hemostat_engine.transform`. Whoever learns a family proposes profiles by
 `hemostat.profiles.proposals`.

@@ -1,4 +1,4 @@
-"""Where each problem of the deployment is found (`problems.ProblemSource`).
+"""The sources of the deployment's problems (`problems.ProblemSource`).
 
 serving         what clients notice
 model           the served model, its engines and its profiles

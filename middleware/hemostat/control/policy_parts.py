@@ -1,4 +1,4 @@
-"""What the policy says of engines, of models and of samples: each part reads it from the parts that own it."""
+"""The parts of the policy about engines, models and samples; each is read from its owner."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LoadedAdapters(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineOffer:
-    """What engines can do for requests at one moment. `EngineOffers` makes it, and `PolicyPublisher` reads it."""
+    """The abilities that engines offer to requests now. `EngineOffers` makes it, `PolicyPublisher` reads it."""
 
     acknowledged: frozenset[str]
     """The versions that requests may ask for, if there is one engine."""

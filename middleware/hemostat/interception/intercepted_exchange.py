@@ -116,7 +116,7 @@ class InterceptedExchange:
         self._request: Request | None = None
         """The request whose tokens are ASKED for."""
         self._tokens: ResponseTokens | None = None
-        """Those tokens."""
+        """The tokens of `_request`."""
         self._response: InterceptedResponse | None = None
         """None while the request goes upstream as the client wrote it."""
 

@@ -20,7 +20,7 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Proposed:
-    """Where a candidate comes from that a learner of this family has proposed."""
+    """The origin of a candidate that a learner of this family has proposed."""
 
     family: str
 

@@ -50,8 +50,8 @@ from hemostat_calibration.records import Candidates, Features, TokenRecord
 
 
 class CandidateCompletion:
-    """Gives a capture its candidates as arrays, whichever way they came. It has the engine compute those of a capture
-    that names only the ids of its tokens. It takes the capture that was routed, and gives the one that is read.
+    """Gives a capture its candidates as arrays, whichever way they came. For a capture that names only the ids of its
+    tokens, the engine computes them. It takes the capture that was routed, and gives the one that is read.
 
     engine_scorer: None if relays capture none of these. clock: monotonic seconds.
     """

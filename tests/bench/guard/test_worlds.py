@@ -33,7 +33,7 @@ QUICK = set(MODULES) - {
     "templates",
     "watch",
 }
-"""The modules left out simulate for five to twenty seconds each. For those of the alarm and of dependence,
+"""The modules left out simulate for five to twenty seconds each. For the worlds of the alarm and of dependence,
 `test_alarm.py` and `test_dependence.py` try the rule in the hardest worlds, with 20 to 120 lives each."""
 
 
