@@ -91,7 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=_duration, default=120.0, metavar="TIME", help="Longest time of one answer (default: 2m)."
     )
-    parser.add_argument("--seed", type=int, default=0, help="Of the order and of the answers (default: 0).")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed of the order of the prompts and of the answers (default: 0)."
+    )
     parser.add_argument(
         "--state", type=Path, metavar="FILE", help="Keep the evidence here; the same command again goes on with it."
     )
@@ -111,6 +113,8 @@ def _gate(options: argparse.Namespace) -> int:
     for path, marker in ((options.json, b'"verdict":'), (options.html, summary.MARKER)):
         if path is not None and (why := other_content(path, marker)):
             raise UsageError(why)
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise UsageError(f"{path} cannot be written: its folder does not exist or is read-only; name another file")
     try:
         result, subject = asyncio.run(_asked(options))
     except ReferenceFailure as failure:
@@ -188,7 +192,8 @@ async def _asked(options: argparse.Namespace) -> tuple[Result, Subject]:
                         shown[0] = known
                         reporter.log(f"{done} of {total} prompts: {known}")
 
-                gate = Gate(unit.questions(expect, margin, options.kind_margin), planned, options.alpha)
+                questions = unit.questions(expect, margin, options.kind_margin)
+                gate = Gate(questions, evidence.plan(planned), options.alpha)
                 measuring = unit.Measuring(stable, candidate, reference)
                 running = run.Run(gate, measuring, evidence, options.at_once, progress, options.seed)
                 result = await running.until_verdict(new, options.within)
@@ -212,7 +217,7 @@ async def _reference(options: argparse.Namespace, reporter: Reporter) -> AsyncIt
     """Yields the reference's values of given tokens; None if there is no reference."""
     import numpy as np  # noqa: PLC0415
 
-    from hemostat.gate.endpoint import TOP_K  # noqa: PLC0415
+    from hemostat.gate.endpoint import TOP_K, listed_by  # noqa: PLC0415
     from hemostat.reference.protocol import ScoreRequest  # noqa: PLC0415
     from hemostat.reference.transformers import TransformersReference  # noqa: PLC0415
     from hemostat.reference.vllm import VllmReference  # noqa: PLC0415
@@ -236,8 +241,7 @@ async def _reference(options: argparse.Namespace, reporter: Reporter) -> AsyncIt
 
         async def at(prompt: tuple[int, ...], output: Ids, ids: Ids) -> Listed:
             scores = await reference.score(ScoreRequest(np.array(prompt, np.int32), output, ids))
-            known = ~np.isnan(scores.at)
-            return Listed(np.where(known, ids, -1), np.where(known, scores.at, -np.inf), scores.emitted)
+            return listed_by(scores, ids)
 
         yield at
     finally:

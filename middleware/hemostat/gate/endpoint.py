@@ -11,18 +11,17 @@ import numpy as np
 
 from hemostat.gate.asked import Prompt
 from hemostat.openai.form import Form
-from hemostat.openai.logprobs.rows import read_rows
+from hemostat.openai.json_splice import MALFORMED
+from hemostat.openai.logprobs.rows import Rows, read_rows
 from hemostat.reference.probed_scores import mean_difference, probed_scores
-from hemostat.reference.protocol import FailureReason, ReferenceFailure, ScoreRequest
+from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceScores, ScoreRequest
 from hemostat.reference.server import ModelCard, VllmServer
-from hemostat.reference.vllm import MAX_ENTRY_BYTES, top_ids
+from hemostat.reference.vllm import MAX_ENTRY_BYTES, MAX_LOGPROB, top_ids
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.gate.distance import Listed
 
 TOP_K = 20
 """The number of ids of each list, which every vLLM server allows."""
-SAME_PROBE_NATS = 1e-6
-"""The largest mean difference of two probes of one running server: more than float formatting, less than any change."""
 
 
 class _Choice(msgspec.Struct, frozen=True):
@@ -123,14 +122,20 @@ class Endpoint:
         limit = (max_tokens + 1) * (TOP_K + 2) * MAX_ENTRY_BYTES + 1024 * 1024
         completion = await self._server.post("/v1/completions", body, _Completion, limit=limit)
         choice = completion.choices[0] if completion.choices else _Choice()
-        output = choice.token_ids or []
+        output = choice.token_ids
+        if output is None:  # no answer of a model: taken for one without tokens, equal answers would pass unseen
+            text = f"{self.url} sent no token_ids; ask vLLM itself, or a router that passes return_token_ids on"
+            raise ReferenceFailure(FailureReason.BAD_ANSWER, text)
         if not output:
             return Answer("", np.zeros(0, np.int32), _nothing(), cut=False)
         try:
             rows = read_rows(Form.COMPLETIONS, [bytes(choice.logprobs)], output, TOP_K)
-        except (ValueError, msgspec.DecodeError) as error:
+        except MALFORMED as error:
             text = f"{self.url} sent logprobs that do not fit the answer: {error}"
             raise ReferenceFailure(FailureReason.BAD_ANSWER, text) from error
+        if not _are_logprobs(rows):
+            text = f"{self.url} returns no log-probabilities; start it with --logprobs-mode raw_logprobs"
+            raise ReferenceFailure(FailureReason.LOGPROBS_MODE, text)
         # The last column is the emitted id where it is none of the likeliest.
         listed = Listed(rows.ids[:, :TOP_K], rows.logprobs[:, :TOP_K].astype(float), rows.emitted.astype(float))
         return Answer(choice.text, np.array(output, np.int32), listed, choice.finish_reason == "length")
@@ -140,6 +145,21 @@ class Endpoint:
         request = ScoreRequest(np.array(prompt, np.int32), output, np.zeros((len(output), 0), np.int32))
         scores = await top_ids(self._server, self._card.id, request, TOP_K)
         return Listed(scores.top.ids, scores.top.logprobs, scores.emitted)
+
+
+def listed_by(scores: ReferenceScores, ids: Ids) -> Listed:
+    """Returns a reference's values as a list that does not depend on which token was emitted. ids: int32 [T, K], where
+    the values were asked; a reference that knows only its own likeliest ids has the emitted one among them in any case.
+    """
+    if scores.entropy is None:
+        return Listed(scores.top.ids, scores.top.logprobs, scores.emitted)
+    known = ~np.isnan(scores.at)
+    return Listed(np.where(known, ids, -1), np.where(known, scores.at, -np.inf), scores.emitted)
+
+
+def _are_logprobs(rows: Rows) -> bool:
+    """Returns True if all values can be log-probabilities. A token that was sampled has a finite one."""
+    return bool(np.isfinite(rows.emitted).all() and (rows.logprobs <= MAX_LOGPROB).all())
 
 
 def _nothing() -> Listed:

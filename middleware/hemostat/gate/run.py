@@ -20,7 +20,8 @@ MAX_FAILURES = 10
 that going on would decide nothing."""
 
 MAX_STABLE_FAILURES = 3
-"""The same for prompts that the stable model fails in a row: a server that is down would let any candidate pass."""
+"""The same for prompts that the stable model fails in a row: a server that is down would let any candidate pass.
+Such prompts count when the stable model has answered a later one, so that reruns do not add them up."""
 
 Progress = Callable[[int, int, str], None]
 """A function that is called after each unit with how many have counted, how many there are, and what is known."""
@@ -86,7 +87,8 @@ class Run:
             self._count(kind, unit, planned)
         waiting = deque(prompts if self._gate.verdict().outcome is Outcome.UNDECIDED else ())
         running: deque[tuple[Asked, asyncio.Task[Unit]]] = deque()
-        failures, stable_failures, why = 0, 0, ""
+        held: list[tuple[Asked, Unit]] = []
+        failures, why = 0, ""
         try:
             while waiting or running:
                 while waiting and len(running) < self._at_once:
@@ -109,12 +111,17 @@ class Run:
                         break
                     continue
                 failures = 0
-                stable_failures = stable_failures + 1 if unit.stable_failed else 0
-                if stable_failures >= MAX_STABLE_FAILURES:
-                    why = f"{stable_failures} prompts in a row failed at the stable model ({unit.note})"
-                    break
-                self._evidence.add(asked.prompt.digest, asked.prompt.kind, unit)
-                if self._count(asked.prompt.kind, unit, planned) is not Outcome.UNDECIDED:
+                held.append((asked, unit))
+                if unit.stable_failed:
+                    if len(held) >= MAX_STABLE_FAILURES:
+                        why = f"{len(held)} prompts in a row failed at the stable model ({unit.note})"
+                        break
+                    continue
+                for each, known in held:
+                    self._evidence.add(each.prompt.digest, each.prompt.kind, known)
+                    outcome = self._count(each.prompt.kind, known, planned)
+                held.clear()
+                if outcome is not Outcome.UNDECIDED:
                     break
             else:
                 why = "all prompts were asked"

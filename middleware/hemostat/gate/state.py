@@ -1,4 +1,5 @@
-"""The evidence so far in a file: a line for what is compared, and a line for each unit.
+"""The evidence so far in a file: a line for what is compared, a line for each unit, and a line for
+the units of each kind that are planned, whenever there are more.
 
 A line is written whole and synced before the next unit counts. A last line that is cut off, as after a kill, is left
 out.
@@ -7,6 +8,7 @@ out.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -19,6 +21,7 @@ from hemostat.reference.match import MAX_SAME_NATS
 from hemostat_calibration.errors import HemostatError
 
 FORMAT = 1
+_PLANNED = b'{"planned":'
 
 
 class StateError(HemostatError):
@@ -46,6 +49,10 @@ class _Line(msgspec.Struct, frozen=True):
     log_ratio: float | None = None
 
 
+class _Planned(msgspec.Struct, frozen=True):
+    planned: dict[str, int]
+
+
 class Evidence:
     """Owns the file; without a path, nothing is kept. It is a context, which closes the file.
 
@@ -55,6 +62,7 @@ class Evidence:
 
     def __init__(self, path: Path | None, header: Header) -> None:
         self.units: dict[str, tuple[str, Unit]] = {}
+        self._planned: dict[str, int] = {}
         self._file: BinaryIO | None = None
         if path is None:
             return
@@ -79,6 +87,15 @@ class Evidence:
         if self._file is not None:
             self._file.close()
 
+    def plan(self, planned: Mapping[str, int]) -> dict[str, int]:
+        """Returns the largest number of units of each kind that any run has planned, and keeps it: a kind that had to
+        pass still has to if its other prompts are taken out of the file."""
+        most = {kind: max(planned.get(kind, 0), self._planned.get(kind, 0)) for kind in (self._planned | dict(planned))}
+        if most != self._planned:
+            self._planned = most
+            self._write(_Planned(most))
+        return most
+
     def add(self, digest: str, kind: str, unit: Unit) -> None:
         self.units[digest] = kind, unit
         self._write(_Line(digest, kind, unit.excess, unit.note, unit.log_ratio))
@@ -87,7 +104,10 @@ class Evidence:
         try:
             first, *lines = data.splitlines()
             before = msgspec.json.decode(first, type=Header)
-            measured = [msgspec.json.decode(line, type=_Line) for line in lines]
+            plans = [line for line in lines if line.startswith(_PLANNED)]
+            measured = [msgspec.json.decode(line, type=_Line) for line in lines if not line.startswith(_PLANNED)]
+            if plans:
+                self._planned = msgspec.json.decode(plans[-1], type=_Planned).planned
         except msgspec.DecodeError as error:
             raise StateError(f"--state: {path} is not a file of this command ({error}); name another one") from None
         if changes := _changes(before, header):
@@ -97,7 +117,7 @@ class Evidence:
             )
         self.units = {line.unit: (line.kind, Unit(line.excess, line.note, line.log_ratio)) for line in measured}
 
-    def _write(self, line: Header | _Line) -> None:
+    def _write(self, line: Header | _Line | _Planned) -> None:
         if self._file is not None:
             self._file.write(msgspec.json.encode(line) + b"\n")
             self._file.flush()

@@ -9,7 +9,7 @@ from typing import Any
 
 from hemostat.gate.asked import Asked
 from hemostat.gate.endpoint import Answer, Endpoint
-from hemostat.reference.protocol import ReferenceFailure
+from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.relay.outcomes import ends_in_loop
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.gate.distance import Listed, distance_gain, sampled_distance
@@ -19,6 +19,8 @@ BAD_MARGIN = 0.05
 """The largest difference of the shares of bad answers that is allowed, whatever the other margins are."""
 MARGINS = {"same": 0.02, "other": 0.05}
 KIND_MARGIN = 0.15
+REFUSALS = frozenset({FailureReason.REFUSED, FailureReason.VOCABULARY, FailureReason.TOO_LONG})
+"""The failures of a model that cannot score given tokens: they are outside of its vocabulary, or too many."""
 
 At = Callable[[tuple[int, ...], Ids, Ids], Coroutine[Any, Any, Listed]]
 """A reference: its values of the output after the prompt, at the ids [T, K] that another model's list names."""
@@ -72,7 +74,7 @@ class Measuring:
     async def measure(self, asked: Asked, seed: int) -> Unit:
         """Returns what the prompt shows. An error of the candidate's, or no token, counts 1 against it in every
         question, one of the stable model's 1 for it. Raises ReferenceFailure where the reference fails, and where both
-        do."""
+        do or both have no token."""
         ids, most = asked.ids, asked.prompt.max_tokens
         try:
             stable = await self._stable.answer(ids, most, seed)
@@ -86,8 +88,9 @@ class Measuring:
             return _one_sided(1.0, f"the candidate failed: {failure}")
         bad = float(_is_bad(candidate)) - float(_is_bad(stable))
         if stable_own is None or candidate_given is None or not len(candidate.ids):
-            side = float(not len(candidate.ids)) - float(not len(stable.ids))
-            return _one_sided(side, "an answer has no token")
+            if not len(stable.ids) and not len(candidate.ids):
+                raise ReferenceFailure(FailureReason.EMPTY, "both answers have no token")
+            return _one_sided(-1.0 if len(candidate.ids) else 1.0, "an answer has no token")
         distances = self._same if self._reference is None else self._other
         tokens, own = await distances(ids, stable, stable_own, candidate, candidate_given)
         log_ratio = float((stable.listed.emitted - candidate_given.emitted).mean())
@@ -105,8 +108,7 @@ class Measuring:
         the noise that two equal servers have."""
         noise = float(sampled_distance(stable.listed, stable_own, stable.ids).mean())
         given = float(sampled_distance(stable.listed, candidate_given, stable.ids).mean())
-        scored = await self._stable.scores(ids, candidate.ids)
-        own = float(sampled_distance(candidate.listed, scored, candidate.ids).mean())
+        own = await _own_distance(candidate, self._stable.scores(ids, candidate.ids))
         return given - noise, own - noise
 
     async def _other(
@@ -117,9 +119,21 @@ class Measuring:
         assert self._reference is not None
         given = await self._reference(ids, stable.ids, stable.listed.ids)
         tokens = float(distance_gain(given, candidate_given, stable_own).mean())
-        scored = await self._reference(ids, candidate.ids, candidate.listed.ids)
-        own = float(sampled_distance(candidate.listed, scored, candidate.ids).mean())
+        own = await _own_distance(candidate, self._reference(ids, candidate.ids, candidate.listed.ids))
         return tokens, own - float(sampled_distance(stable.listed, given, stable.ids).mean())
+
+
+async def _own_distance(candidate: Answer, scores: Coroutine[Any, Any, Listed]) -> float:
+    """Returns the candidate's distance, on its own answer, from the model that scores it. It is 1 if that model refuses
+    these tokens, after it has scored the stable model's: to leave the prompt out would be a selection by its outcome.
+    """
+    try:
+        scored = await scores
+    except ReferenceFailure as failure:
+        if failure.reason not in REFUSALS:
+            raise
+        return 1.0
+    return float(sampled_distance(candidate.listed, scored, candidate.ids).mean())
 
 
 def _one_sided(excess: float, note: str) -> Unit:
