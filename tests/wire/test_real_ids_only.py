@@ -68,7 +68,7 @@ class One:
     def current(self) -> Sequence[str]:
         return ()
 
-    def server(self, name: str, timeout: float) -> VllmServer:
+    def connect(self, name: str, timeout: float) -> VllmServer:
         return VllmServer(self.url, timeout=timeout)
 
 
