@@ -37,6 +37,7 @@ from enum import StrEnum
 import numpy as np
 
 from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.guard.closing import least_mean
 from hemostat_calibration.guard.wealth import Floats
 
 FRACTIONS = np.array([0.99, 0.6, 0.35, 0.2, 0.12, 0.07])
@@ -255,25 +256,7 @@ class Gate:
         own = [self._tests[key].log_fail for key in keys]
         weights = [0.5 / len(self._questions) * (1.0 if kind == ALL else 1.0 / kinds) for _, kind in keys]
         best = max(range(len(keys)), key=lambda j: own[j])
-        return keys[best] if _adjusted_mean(own, weights, best) >= self._needed else None
-
-
-def _adjusted_mean(log_e: Sequence[float], weights: Sequence[float], j: int) -> float:
-    """Returns the logarithm of the least weighted mean of the e-values over all sets that contain j: closed testing
-    without the product.
-
-    >>> round(math.exp(_adjusted_mean([math.log(100), 0.0], [1.0, 1.0], 0)), 1)
-    50.5
-    """
-    own = log_e[j]
-    total = mass = weights[j]
-    for other, weight in sorted((other, weight) for other, weight in zip(log_e, weights, strict=True) if other < own):
-        ratio = math.exp(other - own)
-        if ratio * mass >= total:
-            break
-        total += weight * ratio
-        mass += weight
-    return own + math.log(total / mass)
+        return keys[best] if own[best] + math.log(least_mean(own, weights, best)) >= self._needed else None
 
 
 def _mixed(log_k: Floats) -> float:

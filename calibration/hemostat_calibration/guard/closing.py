@@ -35,15 +35,26 @@ def adjusted(log_e: Sequence[float], weights: Sequence[float], j: int) -> float:
     [67, 34, 1]
     """
     own = log_e[j]
+    # The product is the smallest with all kinds in it whose e-value is below 1.
+    losses = math.exp(sum(min(value, 0.0) for value in log_e) - min(own, 0.0))
+    return own + math.log(0.5 * least_mean(log_e, weights, j) + 0.5 * losses)
+
+
+def least_mean(log_e: Sequence[float], weights: Sequence[float], j: int) -> float:
+    """Returns the least weighted mean of the e-values over all sets that contain kind j, in units of kind j's e-value:
+    0 to 1. It alone is an adjusted e-value, whatever the dependence between the kinds.
+
+    >>> round(100 * least_mean([math.log(100), 0.0], [1, 1], 0), 1)
+    50.5
+    """
+    own = log_e[j]
     lower = sorted((other, weight) for other, weight in zip(log_e, weights, strict=True) if other < own)
     total = mass = weights[j]
-    # In units of kind j's e-value. Those with less evidence come in ascending order, as long as they lower the mean.
+    # Those with less evidence come in ascending order, as long as they lower the mean.
     for other, weight in lower:
         ratio = math.exp(other - own)
         if ratio * mass >= total:
             break
         total += weight * ratio
         mass += weight
-    # The product is the smallest with all kinds in it whose e-value is below 1.
-    losses = math.exp(sum(min(value, 0.0) for value in log_e) - min(own, 0.0))
-    return own + math.log(0.5 * total / mass + 0.5 * losses)
+    return total / mass
