@@ -6,11 +6,14 @@ import hashlib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from hemostat_calibration.canaries import MAX_SEQUENCES, MIN_SEQUENCES
 from hemostat_calibration.errors import HemostatError
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 SHAPE = '{"prompt": "..."}'
 
@@ -53,13 +56,19 @@ def load(path: Path | None = None) -> Prompts:
 
 
 def _parse(data: bytes, where: str) -> Prompt:
-    try:
-        text = data.decode().rstrip("\r")
-        result = msgspec.json.decode(text, type=Prompt) if text.lstrip().startswith("{") else Prompt(text)
-    except UnicodeDecodeError as error:
-        raise PromptFileError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except msgspec.DecodeError as error:
-        raise PromptFileError(f"{where}: no prompt ({error}); write {SHAPE}, or text without a brace first") from None
+    result = parse_line(data, where, Prompt, SHAPE)
     if not result.prompt.strip():
         raise PromptFileError(f"{where}: prompt is empty; fill it in or leave the line out")
     return result
+
+
+def parse_line(data: bytes, where: str, shape: type[T], example: str) -> T:
+    """Returns the prompt of a line, which is text, or JSON of this shape. where: the file and the line. example: of the
+    shape, for the error. Raises PromptFileError."""
+    try:
+        text = data.decode().rstrip("\r")
+        return msgspec.json.decode(text, type=shape) if text.lstrip().startswith("{") else shape(text)
+    except UnicodeDecodeError as error:
+        raise PromptFileError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except msgspec.DecodeError as error:
+        raise PromptFileError(f"{where}: no prompt ({error}); write {example}, or text without a brace first") from None

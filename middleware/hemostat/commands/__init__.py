@@ -14,4 +14,5 @@ profile      `hemostat profile …`
 relay        `hemostat relay`: run relays whose control process is on another machine
 serve        `hemostat serve`: run the proxy
 setup_check  the probes of `hemostat check`
+vllm_address the address of a vLLM server on the command line
 """

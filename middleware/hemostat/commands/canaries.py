@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from hemostat.commands.arguments import UsageError, number_from_zero
+from hemostat.commands.vllm_address import SERVER, vllm_server
 from hemostat_calibration.errors import HemostatError
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ HELP = "Score the same token sequences on a vLLM server again, and say if it has
 EQUAL, CHANGED, COULD_NOT_TELL = 0, 1, 2
 TOLERANCE = 0.01
 """A copy of `hemostat_calibration.canaries.TOLERANCE_NATS`, so that the parser need not import numpy."""
-KEY = "HEMOSTAT_UPSTREAM__API_KEY"
 ANSWER_SECONDS = 120.0
-SERVER = "URL[#NAME] of a vLLM server, and the name of the served model or adapter (default: its first model)."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,20 +154,10 @@ def _described(origin: Origin) -> str:
 @asynccontextmanager
 async def _client(server: str, default: str | None) -> AsyncIterator[CanaryClient]:
     """Yields a client of URL[#NAME], whose progress is shown. default: the model if none is named."""
-    from pydantic import SecretStr  # noqa: PLC0415
-
     from hemostat.canaries.client import CanaryClient  # noqa: PLC0415
-    from hemostat.config.fields import server_url  # noqa: PLC0415
-    from hemostat.reference.server import VllmServer  # noqa: PLC0415
     from hemostat.report.progress import Reporter  # noqa: PLC0415
 
-    # A password, which is refused, may have a #.
-    url, _, name = (server, "", "") if "@" in server else server.partition("#")
-    key = os.environ.get(KEY)
-    try:
-        vllm = VllmServer(server_url(url), SecretStr(key) if key else None, timeout=ANSWER_SECONDS)
-    except ValueError as error:
-        raise UsageError(f"URL: {str(error).replace('use api_key', f'set {KEY}')}") from None
+    vllm, name = vllm_server("URL", server, ANSWER_SECONDS)
     try:
         with Reporter() as reporter:
             yield await CanaryClient.of(vllm, name or default, reporter.step)

@@ -11,36 +11,32 @@ import os
 import re
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hemostat import __version__
 from hemostat.commands.arguments import UsageError, positive_integer
+from hemostat.commands.vllm_address import SERVER, vllm_server
 from hemostat.config.install_command import install_command
 
 if TYPE_CHECKING:
-    from pydantic import SecretStr
-
     from hemostat.gate.endpoint import Endpoint
     from hemostat.gate.run import Result
     from hemostat.gate.summary import Subject
     from hemostat.gate.unit import At
-    from hemostat.reference.server import VllmServer
     from hemostat.report.progress import Reporter
 
 HELP = "Say if a candidate may replace the model that serves: pass, fail or undecided, with an error rate."
 EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 2}
-KEY = "HEMOSTAT_UPSTREAM__API_KEY"
-SERVER = "URL[#NAME] of a vLLM server, and the name of the served model or adapter (default: its first model)."
 _DURATION = re.compile(r"(\d+)([smh])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_gate)
-    parser.add_argument("--stable", required=True, metavar="URL", help=f"What serves now: {SERVER}")
-    parser.add_argument("--candidate", required=True, metavar="URL", help=f"What may replace it: {SERVER}")
+    parser.add_argument("--stable", required=True, metavar="URL", help=f"The model that serves now: {SERVER}")
+    parser.add_argument("--candidate", required=True, metavar="URL", help=f"The model that may replace it: {SERVER}")
     parser.add_argument(
         "--expect",
         required=True,
@@ -204,8 +200,7 @@ async def _asked(options: argparse.Namespace) -> tuple[Result, Subject]:
 async def _endpoint(flag: str, server: str, seconds: float) -> AsyncIterator[Endpoint]:
     from hemostat.gate.endpoint import Endpoint  # noqa: PLC0415
 
-    url, name = _named(server)
-    vllm = _server(flag, url, seconds)
+    vllm, name = vllm_server(flag, server, seconds)
     try:
         yield await Endpoint.of(vllm, name)
     finally:
@@ -228,15 +223,16 @@ async def _reference(options: argparse.Namespace, reporter: Reporter) -> AsyncIt
         yield None
         return
     reference: VllmReference | TransformersReference
-    if "://" in options.reference:
-        url, name = _named(options.reference)
-        checked = _server("--reference", url, options.timeout)
-        await checked.close()
-        reference = VllmReference(checked.url, _key(), name, TOP_K)
-    else:
-        reporter.log(f"loading the reference {options.reference}")
-        reference = TransformersReference(options.reference)
-    try:
+    async with AsyncExitStack() as opened:
+        if "://" in options.reference:
+            server, name = vllm_server("--reference", options.reference, options.timeout)
+            opened.push_async_callback(server.close)
+            reference = VllmReference(server.url, model=name, top_k=TOP_K)
+            reference.use(server)
+        else:
+            reporter.log(f"loading the reference {options.reference}")
+            reference = TransformersReference(options.reference)
+        opened.push_async_callback(reference.close)
         await reference.start()
 
         async def at(prompt: tuple[int, ...], output: Ids, ids: Ids) -> Listed:
@@ -244,31 +240,6 @@ async def _reference(options: argparse.Namespace, reporter: Reporter) -> AsyncIt
             return listed_by(scores, ids)
 
         yield at
-    finally:
-        await reference.close()
-
-
-def _named(server: str) -> tuple[str, str | None]:
-    # A password, which is refused, may have a #.
-    url, _, name = (server, "", "") if "@" in server else server.partition("#")
-    return url, name or None
-
-
-def _server(flag: str, url: str, seconds: float) -> VllmServer:
-    from hemostat.config.fields import server_url  # noqa: PLC0415
-    from hemostat.reference.server import VllmServer  # noqa: PLC0415
-
-    try:
-        return VllmServer(server_url(url), _key(), timeout=seconds)
-    except ValueError as error:
-        raise UsageError(f"{flag}: {str(error).replace('use api_key', f'set {KEY}')}") from None
-
-
-def _key() -> SecretStr | None:
-    from pydantic import SecretStr  # noqa: PLC0415
-
-    key = os.environ.get(KEY)
-    return SecretStr(key) if key else None
 
 
 def _duration(text: str) -> float:

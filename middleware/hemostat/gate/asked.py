@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from hemostat_calibration.errors import HemostatError
+from hemostat.canaries.prompts import PromptFileError, parse_line
 from hemostat_calibration.statistics.templates import TemplateTable
 
 SHAPE = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
@@ -20,10 +20,6 @@ MAX_TOKENS = 64
 """The largest number of tokens of an answer, unless the prompt names one."""
 _KEY = b"hemostat gate"
 """The key of the table of templates. It is no secret: the prompts are the operator's own."""
-
-
-class PromptFileError(HemostatError):
-    """One line with the file, the line and the correction."""
 
 
 class _Message(msgspec.Struct, frozen=True):
@@ -66,13 +62,7 @@ def load(path: Path) -> list[Prompt]:
 
 
 def _parse(line: bytes, where: str) -> Prompt:
-    try:
-        text = line.decode().strip()
-        prompt = msgspec.json.decode(text, type=Prompt) if text.startswith("{") else Prompt(text)
-    except UnicodeDecodeError as error:
-        raise PromptFileError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except msgspec.DecodeError as error:
-        raise PromptFileError(f"{where}: no prompt ({error}); write {SHAPE}, or text without a brace first") from None
+    prompt = parse_line(line, where, Prompt, SHAPE)
     if bool(prompt.prompt.strip()) == bool(prompt.messages):
         raise PromptFileError(f"{where}: give either prompt or messages, with a text in it: {SHAPE}")
     if not 1 <= prompt.max_tokens <= 4096:
