@@ -27,7 +27,6 @@ TOP_K = 20
 class _Choice(msgspec.Struct, frozen=True):
     text: str = ""
     token_ids: list[int] | None = None
-    finish_reason: str | None = None
     logprobs: msgspec.Raw = msgspec.Raw(b"null")
 
 
@@ -42,7 +41,6 @@ class Answer:
     text: str
     ids: Ids
     listed: Listed
-    cut: bool
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -127,7 +125,7 @@ class Endpoint:
             text = f"{self.url} sent no token_ids; ask vLLM itself, or a router that passes return_token_ids on"
             raise ReferenceFailure(FailureReason.BAD_ANSWER, text)
         if not output:
-            return Answer("", np.zeros(0, np.int32), _nothing(), cut=False)
+            return Answer("", np.zeros(0, np.int32), _nothing())
         try:
             rows = read_rows(Form.COMPLETIONS, [bytes(choice.logprobs)], output, TOP_K)
         except MALFORMED as error:
@@ -138,7 +136,7 @@ class Endpoint:
             raise ReferenceFailure(FailureReason.LOGPROBS_MODE, text)
         # The last column is the emitted id where it is none of the likeliest.
         listed = Listed(rows.ids[:, :TOP_K], rows.logprobs[:, :TOP_K].astype(float), rows.emitted.astype(float))
-        return Answer(choice.text, np.array(output, np.int32), listed, choice.finish_reason == "length")
+        return Answer(choice.text, np.array(output, np.int32), listed)
 
     async def scores(self, prompt: tuple[int, ...], output: Ids) -> Listed:
         """Returns the model's values of given tokens after the prompt."""

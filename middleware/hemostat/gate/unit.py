@@ -18,7 +18,6 @@ from hemostat_calibration.gate.verdict import Question
 BAD_MARGIN = 0.05
 """The largest difference of the shares of bad answers that is allowed, whatever the other margins are."""
 MARGINS = {"same": 0.02, "other": 0.05}
-KIND_MARGIN = 0.15
 REFUSALS = frozenset({FailureReason.REFUSED, FailureReason.VOCABULARY, FailureReason.TOO_LONG})
 """The failures of a model that cannot score given tokens: they are outside of its vocabulary, or too many."""
 
