@@ -5,43 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from string import ascii_letters
 
-import numpy as np
 import pytest
 from tests.support.fake_vllm import FakeVllm, serving
 
-from hemostat.cli import main
 from hemostat.gate import run
 
 PASS, FAIL, UNDECIDED = 0, 1, 2
 
 
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    """Texts that have nothing in common, so that none is a variant of another."""
-    path = tmp_path / "prompts.txt"
-    random = np.random.default_rng(7)
-    lines = ["".join(random.choice(list(ascii_letters), 30)) for _ in range(90)]
-    path.write_text("".join(json.dumps({"prompt": line, "max_tokens": 6}) + "\n" for line in lines))
-    return path
-
-
 Gate = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def gate(prompts: Path, capsys: pytest.CaptureFixture[str]) -> Gate:
-    """Asks a gate; returns the exit code and what was printed."""
-
-    def ask(stable: str, candidate: str, *more: str) -> tuple[int, str]:
-        code = main(
-            ["gate", "--stable", stable, "--candidate", candidate, "--prompts", str(prompts), "--at-once", "2", *more]
-        )
-        captured = capsys.readouterr()
-        return code, captured.out or captured.err
-
-    return ask
 
 
 def test_the_same_model_passes_and_another_one_fails(gate: Gate, tmp_path: Path) -> None:

@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from string import ascii_letters
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.support.fake_vllm import FakeVllm, serving
 
-from hemostat.cli import main
 from hemostat.gate.endpoint import listed_by
 from hemostat.reference.protocol import ReferenceScores
 from hemostat_calibration.gate.distance import Listed, sampled_distance
@@ -50,16 +48,6 @@ class Changed(FakeVllm):
         await super()._generate(path, headers, body, receive, changed)
 
 
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    """Texts that have nothing in common."""
-    path = tmp_path / "prompts.txt"
-    random = np.random.default_rng(7)
-    lines = ["".join(random.choice(list(ascii_letters), 30)) for _ in range(120)]
-    path.write_text("".join(json.dumps({"prompt": line, "max_tokens": 4}) + "\n" for line in lines))
-    return path
-
-
 @contextmanager
 def servers(*fakes: FakeVllm) -> Iterator[list[str]]:
     if not fakes:
@@ -67,17 +55,6 @@ def servers(*fakes: FakeVllm) -> Iterator[list[str]]:
         return
     with serving(fakes[0]) as url, servers(*fakes[1:]) as others:
         yield [url, *others]
-
-
-@pytest.fixture
-def gate(prompts: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    def ask(stable: str, candidate: str, *more: str) -> tuple[int, str]:
-        expect = () if "--expect" in more else ("--expect", "same", "--margin", "0.05")
-        code = main(["gate", "--stable", stable, "--candidate", candidate, "--prompts", str(prompts), *expect, *more])
-        captured = capsys.readouterr()
-        return code, captured.out or captured.err
-
-    return ask
 
 
 Gate = Callable[..., tuple[int, str]]
