@@ -44,7 +44,7 @@ class World:
         self.changes += 1
 
     def held(self) -> list[set[str]]:
-        """At each address."""
+        """Returns the versions that are held at each address."""
         for engine in self.engines:
             engine.report()
         result = self.addresses.held(time.monotonic())
@@ -131,7 +131,7 @@ async def test_an_engine_that_is_silent_holds_nothing() -> None:
 
 
 async def test_of_several_engines_behind_an_address_all_have_to_hold_a_version() -> None:
-    """As with data parallelism: a probe finds one of them."""
+    """A probe finds one of them, as with data parallelism."""
     async with world(("one", "one's second"), ("two",)) as w:
         w.engines[0].versions = {"one": [V, W], "one's second": [V]}
         w.engines[1].versions = {"two": [V, W]}

@@ -30,7 +30,7 @@ Progress = Callable[[int, int, str], None]
 @dataclass(frozen=True, slots=True)
 class Result:
     """The verdict, and what led to it. why: why it ended without a pass or a fail on evidence, or what failed it
-    outside of the tests; "" otherwise. notes: how often each error was met. unmeasured: prompts that count for nothing,
+    outside of the tests; "" otherwise. notes: how often each error was met. unmeasured: prompts that are not counted,
     since the reference or both models failed. log_ratio: the mean estimate of KL(stable‖candidate), nats."""
 
     outcome: Outcome

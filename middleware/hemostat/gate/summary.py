@@ -57,7 +57,7 @@ def lines(result: Result) -> list[str]:
         text.append(f"  KL(stable‖candidate) {result.log_ratio:.4f} nats a token, estimated")
     text += [f"  {count} times: {note}" for note, count in result.notes]
     if result.unmeasured:
-        text.append(f"  {result.unmeasured} prompts could not be measured, and count for nothing")
+        text.append(f"  {result.unmeasured} prompts could not be measured, and are not counted")
     return text
 
 

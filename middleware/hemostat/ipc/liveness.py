@@ -27,8 +27,8 @@ SILENT_SECONDS = 60.0
 RELAY_SILENT_SECONDS = 120.0
 """A relay that has been silent for so long is killed, and its clients lose their answers.
 
-They have got nothing for these two minutes, and the relay's share of the new connections waits for nothing as well; so
-it is better killed than left. It is given more time than others, because a relay that is killed by mistake hurts
+They have got no byte for these two minutes, and nobody serves the relay's share of the new connections, so it is better
+to kill it than to leave it. It is given more time than others, because a relay that is killed by mistake hurts
 clients. One step of its event loop takes milliseconds.
 """
 

@@ -10,7 +10,7 @@ from hemostat_calibration.profiles.families import FAMILIES
 
 
 class Origin(StrEnum):
-    """Where a candidate comes from, if no learner has proposed it. The values are stored."""
+    """The origin of a candidate that no learner has proposed. The values are stored."""
 
     IMPORT = "import"
     """An operator has imported it."""

@@ -56,7 +56,7 @@ class Child:
 
     A process writes a line when it is loaded and another, the JSON `listening`, when it listens. From then on it writes
     BEAT while its event loop runs. A kept process that has been silent for too long is killed and started again: what
-    it holds (the store's lock, its clients) is held for nothing. One that has never written BEAT is left alone: a
+    it holds (the store's lock, its clients) is of use to nobody. One that has never written BEAT is left alone: a
     version that does not know it may have been installed meanwhile.
     """
 

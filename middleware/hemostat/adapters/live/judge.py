@@ -74,7 +74,7 @@ class JudgeDropReason(StrEnum):
     OTHER_REFERENCE = "other_reference"
     """Its reference gives the record's tokens other log-probabilities than the reference that scored it."""
     TOO_LONG = "too_long"
-    """By how fast it has answered so far, the answer would take too long (`judge_requests.AnswerLimit`)."""
+    """The answer would take too long at its speed so far (`judge_requests.AnswerLimit`)."""
 
 
 @dataclass(frozen=True, slots=True)

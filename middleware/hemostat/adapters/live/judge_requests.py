@@ -35,10 +35,10 @@ MEASURED_SECONDS = 1.0
 SMOOTHING = 0.2
 """Weight of the last answer in the mean speed."""
 RECOVERY = 1.01
-"""By which the limit grows with every record that is too long, so that a machine that was busy for a while is tried
-again."""
+"""The factor by which the limit grows with every record that is too long, so that a machine that was busy for a while
+is tried again."""
 BACK_OFF = 4.0
-"""By which the speed is below what would have been in time, after an answer that was not."""
+"""The factor by which the speed is below what would have been in time, after an answer that was not."""
 
 
 class AnswerLimit:
