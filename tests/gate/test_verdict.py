@@ -74,6 +74,38 @@ def test_a_kind_with_few_planned_units_is_not_required_and_is_named() -> None:
     assert not required.unseen
 
 
+JSON = Question("json", "invalid", 0.1, 0.15, min_units=60)
+
+
+def test_a_question_that_applies_to_some_units_is_tested_on_these_alone() -> None:
+    """One unit in ten asks for JSON, and half of these are bad: over all units that would be 0.05."""
+    gate = Gate([NEAR, JSON], {"chat": 900, "data": 100}, applying={"json": {"data": 100}})
+    for _ in range(100):
+        gate.update("data", {"near": 0.0, "json": 0.5})
+        for _ in range(9):
+            gate.update("chat", {"near": 0.0})
+    verdict = gate.verdict()
+    assert verdict.outcome is Outcome.FAIL
+    assert verdict.failed is not None
+    assert (verdict.failed.question.name, verdict.failed.units) == ("json", 100)
+    with pytest.raises(InvalidArgumentError, match="one of those that were planned"):
+        gate.update("chat", {"near": 0.0, "json": 0.0})
+
+
+@pytest.mark.parametrize(("units", "required"), [(59, False), (60, True)])
+def test_a_question_is_required_if_it_applies_to_enough_units(units: int, required: bool) -> None:
+    gate = Gate([NEAR, JSON], {"chat": 100 + units}, applying={"json": {"chat": units}})
+    for _ in range(100):
+        gate.update("chat", {"near": 0.0})
+    verdict = gate.verdict()
+    assert (verdict.outcome is Outcome.UNDECIDED) == required
+    for _ in range(units):
+        gate.update("chat", {"near": 0.0, "json": 0.0})
+    verdict = gate.verdict()
+    assert verdict.outcome is Outcome.PASS
+    assert {finding.required for finding in verdict.findings if finding.question is JSON} == {required}
+
+
 def test_several_questions_and_kinds_share_the_error_of_a_wrong_fail() -> None:
     """All means are at their margin, and all questions see the same numbers."""
     random = np.random.default_rng(5)

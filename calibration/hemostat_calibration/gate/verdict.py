@@ -2,7 +2,8 @@
 
 Evidence is one number D for each unit and question, within [-1, 1]: how much worse the candidate is than the stable
 model, such as the difference of their distances from the reference. Each question has a margin m for all units
-together, and one for each kind. Two tests look at each mean:
+together, and one for each kind. A question may apply to some units only, such as whether JSON is valid to those that
+ask for JSON. Two tests look at each mean:
 
 - for passing, of "the mean of D is at least m": a bet on m − D, which is at least −(1 − m);
 - for failing, of "the mean of D is at most m": a bet on D − m, which is at least −(1 + m).
@@ -12,9 +13,10 @@ non-negative supermartingale under the hypothesis, and so is their mixture; by V
 1/alpha with a probability of at most alpha. So one may look after every unit, and stop at the verdict.
 
 **Pass** needs every test of passing that has to pass to reach 1/alpha: all questions, over all units and in each kind
-that is *required*. Which kinds are is fixed before the first unit (those with at least `MIN_UNITS` of the units that
-will be asked). A wrong pass means that at least one of the hypotheses is true and its test has rejected it, so its
-probability is at most alpha without a correction (intersection–union test; Berger, Technometrics 1982).
+that is *required*. Which means are required is fixed before the first unit: those of which at least
+`Question.min_units` units will be asked, and those over all units of a question that applies to each. A wrong pass
+means that at least one of the hypotheses is true and its test has rejected it, so its probability is at most alpha
+without a correction (intersection–union test; Berger, Technometrics 1982).
 
 **Fail** needs the closed test (`guard.closing`) over the tests of failing to reach 1/alpha for one of them: half of the
 weight is of the questions over all units, half of the kinds. A wrong fail has a probability of at most alpha, however
@@ -33,6 +35,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 
 import numpy as np
 
@@ -53,6 +56,8 @@ ALL = ""
 MIN_UNITS = 30
 """The least number of planned units of a kind that is required: with a margin of 0.15, equal candidates pass after 25
 without noise."""
+NO_QUESTIONS: Mapping[str, Mapping[str, int]] = MappingProxyType({})
+"""The questions that do not apply to all units, where each does."""
 
 
 class Outcome(StrEnum):
@@ -68,13 +73,15 @@ class Question:
     """One thing that is asked of a candidate.
 
     name: in JSON. text: what a positive D means, for people, as the end of "the candidate is …". margin, kind_margin:
-    the largest mean of D that is allowed over all units, and in a kind.
+    the largest mean of D that is allowed over all units, and in a kind. min_units: the least number of planned units of
+    a kind in which the question has to pass.
     """
 
     name: str
     text: str
     margin: float
     kind_margin: float
+    min_units: int = MIN_UNITS
 
     def __post_init__(self) -> None:
         for margin in (self.margin, self.kind_margin):
@@ -130,7 +137,7 @@ class MeanTest:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One mean, as people see it."""
+    """One mean, as people see it. required: a pass needs it."""
 
     question: Question
     kind: str
@@ -138,6 +145,7 @@ class Finding:
     mean: float
     margin: float
     passed: bool
+    required: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +168,8 @@ class Gate:
     """Owns the tests of one candidate.
 
     questions: what is asked. planned: how many units of each kind will be asked at most. alpha: the probability of a
-    wrong pass, and of a wrong fail.
+    wrong pass, and of a wrong fail. applying: the same as `planned` by question, for each question that does not apply
+    to all units.
 
     >>> gate = Gate([Question("near", "farther from the reference", 0.05, 0.15)], {"chat": 100}, alpha=0.05)
     >>> for _ in range(80):
@@ -169,7 +178,13 @@ class Gate:
     'pass'
     """
 
-    def __init__(self, questions: Sequence[Question], planned: Mapping[str, int], alpha: float = 0.05) -> None:
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        planned: Mapping[str, int],
+        alpha: float = 0.05,
+        applying: Mapping[str, Mapping[str, int]] = NO_QUESTIONS,
+    ) -> None:
         if not 0.0 < alpha < 1.0:
             raise InvalidArgumentError(f"alpha is {alpha}: it must be between 0 and 1")
         if not questions or not planned:
@@ -178,22 +193,32 @@ class Gate:
         self._questions = {question.name: question for question in questions}
         total = sum(planned.values())
         self._unseen = {kind: units / total for kind, units in planned.items() if units < MIN_UNITS}
-        self._required = [kind for kind in planned if kind not in self._unseen]
-        self._tests = {
-            (question.name, kind): MeanTest(question.allowed(kind))
-            for question in questions
-            for kind in (ALL, *planned)
-        }
+        self._always = {question.name for question in questions if question.name not in applying}
+        self._tests: dict[tuple[str, str], MeanTest] = {}
+        self._required: set[tuple[str, str]] = set()
+        """The means of which a pass needs each."""
+        self._weights: list[float] = []
+        """The weights of the closed test, in the order of `_tests`."""
+        for question in questions:
+            kinds = {kind: units for kind, units in applying.get(question.name, planned).items() if units}
+            for kind, units in {ALL: sum(kinds.values()), **kinds}.items():
+                self._tests[question.name, kind] = MeanTest(question.allowed(kind))
+                if units >= question.min_units or (kind == ALL and question.name in self._always):
+                    self._required.add((question.name, kind))
+                self._weights.append(0.5 / len(questions) / (1 if kind == ALL else len(kinds)))
         self.units = 0
         """The number of units that have counted."""
         self._failed: tuple[str, str] | None = None
         """The question and the kind whose mean was found above its margin."""
 
     def update(self, kind: str, excess: Mapping[str, float]) -> None:
-        """Counts a unit. excess: D by the name of the question. Raises InvalidArgumentError for a kind or a question
-        that was not planned, or a D outside of [-1, 1]."""
-        if set(excess) != set(self._questions):
-            raise InvalidArgumentError(f"the excess is of {sorted(excess)}: it must be of {sorted(self._questions)}")
+        """Counts a unit. excess: D by the name of each question that applies. Raises InvalidArgumentError for a kind or
+        a question that was not planned, or a D outside of [-1, 1]."""
+        if not self._always <= set(excess) <= set(self._questions):
+            raise InvalidArgumentError(
+                f"the excess is of {sorted(excess)}: it must be of {sorted(self._always)}, and may be of "
+                f"{sorted(set(self._questions) - self._always)}"
+            )
         for name, value in excess.items():
             if not -1.0 <= value <= 1.0:
                 raise InvalidArgumentError(f"the excess of {name} is {value}: it must be within -1 and 1")
@@ -209,16 +234,18 @@ class Gate:
     def verdict(self) -> Verdict:
         findings = {
             key: Finding(
-                self._questions[key[0]], key[1], test.units, test.mean, test.margin, test.log_pass >= self._needed
+                self._questions[key[0]],
+                key[1],
+                test.units,
+                test.mean,
+                test.margin,
+                test.log_pass >= self._needed,
+                key in self._required,
             )
             for key, test in self._tests.items()
         }
         failed = self._failed
-        waiting = [
-            test
-            for (name, kind), test in self._tests.items()
-            if (kind == ALL or kind in self._required) and not findings[name, kind].passed
-        ]
+        waiting = [key for key in self._required if not findings[key].passed]
         more: int | None = None
         if failed is not None:
             outcome = Outcome.FAIL
@@ -238,13 +265,14 @@ class Gate:
     def _more(self) -> int | None:
         """Returns about how many more units a pass takes, of all kinds together."""
         most = 0
-        for (_, kind), test in self._tests.items():
-            if (kind != ALL and kind not in self._required) or test.log_pass >= self._needed:
+        for key in self._required:
+            test = self._tests[key]
+            if test.log_pass >= self._needed:
                 continue
             more = test.more(self._needed)
             if more is None:
                 return None
-            share = 1.0 if kind == ALL or not self.units else max(test.units, 1) / self.units
+            share = max(test.units, 1) / self.units if self.units else 1.0
             most = max(most, math.ceil(more / share))
         return most
 
@@ -252,11 +280,9 @@ class Gate:
         """Returns the name and the kind of the mean that the closed test finds above its margin; the one with the most
         evidence."""
         keys = list(self._tests)
-        kinds = len(keys) // len(self._questions) - 1
         own = [self._tests[key].log_fail for key in keys]
-        weights = [0.5 / len(self._questions) * (1.0 if kind == ALL else 1.0 / kinds) for _, kind in keys]
         best = max(range(len(keys)), key=lambda j: own[j])
-        return keys[best] if own[best] + math.log(least_mean(own, weights, best)) >= self._needed else None
+        return keys[best] if own[best] + math.log(least_mean(own, self._weights, best)) >= self._needed else None
 
 
 def _mixed(log_k: Floats) -> float:
