@@ -18,6 +18,7 @@ from tests.support.admin_server import admin_client
 from tests.support.captures import capture
 from tests.support.control import AUTHORIZED, control, profile, scored, settings, status_json
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
+from tests.support.temperature_bias import temperature_bias
 from tests.support.waiting import HANG_SECONDS, until
 
 from hemostat.config.schema import Settings
@@ -31,7 +32,6 @@ from hemostat.reference.match import Match
 from hemostat.store import writer as writer_module
 from hemostat.store.protocol import ExclusionLost, NotActiveError, StoreFailure
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import pytest
 from tests.support.admin_server import Served, profile, record, served
 from tests.support.control import TOKEN
 from tests.support.evidence import evidence
+from tests.support.temperature_bias import temperature_bias
 
 from hemostat import cli
 from hemostat.control.composition import Control
@@ -20,7 +21,6 @@ from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.profiles.adapter import adapter_bytes, adapter_profile
 from hemostat_calibration.profiles.peft import peft_files
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 Command = Callable[..., Any]
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from tests.support.oracle import apply, shift
 from tests.support.records import Truth, log_softmax, make_record, truths
 from tests.support.slow import examples
+from tests.support.temperature_bias import temperature_bias
 
 from hemostat_calibration.divergence.gain import gain
 from hemostat_calibration.divergence.per_token import calibrated, divergence
 from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.profiles.contextual import contextual_profile, probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.profiles.transform import anchors, anchors_digest, code, shift_at, shift_range
 from hemostat_calibration.record_checks import validate
 from hemostat_calibration.records import Features

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from tests.support.oracle import apply
 from tests.support.records import Truth, log_softmax, make_record, profiles, truths
 from tests.support.slow import examples
+from tests.support.temperature_bias import temperature_bias
 from tests.support.work import instructions, peak_bytes
 
 from hemostat_calibration.divergence.gain import gain
 from hemostat_calibration.divergence.per_token import calibrated, divergence
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.profiles.transform import shift_range
 from hemostat_calibration.records import Sampling, Shift
 

@@ -9,11 +9,11 @@ import safetensors
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.temperature_bias import temperature_bias
 
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profiles import profile as profile_module
 from hemostat_calibration.profiles.profile import VERSION_PATTERN, CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 V = 7
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tests.support.exact import exact
 from tests.support.records import Truth, log_softmax, make_record, top, truths
 from tests.support.slow import examples
+from tests.support.temperature_bias import temperature_bias
 
 from hemostat_calibration.divergence.per_token import calibrated, divergence
 from hemostat_calibration.errors import InvalidRecordError
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.record_checks import validate
 from hemostat_calibration.records import MAX_RECOVERY_ERROR, Candidates, RecoveredDivergence, Sampling
 from hemostat_calibration.state_recovery import checked_ids, compare, observed_error, recover_states

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tests.support.oracle import apply, shift
+from tests.support.temperature_bias import temperature_bias
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.profiles.transform import shift_at, shift_range
 
 V = 9

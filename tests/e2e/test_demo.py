@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.constant_profile import constant_profile
 from tests.support.recompute import observations, recompute
 
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_lab.demo.checkpoints import Checkpoints
 from hemostat_lab.demo.generated_prompts import generated_prompts
 
@@ -94,11 +94,11 @@ def test_forced_profile_changes_what_comes_out_of_vllm(tmp_path: Path, checkpoin
     favoured = 1234
     bias = np.zeros(vocabulary)
     bias[favoured] = 15.0
-    profile = temperature_bias("", vocabulary, 1.0, bias, 15.0)
+    profile = constant_profile("", bias, 15.0)
     (tmp_path / "forced.safetensors").write_bytes(profile.to_bytes())
     report = demo(tmp_path, "--force-profile", str(tmp_path / "forced.safetensors"))
     assert report["requests"]["ok"] == REQUESTS
-    assert report["profile"] == {"version": profile.version, "family": "temperature_bias", "mode": "auto"}
+    assert report["profile"] == {"version": profile.version, "family": "contextual", "mode": "auto"}
     records = [json.loads(line) for line in (tmp_path / "kept" / "records.jsonl").read_text().splitlines()]
     assert {(r["profile"], r["arm"]) for r in records} == {(profile.version, "none")}
     written = np.concatenate([r["output_token_ids"] for r in records])

@@ -19,12 +19,12 @@ import httpx
 import numpy as np
 import pytest
 import transformers
+from tests.support.constant_profile import constant_profile
 from tests.support.fake_vllm import FakeVllm
 from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, VLLM_ARGUMENTS
 from tests.support.served import AUTHORIZED, TOKEN, Served, hemostat
 
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_lab.demo.checkpoints import Checkpoints
 from hemostat_lab.demo.vllm_server import VllmServer, dtype, free_port
 
@@ -117,7 +117,7 @@ async def test_the_whole_loop(scheme: str, reference: Path, tmp_path: Path) -> N
         asked: dict[str, Any] = {"model": profile.version}
     else:
         bias = np.random.default_rng(0).normal(0.0, 1.0, VOCABULARY)
-        profile = temperature_bias(MODEL, VOCABULARY, 1.0, bias, 1.0)
+        profile = constant_profile(MODEL, bias, 1.0)
         asked = {"vllm_xargs": {"hemostat": profile.version}}
     settings: dict[str, Any] = {
         "reference": {"backend": "transformers", "model": str(reference), "dtype": dtype()},

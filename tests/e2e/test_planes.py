@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.constant_profile import constant_profile
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.planes import CONTROL, Planes, Relay, engine, planes
 from tests.support.streaming_load import Load, streaming_load
-
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 pytestmark = pytest.mark.timeout(300)
 PROMPTS = [f"conversation {n}" for n in range(12)]
@@ -44,7 +43,7 @@ async def served(processes: Planes, versions: list[str], more: dict[str, Any]) -
     active = await processes.active()
     await processes.until(active, lambda s: s["reference"]["state"] == "ready")
     bias = np.random.default_rng(0).normal(0, 0.5, VOCAB)
-    profile = temperature_bias("fake", VOCAB, 1.0, bias, 1.0)
+    profile = constant_profile("fake", bias, 1.0)
     answer = await active.post("/api/v1/profiles", content=profile.to_bytes())
     assert answer.status_code == 200, answer.text
     version = str(answer.json()["version"])

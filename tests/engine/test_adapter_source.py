@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.engine_admin import TOKEN, EngineAdmin
+from tests.support.temperature_bias import temperature_bias
 
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.profiles.adapter import adapter_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_engine.adapters import api_server
 from hemostat_engine.adapters import folder as folders
 from hemostat_engine.adapters import source as sources

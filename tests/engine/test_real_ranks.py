@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from tests.support import rank_processor
 from tests.support.adapter_models import save, tiny_model
+from tests.support.constant_profile import constant_profile
 from tests.support.running_vllm import LORA_ENVIRONMENT, RunningVllm, running_vllm
 from tests.support.tiny_tokenizer import write_tokenizer
 
@@ -23,7 +24,6 @@ from hemostat.scoring.conditioning import allowed_sets
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.profiles.adapter import adapter_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -55,7 +55,7 @@ def forcing(vocab_size: int) -> CalibrationProfile:
     """Makes greedy decoding repeat one token."""
     bias = np.full(vocab_size, -20.0, np.float32)
     bias[FORCED] = 20.0
-    return temperature_bias("", vocab_size, 1.0, bias, 20.0)
+    return constant_profile("", bias, 20.0)
 
 
 def correction(vocab_size: int) -> CalibrationProfile:

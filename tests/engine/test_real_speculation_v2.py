@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support.constant_profile import constant_profile
 from tests.support.running_vllm import VLLM_ARGUMENTS, RunningVllm, running_vllm
 
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_lab.demo import vllm_server as vllm_process
 from hemostat_lab.demo.checkpoints import Checkpoints
 
@@ -40,7 +40,7 @@ def complete(server: RunningVllm, xargs: dict[str, str], tokens: int) -> list[in
 def test_a_profile_is_applied_to_drafts_and_every_position_is_tapped(checkpoints: Checkpoints, tmp_path: Path) -> None:
     bias = np.full(VOCAB_SIZE, -20.0, np.float32)
     bias[FORCED] = 20.0
-    profile = temperature_bias("", VOCAB_SIZE, 1.0, bias, 20.0)
+    profile = constant_profile("", bias, 20.0)
     arguments = [*VLLM_ARGUMENTS, "--speculative-config", json.dumps(NGRAM)]
     with running_vllm(checkpoints, tmp_path, arguments) as server:
         (server.profile_dir / f"{profile.version}.safetensors").write_bytes(profile.to_bytes())

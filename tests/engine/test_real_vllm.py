@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support import oracle
+from tests.support.constant_profile import constant_profile
 from tests.support.raising_processor import RAISING_CLAMP
 from tests.support.stack import wait_for
 
 from hemostat_calibration import __version__, plugin_version
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_engine.weights import fingerprint
 from hemostat_lab.demo import vllm_server as vllm_process
 from hemostat_lab.demo.checkpoints import Checkpoints
@@ -84,7 +84,7 @@ def plain(client: Client) -> list[int]:
 def force(strength: float = 20.0) -> CalibrationProfile:
     bias = np.full(VOCAB_SIZE, -20.0, dtype=np.float32)
     bias[FORCED] = strength
-    return temperature_bias("", VOCAB_SIZE, 1.0, bias, 20.0, {"strength": str(strength)})
+    return constant_profile("", bias, 20.0, {"strength": str(strength)})
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,7 @@ def test_grammar_is_obeyed_and_rows_with_masked_anchors_are_unchanged(
 def test_a_profile_that_raises_is_off_and_the_server_continues(
     vllm_server: Any, client: Client, plain: list[int], forcing: str
 ) -> None:
-    raising = temperature_bias("", VOCAB_SIZE, 0.5, np.ones(VOCAB_SIZE, dtype=np.float32), RAISING_CLAMP, {})
+    raising = constant_profile("", np.ones(VOCAB_SIZE), RAISING_CLAMP)
     registry = vllm_server.admin.registry
     vllm_server.admin.files[raising.version] = raising.to_bytes()
 

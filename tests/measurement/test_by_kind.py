@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tests.support.records import Truth, make_record
 from tests.support.samples import values
+from tests.support.temperature_bias import temperature_bias
 from tests.support.world import V, World
 
 from hemostat.measurement.by_kind import MAX_KINDS
@@ -15,7 +16,6 @@ from hemostat.measurement.figures import HEADLINE
 from hemostat.measurement.measurements import Measurements
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.records import Arm, TokenRecord
 
 WORLD = World(bias=0.6, noise=0.3)

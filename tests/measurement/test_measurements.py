@@ -16,6 +16,7 @@ from tests.support.captures import sized_capture
 from tests.support.engine_profiles import make_contextual
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.samples import histograms, values
+from tests.support.temperature_bias import temperature_bias
 from tests.support.world import V, World
 
 from hemostat.measurement.figures import FIGURES, HEADLINE, KL_CAP
@@ -25,7 +26,6 @@ from hemostat_calibration.divergence.gain import gain
 from hemostat_calibration.divergence.per_token import calibrated, divergence
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.record_checks import validate
 from hemostat_calibration.records import Arm, RecoveredDivergence, Sampling, TokenRecord
 from hemostat_calibration.statistics.streaming import student_975

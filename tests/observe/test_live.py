@@ -17,13 +17,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from tests.support.constant_profile import constant_profile
 from tests.support.dashboards import ALL, EMPTY_LIVE, Query, about_adapters, queries, used
 from tests.support.prometheus import Prometheus, config, needs, prometheus, rules
 from tests.support.stack import ADMIN_TOKEN, Stack, hemostat, sampling_settings, wait_for
 
 from hemostat.openai.requests import MAX_CHOICES
 from hemostat.scoring import noise_floor
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_lab.demo import vllm_server as vllm_process
 from hemostat_lab.demo.checkpoints import Checkpoints, cached_checkpoints
 
@@ -115,8 +115,8 @@ class Run:
     def promote(self, vocabulary: int) -> None:
         """A profile that hardly changes anything, on half of the requests; and another one, which is a candidate."""
         bias = np.random.default_rng(1).normal(0.0, 0.05, vocabulary)
-        self.post("/api/v1/profiles", temperature_bias("", vocabulary, 1.0, -bias, 0.5).to_bytes())
-        version = self.post("/api/v1/profiles", temperature_bias("", vocabulary, 1.0, bias, 0.5).to_bytes())["version"]
+        self.post("/api/v1/profiles", constant_profile("", -bias, 0.5).to_bytes())
+        version = self.post("/api/v1/profiles", constant_profile("", bias, 0.5).to_bytes())["version"]
         wait_for("the engine to hold it", lambda: version in self.stack.status()["engines"]["acknowledged"], 120)
         self.post("/api/v1/profiles/promote", json.dumps({"version": version}))
 

@@ -8,6 +8,7 @@ import pytest
 from tests.support.profile_bench import BIASED, EVEN, JUDGED, MODEL, Bench, contextual, harmful, helpful
 from tests.support.samples import values
 from tests.support.stores import DirectWrites
+from tests.support.temperature_bias import temperature_bias
 from tests.support.world import V
 
 from hemostat.config.schema import Evidence
@@ -20,7 +21,6 @@ from hemostat.store.protocol import StoredProfile
 from hemostat_calibration.profiles.adapter import ADAPTER
 from hemostat_calibration.profiles.contextual import CONTEXTUAL
 from hemostat_calibration.profiles.profile import IDENTITY
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 
 def test_the_operators_mode_is_kept_over_restarts_until_the_configuration_changes() -> None:

@@ -8,6 +8,7 @@ import pytest
 from tests.support.profile_bench import BIASED, JUDGED, LEARNED, Bench, contextual, harmful
 from tests.support.records import make_record
 from tests.support.stores import DirectWrites
+from tests.support.temperature_bias import TEMPERATURE_BIAS
 from tests.support.world import World
 
 from hemostat.ipc.messages import REST_KIND
@@ -20,7 +21,6 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.decisions import Admission
 from hemostat_calibration.profiles.adapter import ADAPTER
 from hemostat_calibration.profiles.contextual import CONTEXTUAL
-from hemostat_calibration.profiles.temperature_bias import TEMPERATURE_BIAS
 
 
 def test_a_test_begins_anew_when_its_baseline_changes() -> None:

@@ -19,6 +19,7 @@ import pytest_asyncio
 from tests.support.children import children
 from tests.support.minutes import starting
 from tests.support.records import condition
+from tests.support.temperature_bias import temperature_bias
 
 from hemostat.checkpoints.output_embedding import load as load_embedding
 from hemostat.config.schema import Settings
@@ -27,7 +28,6 @@ from hemostat.reference.protocol import ReferenceFailure, ReferenceScores, Score
 from hemostat.reference.transformers import TransformersReference
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

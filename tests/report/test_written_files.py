@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support.temperature_bias import temperature_bias
 
 from hemostat.adapters.serving.loading import MAX_VERSIONS, write
 from hemostat.cli import main
 from hemostat.commands.profile import PROFILE_MARKER
 from hemostat.report.written_files import other_content
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_lab.demo.options import DemoFailure, DemoOptions, check_destinations
 from hemostat_lab.doctor.options import HTML_MARKER, JSON_MARKER
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tests.support.captures import V, capture
 from tests.support.scorer_bench import SCORED, VERSION, Bench, D
+from tests.support.temperature_bias import temperature_bias
 
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.profiles.transform import anchors_digest
 from hemostat_calibration.records import Features, RecoveredDivergence
 from hemostat_calibration.statistics.split import prompt_key

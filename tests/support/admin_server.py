@@ -21,6 +21,7 @@ from tests.support.captures import INFO
 from tests.support.control import TOKEN, connect_relay, control, scored, settings
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.served_models import pair, served_models
+from tests.support.temperature_bias import temperature_bias
 from tests.support.waiting import HANG_SECONDS
 from tests.support.world import World
 
@@ -34,7 +35,6 @@ from hemostat.reference.monitor import ReferenceState
 from hemostat.scoring.record_users import NoiseFloorUsers
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.reasoning import Thinking
 from hemostat_calibration.records import Arm, Sampling, TokenRecord
 

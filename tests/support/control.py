@@ -12,13 +12,13 @@ import msgspec
 import numpy as np
 from tests.support.captures import V, capture, record_of
 from tests.support.relay_listener import hello, listen
+from tests.support.temperature_bias import temperature_bias
 from tests.support.waiting import until
 
 from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Stats, encode
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.records import TokenRecord
 
 TOKEN = "secret"

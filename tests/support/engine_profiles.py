@@ -1,12 +1,13 @@
-"""Small profiles for the tests of the engine plugin."""
+"""Small profiles for the tests of the engine plugin, which can apply the tests' family where this is imported."""
 
 from __future__ import annotations
 
 import numpy as np
+from tests.support import torch_temperature_bias  # noqa: F401 - the engine can apply the family then
+from tests.support.temperature_bias import temperature_bias
 
 from hemostat_calibration.profiles.contextual import NO_KL_LIMIT, contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 VOCAB_SIZE = 40
 

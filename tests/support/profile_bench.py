@@ -12,13 +12,13 @@ from tests.support.evidence import evidence
 from tests.support.oracle import shift
 from tests.support.records import Truth, condition, make_record
 from tests.support.stores import DirectWrites
+from tests.support.temperature_bias import temperature_bias
 from tests.support.world import V, World
 
 from hemostat.config.schema import Adapter, Calibration, Evidence
 from hemostat.profiles.manager import ProfileManager
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.records import Shift, TokenRecord
 from hemostat_calibration.statistics.split import held_out
 

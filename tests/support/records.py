@@ -134,7 +134,7 @@ def truths(draw: st.DrawFn, rows: int = 4, max_vocabulary: int = 24) -> Truth:
 
 @st.composite
 def profiles(draw: st.DrawFn, vocabulary: int) -> CalibrationProfile:
-    from hemostat_calibration.profiles.temperature_bias import temperature_bias
+    from tests.support.temperature_bias import temperature_bias
 
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     bias = draw(st.sampled_from([0.0, 0.1, 1.0])) * rng.normal(size=vocabulary)

@@ -20,6 +20,7 @@ from tests.support.children import children
 from tests.support.exact import exact
 from tests.support.learner_world import logprobs
 from tests.support.samples import values
+from tests.support.temperature_bias import temperature_bias
 from tests.support.waiting import until
 
 from hemostat.adapters.live import judge as judging
@@ -38,7 +39,6 @@ from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.records import Candidates, ExactDistances, TokenRecord
 from hemostat_lab.adapters import judge_process
 from hemostat_lab.models.copies import Copy

@@ -19,8 +19,8 @@ from tests.bench.compress import adapters, pruning
 from tests.bench.compress.cases import Bench, Case
 from tests.bench.compress.figures import LOGITS_FILE, Meter
 from tests.bench.compress.texts import Domain, Texts, _asked
+from tests.support.constant_profile import constant_profile
 
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_lab.models.copies import Copy
 
 
@@ -83,18 +83,19 @@ def test_a_checkpoint_is_measured_with_the_adapter_beside_it(tmp_path: Path) -> 
 
 
 def test_a_checkpoint_is_measured_with_the_profile_beside_it(tmp_path: Path) -> None:
-    """Logits twice as large, of the reference itself."""
+    """A bias on the logits of the reference itself."""
     reference, texts = save(tiny_model(num_hidden_layers=1), tmp_path / "reference"), random_texts(3)
     topics = np.zeros(sum(len(text.output) for text in texts), np.int64)
     meter = Meter(reference, Texts([], texts, topics))
     whole = Copy.load(reference)
-    profile = temperature_bias("", whole.vocab_size, 0.5, np.zeros(whole.vocab_size, np.float32), 20.0)
+    bias = np.linspace(-1.0, 1.0, whole.vocab_size)
+    profile = constant_profile("", bias, 20.0)
     start = Case("start", 0, partial(shutil.copytree, reference))
-    Bench(reference, tmp_path / "bench", texts, 0).copied(start, tmp_path / "hot", {LOGITS_FILE: profile.to_bytes()})
+    Bench(reference, tmp_path / "bench", texts, 0).copied(start, tmp_path / "biased", {LOGITS_FILE: profile.to_bytes()})
     wanted = []
     for text in texts:
         z = torch.from_numpy(whole.logits(text.ids))[len(text.prompt) - 1 : -1]
-        log_r, log_c = z.log_softmax(-1), (2.0 * z).log_softmax(-1)
+        log_r, log_c = z.log_softmax(-1), (z + torch.from_numpy(bias)).log_softmax(-1)
         wanted.append((log_r.exp() * (log_r - log_c)).sum(-1).numpy())
-    np.testing.assert_allclose(meter.distances(tmp_path / "hot").kl, np.concatenate(wanted), rtol=0.02, atol=1e-4)
+    np.testing.assert_allclose(meter.distances(tmp_path / "biased").kl, np.concatenate(wanted), rtol=0.02, atol=1e-4)
     assert np.concatenate(wanted).mean() > 0.01

@@ -30,6 +30,7 @@ import httpx
 import numpy as np
 from tests.bench.faults import Row
 from tests.support import postgres
+from tests.support.constant_profile import constant_profile
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.nothing_lost import check, counts
 from tests.support.planes import CONTROL, RELAY, Instance, Planes, Relay, engine, planes, ready
@@ -40,7 +41,6 @@ from tests.support.streaming_load import Load, streaming_load
 from hemostat.ipc.supervised import STOP_SECONDS
 from hemostat.profiles.persistence import MODE_KEY
 from hemostat.store.protocol import Snapshot, StoreFailure
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 NAME = "planes"
 TAKES = "1 minute with 5 runs (`--runs`)"
@@ -126,7 +126,7 @@ class Action:
 
 def importing(world: World, draw: random.Random) -> Action:
     bias = np.random.default_rng(draw.getrandbits(32)).normal(0.0, 0.5, VOCAB)
-    profile = temperature_bias("fake", VOCAB, 1.0, bias, 1.0)
+    profile = constant_profile("fake", bias, 1.0)
     world.versions.append(profile.version)
     kept = _has_event("import", profile.version)
     return Action("import", "/api/v1/profiles", {"content": profile.to_bytes()}, kept)

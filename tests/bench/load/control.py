@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from tests.bench.load import INFO, KIND, MODEL, VOCABULARY, Answers, answers
+from tests.support.constant_profile import constant_profile
 from tests.support.relay_listener import listen
 from tests.support.served_models import pair, served_models
 
@@ -22,7 +23,6 @@ from hemostat.ipc.messages import REST_KIND, OutcomeReport
 from hemostat.reference.monitor import ReferenceState
 from hemostat.reference.protocol import ReferenceInfo, ReferenceScores, ScoreRequest
 from hemostat.scoring.pipeline import WORKERS
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 
 class StoredReference:
@@ -61,7 +61,7 @@ def serve(control: Control) -> str:
     """A profile serves all traffic."""
     profiles = control.profile_manager
     bias = np.random.default_rng(0).normal(0.0, 0.1, VOCABULARY)
-    version = profiles.operator.import_profile(temperature_bias(MODEL, VOCABULARY, 1.0, bias, 1.0))
+    version = profiles.operator.import_profile(constant_profile(MODEL, bias, 1.0))
     for _ in range(100):
         profiles.kinds.update(KIND)
     for kind in (KIND, REST_KIND):

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from tests.support.temperature_bias import temperature_bias
 
 from hemostat_calibration.guard.decisions import Action
 from hemostat_calibration.guard.guard import Guard
 from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.profiles.transform import anchors_digest, shift_range
 from hemostat_calibration.records import Candidates, Features, TokenRecord
 from hemostat_calibration.statistics.split import prompt_key

@@ -17,13 +17,13 @@ from tests.bench.recovery.outcomes import (
     same_answer,
 )
 from tests.support import oracle
+from tests.support.constant_profile import constant_profile
 
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.choose import ProfileLimits
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.contextual import contextual_profile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.record_checks import validate
 
 V, D, N = 60, 6, 20
@@ -70,7 +70,7 @@ def test_topics_are_on_one_side_and_prompts_are_distinct() -> None:
 def test_figures_are_those_of_the_full_distributions() -> None:
     weight, anchors, texts, h_c = world(4, 25)
     recovery = Recovery(weight, anchors, texts)
-    profile = temperature_bias("", V, 1.25, np.linspace(-0.5, 0.5, V).astype(np.float32), 2.0)
+    profile = constant_profile("", np.linspace(-0.5, 0.5, V), 2.0)
     result = measure(weight, recovery, texts, {"it": profile})
     h_r = np.concatenate([t.hidden for t in texts if t.hidden is not None]).astype(np.float64)
 
@@ -114,7 +114,7 @@ def test_the_contextual_family_wins_back_what_a_linear_map_can() -> None:
 
 
 def test_the_guard_promotes_what_helps_every_prompt_and_says_after_how_many() -> None:
-    profile = temperature_bias("", V, 1.0, np.linspace(-0.5, 0.5, V).astype(np.float32), 0.5)
+    profile = constant_profile("", np.linspace(-0.5, 0.5, V), 0.5)
     ones = np.ones(2000)
     before, after = Figures(ones, ones, ones, ones), Figures(0.6 * ones, ones, ones, ones)
     verdict = judged(profile, after, before, np.repeat(np.arange(200), 10))

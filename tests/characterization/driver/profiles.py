@@ -8,10 +8,10 @@ from functools import cache
 import numpy as np
 from tests.characterization.worlds import Array, Truth, V, World
 from tests.support.oracle import shift
+from tests.support.temperature_bias import temperature_bias
 
 from hemostat_calibration.profiles.contextual import contextual_profile, probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 from hemostat_calibration.statistics.split import held_out
 
 MODEL = "m"

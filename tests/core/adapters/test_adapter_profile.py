@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.temperature_bias import temperature_bias
 
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
@@ -20,7 +21,6 @@ from hemostat_calibration.profiles.adapter import (
     max_rank,
 )
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 V = 9
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.10.mlp.up_proj"

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from tests.support.temperature_bias import temperature_bias
 
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile
 from hemostat_calibration.profiles.peft import CONFIG_FILE, WEIGHTS_FILE, peft_files, to_bfloat16
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 
 @given(arrays.arrays(np.uint32, 50, elements=st.integers(0, 2**32 - 1)))

@@ -13,13 +13,13 @@ import pytest
 from pydantic import SecretStr
 from tests.support.fake_vllm import FakeVllm, running
 from tests.support.fake_vllm.pooling import FakePooling, as_float
+from tests.support.temperature_bias import temperature_bias
 
 from hemostat.reference.hidden import reference as hidden_reference
 from hemostat.reference.hidden.probe import TEXT
 from hemostat.reference.on_server import ServerReference
 from hemostat.reference.protocol import FailureReason, Offer, ReferenceFailure, ScoreRequest
 from hemostat_calibration.allowed_sets import AllowedSets
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 MIB = 1 << 20
 

@@ -17,9 +17,9 @@ from tests.bench.recovery.adapters.served import agreement, compare
 from tests.bench.recovery.adapters.shrink import Region, shrunk_figures
 from tests.bench.recovery.engine import Ask, Written
 from tests.bench.recovery.stages import Stages
+from tests.support.constant_profile import constant_profile
 
 from hemostat_calibration.adapters.factors import LowRank
-from hemostat_calibration.profiles.temperature_bias import temperature_bias
 
 V, D = 12, 4
 
@@ -187,7 +187,7 @@ def test_a_shift_is_shrunk_by_its_distance_from_what_was_learned() -> None:
     far = np.full((1, D), 50.0, np.float32)
     assert region.weight(far)[0] == pytest.approx(region.limit / 100.0, rel=0.05)
     weight = np.random.default_rng(2).normal(size=(V, D)).astype(np.float32)
-    profile = temperature_bias("m", V, 1.0, np.linspace(-1.0, 1.0, V).astype(np.float32), 4.0)
+    profile = constant_profile("m", np.linspace(-1.0, 1.0, V), 4.0)
     states = learned[:5]
     none, whole = (shrunk_figures(weight, states, states, profile, np.full(5, f)).kl for f in (0.0, 1.0))
     assert none == pytest.approx(0.0, abs=1e-6)
