@@ -31,7 +31,7 @@ class Rewrite:
     body).
 
     While `response_data` returns nothing, the relay holds back the response's head too (for
-    `relay.exchange.MAX_HEAD_HOLD_SECONDS` at most), so that `replay` can still return True.
+    `relay.client_response.MAX_HEAD_HOLD_SECONDS` at most), so that `replay` can still return True.
     """
 
     body: bytes

@@ -34,8 +34,7 @@ from hemostat.metrics.reasons import UNJUDGED
 from hemostat.openai.requests import Uncalibrated
 from hemostat.openai.routes import ADAPTER_ROUTE_REFUSED
 from hemostat.profiles.decisions import Decision, Reason
-from hemostat.relay.client_connection import MEMORY_EXHAUSTED
-from hemostat.relay.exchange import UPLOADS_EXHAUSTED
+from hemostat.relay.request_budget import MEMORY_EXHAUSTED, UPLOADS_EXHAUSTED
 
 DEPLOY = ROOT / "deploy"
 DOCS = ROOT / "docs"

@@ -11,7 +11,7 @@ A request that goes upstream as the client wrote it has no such state: nothing o
 Invariants:
 - The tokens of the response are captured only where it is ENDED.
 - No byte of it has gone to the client while it is AWAITED, UNDECIDED or WITHHELD (but after
-  `relay.exchange.MAX_HEAD_HOLD_SECONDS` its head); only then can it become REPEATED.
+  `relay.client_response.MAX_HEAD_HOLD_SECONDS` its head); only then can it become REPEATED.
 - In REPEATED the client's own request was sent: what comes then passes unchanged.
 """
 

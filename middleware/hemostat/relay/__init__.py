@@ -10,7 +10,7 @@ The modules, in the order of a request:
     http/               the rules of HTTP/1.1 on bytes
     exchange            one request and its response; `exchange_state` has the states, `fail_open` calls the hook
     forwarding          the head that goes upstream
-    response_framing    how the response's body is framed for the client; `tunnel` is a connection after a 101
+    client_response     the response as the client gets it; `tunnel` is a connection after a 101
     generation          what is reported of one generation: `outcomes`, the trace span, the log line
     counters            what the process counts
 

@@ -24,12 +24,14 @@ from hemostat.relay.client_identity import client_network, credential_digest
 from hemostat.relay.clients import Clients
 from hemostat.relay.context import RelayContext
 from hemostat.relay.disconnect import DisconnectWatcher
-from hemostat.relay.exchange import MAX_READ_AHEAD_BYTES, UPLOADS_EXHAUSTED, Exchange
+from hemostat.relay.exchange import Exchange
 from hemostat.relay.exchange_state import COLLECTING, QUEUED
 from hemostat.relay.forwarding import ensure_request_id
 from hemostat.relay.http.errors import BadRequest, error_body, error_response
 from hemostat.relay.http.framing import MIN_CHUNK_BYTES, RequestBodyReader
 from hemostat.relay.http.request import parse_request
+from hemostat.relay.limits import MAX_READ_AHEAD_BYTES
+from hemostat.relay.request_budget import MEMORY_EXHAUSTED, UPLOADS_EXHAUSTED
 from hemostat.relay.shares import Holding
 from hemostat.relay.tunnel import Tunnel
 from hemostat.relay.turns import ANSWER_BYTES
@@ -41,7 +43,6 @@ SLOW_UPLOAD_SECONDS: Final = 2.0
 LINGER_SECONDS: Final = 1.0
 """The time from the end of the last response to closing the connection, for the client to read it."""
 
-MEMORY_EXHAUSTED: Final = "the proxy's memory for requests is exhausted"
 
 _RESET: Final = struct.pack("ii", 1, 0)
 """The value of SO_LINGER with which closing sends a reset."""

@@ -6,14 +6,14 @@ connection call the methods of `upstream.Receiver`. What the exchange needs of t
 
 from __future__ import annotations
 
-import asyncio
 from time import perf_counter
 from typing import Final
 
-from hemostat.hooks import Hook, Refusal, Rewrite
+from hemostat.hooks import Refusal, Rewrite
 from hemostat.ipc import ends
 from hemostat.openai import routes
 from hemostat.openai.routes import ADAPTER_ROUTE_REFUSED, loads_adapters
+from hemostat.relay.client_response import BodyMode, ClientResponse
 from hemostat.relay.client_side import ClientSide
 from hemostat.relay.context import RelayContext
 from hemostat.relay.exchange_state import (
@@ -28,30 +28,19 @@ from hemostat.relay.exchange_state import (
     TUNNEL,
     ExchangeState,
 )
-from hemostat.relay.fail_open import FailOpenHook
+from hemostat.relay.fail_open import FailOpenHook, ask_hook
 from hemostat.relay.generation import GenerationReport
 from hemostat.relay.http.errors import BadRequest, error_body, error_response
-from hemostat.relay.http.fields import Fields
-from hemostat.relay.http.framing import LAST_CHUNK, chunk, set_length
+from hemostat.relay.http.framing import LAST_CHUNK, chunk
 from hemostat.relay.http.request import CONTINUE, SAFE_METHODS, RequestHead
 from hemostat.relay.http.response import ResponseHead
+from hemostat.relay.limits import MAX_READ_AHEAD_BYTES
 from hemostat.relay.outcomes import OutcomeObserver
 from hemostat.relay.outgoing_request import OutgoingRequest
+from hemostat.relay.request_budget import UPLOADS_EXHAUSTED
 from hemostat.relay.request_watch import RequestWatch
-from hemostat.relay.response_framing import BodyMode, frame_response
 from hemostat.relay.tunnel import Tunnel
 from hemostat.relay.upstreams.connection import UpstreamConnection
-
-MAX_READ_AHEAD_BYTES: Final = 64 * 1024
-"""The largest number of bytes that are taken from a client beyond the request in progress, or while that waits for an
-upstream connection.
-"""
-UPLOADS_EXHAUSTED: Final = "too many requests with long bodies at a time"
-MAX_HEAD_HOLD_SECONDS: Final = 0.2
-"""The longest time for which a response's head is held back for the hook. vLLM reports in the first event of a stream
-that it refuses the request, until which the response can still be replaced. It does so before anything is computed,
-within milliseconds; the first token of an answer may take seconds, and the client is to see the head until then, as
-without the hook."""
 
 _EXPECT: Final = frozenset((b"expect",))
 
@@ -63,17 +52,13 @@ _COLLECTED: Final = BodyMode.COLLECTED
 
 
 class Exchange:
-    """One request and its response. Owns their state and the held-back response."""
+    """One request and its response. Owns their state."""
 
     __slots__ = (
         "_client",
-        "_collected",
         "_context",
-        "_held_head",
-        "_hold",
         "_hook",
         "_keep_alive",
-        "_mode",
         "_observer",
         "_overhead",
         "_probed",
@@ -118,15 +103,8 @@ class Exchange:
         self._hook: FailOpenHook | None = None
         self._keep_alive = request.keep_alive
         """The client's connection stays open after the response."""
-        self._response: ResponseHead | None = None
-        self._mode = _RAW
-        self._held_head = b""
-        """The response's head in HEAD_HELD, as it goes to the client; empty with BodyMode.COLLECTED."""
-        self._hold: asyncio.TimerHandle | None = None
-        """The timer that releases the head if the body is not there in time."""
+        self._response = ClientResponse()
         self._received = 0.0  # when the bytes were read that release the head (perf_counter)
-        self._collected: list[bytes] | None = None
-        """The response's body so far, with BodyMode.COLLECTED."""
         self._overhead = 0.0
         """The seconds in the relay so far, see `Counters.observe_overhead`. In QUEUED the time at which that state
         began is subtracted.
@@ -155,13 +133,17 @@ class Exchange:
             self._observer = report.observer
             if context.tracing is not None:
                 report.start_span(context.tracing, request)
-        if context.hook is not None and self._ask_hook(context.hook):
-            return  # refused
+        if context.hook is not None:
+            answer = ask_hook(context.hook, request, self._request_id, context.counters.hook_raised)
+            if isinstance(answer, Refusal):
+                self._respond(answer.status, answer.body, ends.REFUSED)
+                return
+            self._hook = self.outgoing.hook = answer
         if complete:
             if self._observer is not None:
                 self._observer.feed_request(body)
             self._send(body, self._started)
-        elif request.length > self._collected_bytes:
+        elif request.length > self.outgoing.max_collected_bytes:
             self._send(b"", self._started)
         else:
             self._enter(COLLECTING)
@@ -187,16 +169,10 @@ class Exchange:
             return
         outgoing = self.outgoing
         outgoing.hold(data)
-        if complete or outgoing.unsent_bytes > self._collected_bytes:
+        if complete or outgoing.unsent_bytes > outgoing.max_collected_bytes:
             self._send(outgoing.take(), perf_counter())
         else:
             self._context.budget.enforce()
-
-    @property
-    def _collected_bytes(self) -> int:
-        """The number of bytes of a body that are collected at most before any is sent upstream."""
-        limit = self._context.limits.buffered_body_bytes
-        return limit if self._hook is None else max(limit, self._hook.body_limit)
 
     def fail_request(self, error: BadRequest) -> None:
         """Fails the request: the rest of it is malformed, too long or overdue."""
@@ -208,30 +184,10 @@ class Exchange:
 
     def _give_up(self, status: int, body: bytes, outcome: str) -> None:
         self._leave_upstream()
-        if self.state is STREAMING:
-            self._finish(outcome)
-            self._client.exchange_broken(reset=False)
-        else:
-            self._respond(status, body, outcome)
+        self._fail(status, body, outcome, reset=False)
 
     def _overloaded(self, reason: str) -> None:
         self._respond(503, error_body(503, reason, "overloaded"), ends.OVERLOADED)
-
-    def _ask_hook(self, hook: Hook) -> bool:
-        """Asks whether the hook wants to see the request (then `_hook` is set). Returns True if it has refused it."""
-        context, request = self._context, self._request
-        try:
-            method, fields = request.method.decode("ascii"), Fields(request.received)
-            answer = hook.begin(method, request.target, fields, self._request_id, marked=request.marked)
-        except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
-            context.counters.hook_raised()
-            return False
-        if isinstance(answer, Refusal):
-            self._respond(answer.status, answer.body, ends.REFUSED)
-            return True
-        if answer is not None:
-            self._hook = self.outgoing.hook = FailOpenHook(answer, context.counters.hook_raised)
-        return False
 
     def _send(self, body: bytes, started: float) -> None:
         """Sends the request upstream, as the hook wants it: whole, or as much as is here of a long one."""
@@ -361,16 +317,16 @@ class Exchange:
         request = self._request
         if request.minor == 0 or (head.status == 100 and not request.expect):
             return
-        self._transport.write(b"\r\n".join((head.status_line, *head.lines, b"", b"")))
+        self._transport.write(head.encode())
 
     def switch_protocols(self, head: ResponseHead) -> Tunnel:
         assert self.upstream is not None
         self._enter(TUNNEL)
         self.outgoing.forget()
         self.outgoing.end_upload()
-        self._response = head
+        self._response.head = head
         head.lines.append(b"Connection: Upgrade")
-        self._transport.write(b"\r\n".join((head.status_line, *head.lines, b"", b"")))
+        self._transport.write(head.encode())
         tunnel = Tunnel(self._transport, self.upstream.transport)
         self._client.tunnel_opened(tunnel)
         return tunnel
@@ -386,9 +342,8 @@ class Exchange:
             if outgoing.failed:
                 outgoing.settle(answered=True)
         self._enter(HEAD_HELD)
-        request, hook = self._request, self._hook
-        http11 = request.minor == 1
-        self._response = head
+        request, hook, response = self._request, self._hook, self._response
+        response.head = head
         self._received = received
         if self._watch is not None:
             self._watch.answered(received)
@@ -401,20 +356,14 @@ class Exchange:
             self._response_lost()
             return False
         transformed = hook is not None and hook.transforming
-        mode, close = frame_response(head, http11=http11, transformed=transformed, close=close)
-        self._mode = mode
-        self._keep_alive = not close
-        if mode is _COLLECTED:
-            self._collected = []
-        else:
-            self._held_head = b"\r\n".join((head.status_line, *head.lines, b"", b""))
-        return mode is not _RAW
+        self._keep_alive = not response.frame(head, http11=request.minor == 1, transformed=transformed, close=close)
+        return response.mode is not _RAW
 
     def response_data(self, data: bytes) -> None:
-        mode = self._mode
+        response = self._response
+        mode = response.mode
         if mode is _COLLECTED:
-            assert self._collected is not None
-            self._collected.append(data)
+            response.collected.append(data)
             return
         hook = self._hook
         if hook is not None and hook.transforming:
@@ -425,23 +374,22 @@ class Exchange:
                     return
             if not data and self.outgoing.rewritten:
                 self._received = perf_counter()
-                if self._hold is None and self._held_head:
-                    self._hold = self._context.loop.call_later(MAX_HEAD_HOLD_SECONDS, self._release_held_head)
+                response.limit_hold(self._context.loop, self._release_held_head)
                 return  # the hook may still want to replay
         if self._observer is not None:
             self._observer.feed_response(data)
         if mode is _CHUNKED:
             data = chunk(data)
-        if self._held_head:
+        if response.held_head:
             self._send_head(data)
         elif data:
             self._transport.write(data)
 
     def response_end(self) -> None:
         self.upstream = None
-        if not (self._end_collected() if self._mode is _COLLECTED else self._end_streamed()):
+        if not (self._end_collected() if self._response.mode is _COLLECTED else self._end_streamed()):
             return
-        head = self._response
+        head = self._response.head
         assert head is not None
         self._context.counters.observe_overhead(self._overhead)
         status, keep_alive = head.status, self._keep_alive and self.request_complete
@@ -452,11 +400,7 @@ class Exchange:
     def _end_collected(self) -> bool:
         """Sends the response, its body whole; returns False if the request is sent again instead."""
         started = perf_counter()
-        head, hook = self._response, self._hook
-        assert head is not None
-        assert self._collected is not None
-        body = b"".join(self._collected)
-        self._collected = None
+        hook, body = self._hook, self._response.take_collected()
         if hook is not None and hook.transforming:
             transformed = hook.response_data(body)
             if self._replay():
@@ -470,14 +414,14 @@ class Exchange:
                 body = transformed
         if self._observer is not None:
             self._observer.feed_response(body)
-        set_length(head.lines, head.framing, len(body))
-        self._transport.write(b"\r\n".join((head.status_line, *head.lines, b"", body)))
+        self._transport.write(self._response.whole(body))
         self._overhead += perf_counter() - started
         return True
 
     def _end_streamed(self) -> bool:
         """Sends the end of the response; returns False if the request is sent again instead."""
-        if self._held_head and self._replay():
+        response = self._response
+        if response.held_head and self._replay():
             return False
         if self._hook is not None and self._hook.lost:
             self._response_lost()
@@ -490,9 +434,9 @@ class Exchange:
                 return False
             if self._observer is not None:
                 self._observer.feed_response(tail)
-        if self._mode is _CHUNKED:
+        if response.mode is _CHUNKED:
             tail = chunk(tail) + LAST_CHUNK
-        if self._held_head:
+        if response.held_head:
             self._send_head(tail)
         elif tail:
             self._transport.write(tail)
@@ -502,11 +446,8 @@ class Exchange:
         """Answers with 502, or closes the client's connection if the response's head has been sent already."""
         self.outgoing.broke_off()
         self.upstream = None
-        if self.state is not STREAMING:
-            self._respond(502, error_body(502, reason, "upstream_failed"), ends.UPSTREAM_FAILED)
-            return
-        self._finish(ends.UPSTREAM_FAILED)
-        self._client.exchange_broken(reset=self._mode is BodyMode.UNTIL_CLOSE)
+        body = error_body(502, reason, "upstream_failed")
+        self._fail(502, body, ends.UPSTREAM_FAILED, reset=self._response.ends_by_close)
 
     # The held-back head.
 
@@ -514,23 +455,16 @@ class Exchange:
         """Sends the head, which has been held back for too long."""
         hook = self._hook
         assert hook is not None
-        if self._held_head and self.state is HEAD_HELD and not hook.withholds:
+        if self._response.held_head and self.state is HEAD_HELD and not hook.withholds:
             if hook.lost:
                 self._response_lost()
             else:
                 self._send_head(b"")
 
-    def _stop_holding(self) -> None:
-        if self._hold is not None:
-            self._hold.cancel()
-            self._hold = None
-
     def _send_head(self, data: bytes) -> None:
         """Sends the head, with the first bytes of the body in their framing."""
         self._enter(STREAMING)
-        self._transport.write(self._held_head + data)
-        self._held_head = b""
-        self._stop_holding()
+        self._transport.write(self._response.take_head() + data)
         self.outgoing.forget()
         self._overhead += perf_counter() - self._received
 
@@ -547,11 +481,7 @@ class Exchange:
         """Sends the client's own request in place of the one that was rewritten."""
         started = perf_counter()
         self._keep_alive = self._request.keep_alive
-        self._response = None
-        self._held_head = b""
-        self._collected = None
-        self._stop_holding()
-        self._mode = _RAW
+        self._response.discard()
         hook.restored()
         self._dispatch(self.outgoing.restore(), started)
 
@@ -565,14 +495,12 @@ class Exchange:
         hook = self._hook
         assert hook is not None
         self._leave_upstream()
-        if self.state is STREAMING:
-            self._finish(ends.UPSTREAM_FAILED)
-            self._client.exchange_broken(reset=self._mode is BodyMode.UNTIL_CLOSE)
-        elif self.outgoing.rewritten and (self._request.method in SAFE_METHODS or self._route in routes.REPEATABLE):
+        repeatable = self._request.method in SAFE_METHODS or self._route in routes.REPEATABLE
+        if self.state is not STREAMING and self.outgoing.rewritten and repeatable:
             self._send_own(hook)
         else:
             body = error_body(502, "the response could not be read to its end", "response_lost")
-            self._respond(502, body, ends.UPSTREAM_FAILED)
+            self._fail(502, body, ends.UPSTREAM_FAILED, reset=self._response.ends_by_close)
 
     # The client, and the end.
 
@@ -594,12 +522,12 @@ class Exchange:
         """
         if self._probed:
             return False
-        data = b""
+        data, mode = b"", self._response.mode
         if self._request.minor == 0 or self.state is TUNNEL:
             pass
         elif self.state is not STREAMING:
             data = CONTINUE
-        elif self._mode is _CHUNKED or (self._mode is _RAW and self.upstream and self.upstream.between_chunks):
+        elif mode is _CHUNKED or (mode is _RAW and self.upstream and self.upstream.between_chunks):
             data = b"0"
         if data:
             self._probed = True
@@ -624,6 +552,15 @@ class Exchange:
         if upstream is not None:
             upstream.abort()
 
+    def _fail(self, status: int, body: bytes, outcome: str, *, reset: bool) -> None:
+        """Answers the request with an error; if the response's head has gone to the client, closes its connection
+        instead. reset: see `ClientSide.exchange_broken`."""
+        if self.state is STREAMING:
+            self._finish(outcome)
+            self._client.exchange_broken(reset=reset)
+        else:
+            self._respond(status, body, outcome)
+
     def _respond(self, status: int, body: bytes, outcome: str, fields: bytes = b"") -> None:
         """Answers the request with a response of the relay's own. fields: more field lines, each with its CRLF."""
         request = self._request
@@ -640,11 +577,12 @@ class Exchange:
         asked = self.request_complete and self.state in _ASKED
         self._enter(DONE)
         self.outgoing.end()
-        self._stop_holding()
+        self._response.end_hold()
         self._context.counters.request(self._route, outcome)
         hook, generated = self._hook, None
         arm, comparison = ("none", None) if hook is None else (hook.arm, hook.comparison)
-        status = 0 if self._response is None else self._response.status
+        head = self._response.head
+        status = 0 if head is None else head.status
         if self._report is not None:
             generated = self._report.finish(arm, comparison, status, outcome, asked=asked, complete=complete)
         if self._watch is not None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hemostat.hooks import Comparison, ExchangeHook, Refusal, Rewrite
+from hemostat.hooks import Comparison, ExchangeHook, Hook, Refusal, Rewrite
+from hemostat.relay.http.fields import Fields
+from hemostat.relay.http.request import RequestHead
 from hemostat.relay.http.response import ResponseHead
 from hemostat_calibration.records import Arm
 
@@ -171,3 +173,17 @@ class FailOpenHook:
         self._on_error()
         self._failed = True
         self.transforming = False
+
+
+def ask_hook(
+    hook: Hook, request: RequestHead, request_id: str, on_error: Callable[[], None]
+) -> FailOpenHook | Refusal | None:
+    """Asks whether the hook wants to see a request. Returns None if it does not, or if it has failed. on_error: called
+    for every exception."""
+    try:
+        method, fields = request.method.decode("ascii"), Fields(request.received)
+        answer = hook.begin(method, request.target, fields, request_id, marked=request.marked)
+    except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
+        on_error()
+        return None
+    return FailOpenHook(answer, on_error) if answer is not None and not isinstance(answer, Refusal) else answer

@@ -8,6 +8,10 @@ from typing import Final
 RESERVED_DESCRIPTORS: Final = 64
 """The number of open files that are neither clients' nor upstream connections: the event loop, the control process,
 logs."""
+MAX_READ_AHEAD_BYTES: Final = 64 * 1024
+"""The largest number of bytes that are taken from a client beyond the request in progress, or while that waits for an
+upstream connection.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,12 @@ class OutgoingRequest:
     def unsent_bytes(self) -> int:
         return len(self._unsent)
 
+    @property
+    def max_collected_bytes(self) -> int:
+        """The number of bytes of a body that are collected at most before any is sent upstream."""
+        limit = self._context.limits.buffered_body_bytes
+        return limit if self.hook is None else max(limit, self.hook.body_limit)
+
     def hold(self, data: bytes, *, complete: bool = False) -> None:
         """Keeps bytes that cannot be sent yet. complete: the whole request is here."""
         holding = self._client.holding

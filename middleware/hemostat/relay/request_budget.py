@@ -9,6 +9,8 @@ from typing import Final
 
 from hemostat.relay.shares import Holding, Shares
 
+MEMORY_EXHAUSTED: Final = "the proxy's memory for requests is exhausted"
+UPLOADS_EXHAUSTED: Final = "too many requests with long bodies at a time"
 UPLOAD_SHARE: Final = 4
 """One of so many upstream connections may wait for the rest of a request's body."""
 MAX_EXAMINED_UPLOADS: Final = 128

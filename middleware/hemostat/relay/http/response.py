@@ -63,6 +63,10 @@ class ResponseHead:
         self.upgrade = False
         """It is True if a 101 response has the field Upgrade."""
 
+    def encode(self, body: bytes = b"") -> bytes:
+        """Returns the head as it is sent, followed by `body`."""
+        return b"\r\n".join((self.status_line, *self.lines, b"", body))
+
 
 def parse_response(head: bytes, *, to_head: bool) -> ResponseHead:
     """Returns a checked head (given without its closing empty line) with the fields to forward.
