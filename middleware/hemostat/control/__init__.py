@@ -1,6 +1,5 @@
 """The control process: composition of all that is not in the request path.
 
-changes           one notification for everything that the relays' policy may depend on
 compared_models   the models that are compared now: who is told when they change, and what is forgotten then
 composition       the parts of the control process, made and connected
 learned_state     keeps what temperature and bias have learned over restarts
@@ -8,8 +7,7 @@ learning          tells the learner what to learn about
 model_identity    the identity of the models that stored evidence is about
 operator_actions  the actions of operators through the admin port
 ownership         the ownership of the store
-policy            builds the policy, by which relays act from then on
-policy_parts      what the policy says of engines, of models and of samples
+policy            what relays act by: its parts, of which change it is made anew, and when it is sent
 process           the control process: owns the shadow queue, the reference, the statistics, the calibrator
 served_kinds      what the comparison of outcomes reads of the profiles, and does to them
 steady_clock      the time of the control process, on which all evidence relies (`hemostat_calibration.elapsed`)

@@ -1,17 +1,179 @@
-"""Builds the policy, by which relays act from then on, and sends it when anything in it has changed."""
+"""The policy, by which relays act from then on: what it says of engines, models and samples, and when it is sent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
 from hemostat.config.schema import Settings
-from hemostat.control.policy_parts import EngineOffers, SampledShares, ScorableModels
 from hemostat.control.stored_state import StoredState
+from hemostat.engines.registry import ONLY, EngineRegistry
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import Policy
+from hemostat.measurement.outcome_sampling import OutcomeSampling
 from hemostat.profiles.manager import ProfileManager
+from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.reference.pair import ServedModels
+from hemostat.scoring.answer_losses import AnswerLosses
+from hemostat.scoring.limits import Breakers, CaptureSampling
+
+
+class LoadedAdapters(Protocol):
+    """The part of `hemostat.adapters.serving.hosts.AdapterHosts` that the policy is made from."""
+
+    @property
+    def ready(self) -> frozenset[str]:
+        """The versions of the family `adapter` that some engine can serve now."""
+        ...
+
+    def ready_at(self, name: str) -> frozenset[str]:
+        """Returns the versions that the engine at one address can serve now; "": the engine at the only address."""
+        ...
+
+    @property
+    def hold(self) -> Sequence[str]:
+        """The versions that engines should keep loaded."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOffer:
+    """The abilities that engines offer to requests now. `EngineOffers` makes it, `PolicyPublisher` reads it."""
+
+    acknowledged: frozenset[str]
+    """The versions that requests may ask for, if there is one engine."""
+    held_by_engine: dict[str, frozenset[str]] | None
+    """The versions that requests may ask for, by address; None if there is one engine."""
+    adapters: frozenset[str]
+    """The versions of the family `adapter` among them."""
+    tap: bool
+    """It is True if an engine's plugin reports."""
+    tap_tokens: bool
+    """It is True if the plugins hand out the tokens of answers."""
+    tells_sets: bool
+    """It is True if the plugins tell which ids a grammar allows."""
+    nonce_prefix: str
+    secret: str
+    """The secret that signs keys of `vllm_xargs` now."""
+    drained: frozenset[str]
+
+
+class EngineOffers:
+    """Decides what requests may ask of engines, by what these hold, have loaded and report."""
+
+    def __init__(self, engines: EngineRegistry, adapters: LoadedAdapters, is_adapter: Callable[[str], bool]) -> None:
+        self._engines = engines
+        self._adapters = adapters
+        self._is_adapter = is_adapter
+
+    def hold(self, versions: Sequence[str]) -> None:
+        """Has engines hold these versions, and before them the adapters that are to stay loaded."""
+        self._engines.reports.set_wanted([*self._adapters.hold, *versions])
+
+    def names(self) -> list[str]:
+        """Returns the names of the engines that requests go to; `ONLY` if there is one."""
+        return list(self._engines.current()) if self._engines.several else [ONLY]
+
+    def get(self, now: float) -> EngineOffer:
+        """Returns what requests may ask for now. now: monotonic seconds."""
+        reports = self._engines.reports
+        by_engine = self._by_engine(now) if self._engines.several else None
+        held = self._usable(reports.acknowledged(now), ONLY) if by_engine is None else frozenset[str]()
+        available = held.union(*(by_engine or {}).values())
+        return EngineOffer(
+            acknowledged=held,
+            held_by_engine=by_engine,
+            adapters=self._adapters.ready & available,
+            tap=bool(reports.live(now)),
+            tap_tokens=reports.hands_out_answers(now),
+            tells_sets=reports.tells_sets(now),
+            nonce_prefix=reports.nonce_prefix,
+            secret=reports.secrets.current(now),
+            drained=self._engines.drained,
+        )
+
+    def _by_engine(self, now: float) -> dict[str, frozenset[str]]:
+        """Returns the usable versions by engine, without engines that hold none: they would apply identity to a treated
+        request.
+        """
+        held = self._engines.held(now)
+        usable = {name: self._usable(held.get(name, frozenset()), name) for name in self._engines.current()}
+        return {name: versions for name, versions in usable.items() if versions}
+
+    def _usable(self, held: frozenset[str], name: str) -> frozenset[str]:
+        """Returns what a request may ask for at one address. held: what the engine's logits processors hold, adapters
+        among them.
+        """
+        return frozenset(version for version in held if not self._is_adapter(version)) | self._adapters.ready_at(name)
+
+
+class ScorableModels:
+    """Decides if requests can be scored, by what the references and their circuit breakers say."""
+
+    def __init__(self, monitor: ReferenceMonitor, breakers: Breakers) -> None:
+        self._monitor = monitor
+        self._breakers = breakers
+
+    @property
+    def served(self) -> ServedModels:
+        return self._monitor.served
+
+    @property
+    def scored_again(self) -> frozenset[str]:
+        """See `Policy.scored_again`."""
+        return self._monitor.scored_again
+
+    @property
+    def full_vocabulary(self) -> bool:
+        """It is True if a reference gives the logprobs of all ids, so that what a grammar allows can be scored."""
+        return any(pair.reference is not None and pair.reference.full_vocabulary for pair in self.served.pairs)
+
+    def scores(self, now: float) -> bool:
+        """Returns True if some model's requests can be scored now. now: monotonic seconds."""
+        referred = (pair for pair in self.served.pairs if pair.reference is not None)
+        return self._monitor.ready and any(not self._breakers.open(pair.name, now) for pair in referred)
+
+
+class SampledShares:
+    """Says which part of the traffic is worth sending here, and whether answers come from the plugin."""
+
+    def __init__(self, captures: CaptureSampling, outcomes: OutcomeSampling, losses: AnswerLosses) -> None:
+        self._captures = captures
+        self._outcomes = outcomes
+        self._losses = losses
+
+    @property
+    def captures(self) -> float:
+        """The part of `shadow.rate` that can be scored."""
+        return self._captures.fraction
+
+    @property
+    def outcomes(self) -> float:
+        """The part of the conversations whose outcomes are reported."""
+        return self._outcomes.reported
+
+    def prefers_plugin(self, now: float) -> bool:
+        """Returns False while too many answers of the plugin get lost. now: monotonic seconds."""
+        return not self._losses.paused(now)
+
+
+class Changes:
+    """Code that changes state on which the policy may depend calls `notify`; each subscriber then reads the current
+    state."""
+
+    def __init__(self) -> None:
+        self._subscribers: list[Callable[[], None]] = []
+
+    def subscribe(self, subscriber: Callable[[], None]) -> None:
+        self._subscribers.append(subscriber)
+
+    def notify(self) -> None:
+        for subscriber in self._subscribers:
+            subscriber()
+
 
 SETTLE_SECONDS = 30.0
 """The longest time for which the first policy waits for engines and references. Engines report once a second, and a
