@@ -26,8 +26,7 @@ from hemostat import cli
 from hemostat.cli import _parser
 from hemostat.commands import first_start
 from hemostat.commands.arguments import UsageError
-from hemostat.commands.first_start import introduce, settings_with_tokens
-from hemostat.commands.kept_token import token_file
+from hemostat.commands.first_start import introduce, settings_with_tokens, token_file
 from hemostat.config.loading import load
 from hemostat.config.schema import Settings
 from hemostat.reference.probes import Finding

@@ -1,4 +1,4 @@
-"""Parts that several commands share: argument types, the settings' flags, and errors of the command line."""
+"""Parts that several commands share: argument types, the settings' flags, the address of a vLLM server, and errors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from hemostat_calibration.errors import HemostatError
 
 if TYPE_CHECKING:
     from hemostat.config.schema import Settings
+    from hemostat.reference.server import VllmServer
+
 
 EXIT_INTERRUPTED = 130
 
@@ -122,3 +124,25 @@ def _reference(text: str) -> list[tuple[str, str]]:
             "URL of a vLLM, like http://127.0.0.1:8001"
         )
     return [("reference.backend", "transformers"), ("reference.model", str(Path(text).expanduser()))]
+
+
+API_KEY = "HEMOSTAT_UPSTREAM__API_KEY"
+"""The environment variable with the servers' API key."""
+SERVER = "URL[#NAME] of a vLLM server, and the name of the served model or adapter (default: its first model)."
+
+
+def vllm_server(option: str, address: str, seconds: float) -> tuple[VllmServer, str | None]:
+    """Returns a client of the server, and the name that the address gives. option: the name of the argument, for the
+    error. seconds: the longest time of an answer. Raises UsageError."""
+    from pydantic import SecretStr  # noqa: PLC0415
+
+    from hemostat.config.fields import server_url  # noqa: PLC0415
+    from hemostat.reference.server import VllmServer  # noqa: PLC0415
+
+    # A password, which is refused, may have a #.
+    url, _, name = (address, "", "") if "@" in address else address.partition("#")
+    key = os.environ.get(API_KEY)
+    try:
+        return VllmServer(server_url(url), SecretStr(key) if key else None, timeout=seconds), name or None
+    except ValueError as error:
+        raise UsageError(f"{option}: {str(error).replace('use api_key', f'set {API_KEY}')}") from None

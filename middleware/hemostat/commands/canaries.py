@@ -13,8 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from hemostat.commands.arguments import UsageError, number_from_zero
-from hemostat.commands.vllm_address import SERVER, vllm_server
+from hemostat.commands.arguments import SERVER, UsageError, number_from_zero, vllm_server
 from hemostat_calibration.errors import HemostatError
 
 if TYPE_CHECKING:

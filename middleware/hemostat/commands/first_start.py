@@ -1,5 +1,5 @@
-"""Parts that `hemostat init` and `hemostat serve` without a file share: settings with tokens, and the lines that serve
-prints.
+"""The first start, which `hemostat init` and `hemostat serve` without a file share: settings with tokens, the engine
+token that a file of the user keeps, and the lines that serve prints.
 """
 
 from __future__ import annotations
@@ -10,11 +10,70 @@ import importlib.metadata
 import os
 import secrets
 import socket
+import stat
+from contextlib import suppress
+from pathlib import Path
 
 from hemostat.commands.arguments import UsageError, load_settings
-from hemostat.commands.kept_token import kept_token
 from hemostat.commands.setup_check import PLUGIN_FLAG, check, exit_code, table
+from hemostat.config.fields import is_secret
 from hemostat.config.schema import Settings
+
+MAX_TOKEN_BYTES = 4096
+
+
+def token_file() -> Path:
+    """Returns `$XDG_STATE_HOME/hemostat/engine-token`, by default below `~/.local/state`."""
+    state = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
+    return Path(state) / "hemostat" / "engine-token"
+
+
+def kept_token() -> str:
+    """Returns the token in `token_file`, which is made with a random one if it is missing.
+
+    A vLLM that was started with this token then needs no other one when Hemostat starts again. Returns a random token
+    where the file cannot be made or read, as in a container whose root is read-only. Raises UsageError if others than
+    the user can read it, or if it holds no token.
+    """
+    with suppress(OSError, RuntimeError):  # a user without a home folder is a RuntimeError
+        path = token_file()
+        try:
+            return _read_token(path)
+        except FileNotFoundError:
+            _make_token_file(path)
+            return _read_token(path)
+    return _random_token()
+
+
+def _random_token() -> str:
+    return secrets.token_hex(12)
+
+
+def _make_token_file(path: Path) -> None:
+    """Makes the file, complete from the moment that it has its name; one that another process has made stays."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    written = path.with_name(f".{path.name}-{os.getpid()}")
+    with suppress(FileNotFoundError):
+        written.unlink()
+    with open(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        file.write(_random_token() + "\n")
+    try:
+        with suppress(FileExistsError):
+            os.link(written, path)
+    finally:
+        written.unlink()
+
+
+def _read_token(path: Path) -> str:
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
+            raise UsageError(f"{path}: has to be a file of yours that others cannot read: chmod 600 it, or remove it")
+        text = file.read(MAX_TOKEN_BYTES).decode("ascii", "replace").strip()
+    if not is_secret(text):
+        raise UsageError(f"{path}: does not hold a token, one line of printable ASCII: remove it, and it is made anew")
+    return text
+
 
 TOKENS = ("token", "engine_token")
 
@@ -31,7 +90,7 @@ def settings_with_tokens(options: argparse.Namespace, *, keep: bool = False) -> 
         variable = f"HEMOSTAT_ADMIN__{name.upper()}"
         given = {variable, f"{variable}_FILE"} & os.environ.keys() or {f"admin.{name}", f"admin.{name}_file"} & flags
         if not given:
-            os.environ[variable] = kept_token() if keep and name == "engine_token" else secrets.token_hex(12)
+            os.environ[variable] = kept_token() if keep and name == "engine_token" else _random_token()
             made.add(name)
     settings = load_settings(options)
     if settings.reference.backend == "none":

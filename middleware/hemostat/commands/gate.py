@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hemostat import __version__
-from hemostat.commands.arguments import UsageError, positive_integer
-from hemostat.commands.vllm_address import SERVER, vllm_server
+from hemostat.commands.arguments import SERVER, UsageError, positive_integer, vllm_server
 from hemostat.config.install_command import install_command
 
 if TYPE_CHECKING:
