@@ -24,8 +24,8 @@ from hemostat.measurement.measurements import DECODING_KINDS, DIRECTIONS, STAGES
 from hemostat.measurement.thinking import CUT, ENDED, NONE, STOPPED
 from hemostat.metrics import names, reasons
 from hemostat.metrics.catalogue import GROUPS
-from hemostat.metrics.metric import Metric
 from hemostat.metrics.reasons import UNJUDGED, FailedPart, Unscored
+from hemostat.metrics.samples import Metric
 from hemostat.openai import routes
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay import outcomes

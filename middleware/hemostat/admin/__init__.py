@@ -9,10 +9,9 @@ hardening        protects the admin port from whoever can reach it
 history          the last hours of a few figures, for the console's charts, and what changed meanwhile
 problems         the problems of the deployment now, worst first
 problem_sources  where each problem is found
-progress         the waiting times of the settings, and which of them have passed
 proxy_status     parts of the status that come from the relays' counters
 recent           the recent growth of counters
 server           the HTTP server of the admin port
-status           the status that the admin port and the console show
+status           the status that the admin port and the console show, with what is known now and what comes when
 status_parts     the parts of the status, each with the parts of the control process that it is read from
 """

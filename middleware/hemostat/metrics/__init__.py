@@ -3,8 +3,7 @@
 catalogue  every metric on /metrics
 collector  the Prometheus collector: asks every subsystem for its samples at each scrape
 engines    the metrics of the engines
-metric     the description of one metric
 names      the name of every metric, once
 reasons    outcomes of sampled requests, and the reasons for them
-samples    the values that a subsystem gives the collector
+samples    the description of a metric, and the values that a subsystem gives the collector
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hemostat.metrics import engines, names
-from hemostat.metrics.metric import Metric
+from hemostat.metrics.samples import Metric
 
 GROUPS: dict[str, tuple[Metric, ...]] = {
     "The proxy": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hemostat.metrics import names
-from hemostat.metrics.metric import Metric
+from hemostat.metrics.samples import Metric
 
 _ENGINE = ("engine",)
 UPSTREAM_METRICS = (

@@ -1,8 +1,25 @@
-"""The values that a subsystem gives the collector: its `samples()` yields one value for each series that it has."""
+"""The description of a metric, and the values that a subsystem gives the collector.
+
+The `samples()` of a subsystem yields one value for each series that it has.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric with all of its series."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    unit: str
+    """The unit of the value; for a counter it also says what is counted."""
+    help: str
+    labels: tuple[str, ...] = ()
+    """The names of the labels, in the order in which a sample gives their values."""
 
 
 class Sample(NamedTuple):
