@@ -4,5 +4,4 @@ correction  the best correction b @ a of rank r of a weight's error
 factors     the two factors of a layer's correction
 gram        second moments of a layer's inputs, or of the gradients at its outputs
 int8        matrices as int8 with a scale for each row: half the bytes of bfloat16
-sharing     ranks of the layers within a budget of bytes, by the error that each rank takes away
 """

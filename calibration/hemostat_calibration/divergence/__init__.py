@@ -3,7 +3,6 @@
 bounds            bounds that top-K lists prove
 convex            lower bounds of convex functions on an interval, by cutting planes
 decoding          the distributions that tokens were drawn from
-exact             figures of distances that were computed exactly, over the whole vocabulary
 gain              the gain of a profile at each position: KL(r‖c) − KL(r‖c'), as an interval
 per_token         divergences of the compressed model c from the reference r, token by token
 places            a request's figures by where its tokens stand

@@ -25,9 +25,8 @@ from hemostat.measurement.thinking import ThinkingFigures
 from hemostat.metrics import names
 from hemostat.metrics.samples import AnySample, HistogramSample, Sample
 from hemostat_calibration.divergence.decoding import decoded_divergence
-from hemostat_calibration.divergence.exact import of_distances
 from hemostat_calibration.divergence.gain import Gain, gain
-from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated, divergence
+from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated, divergence, of_distances
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 from hemostat_calibration.records import Arm, TokenRecord
 from hemostat_calibration.statistics.confidence import MeanSequence

@@ -14,7 +14,7 @@ import torch
 from hemostat.checkpoints.errors import AdaptError
 from hemostat.checkpoints.texts import Text
 from hemostat_calibration.adapters.factors import LowRank
-from hemostat_calibration.adapters.sharing import share_ranks
+from hemostat_calibration.allocation.knapsack import share_ranks
 from hemostat_calibration.profiles.adapter import adapter_bytes, adapter_layers, adapter_profile, max_rank
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_lab.adapters.held_out import Judged, judge

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat_calibration.adapters.sharing import share_ranks
+from hemostat_calibration.allocation.knapsack import share_ranks
 from hemostat_calibration.errors import InvalidArgumentError
 
 curves = st.lists(st.integers(0, 50), min_size=1, max_size=3).map(
