@@ -15,7 +15,7 @@ from tests.support.constant_profile import constant_profile
 from tests.support.recompute import observations, recompute
 
 from hemostat_lab.demo.checkpoints import Checkpoints
-from hemostat_lab.demo.generated_prompts import generated_prompts
+from hemostat_lab.demo.prompts import generated_prompts
 
 pytestmark = [
     pytest.mark.vllm,

@@ -150,9 +150,9 @@ def share_ranks(
 ) -> dict[str, int]:
     """Returns the rank of each layer, 0 to `max_rank`, that together need at most `budget_bytes`.
 
-    errors: by layer the error that is left by rank, [R + 1], from `adapters.correction.low_rank` with the metric of the outputs:
-        only then can they be compared between layers. (With the squared error of the outputs alone the result is worse
-        than the same rank everywhere.) Ranks above R are not given.
+    errors: by layer the error that is left by rank, [R + 1], from `adapters.correction.low_rank` with the metric of
+        the outputs: only then can they be compared between layers. (With the squared error of the outputs alone the
+        result is worse than the same rank everywhere.) Ranks above R are not given.
     bytes_per_rank: of one component of the layer, above 0.
 
     The component that takes away most per byte comes first (`allocate`). The k-th component of a layer takes away its

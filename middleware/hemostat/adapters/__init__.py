@@ -3,5 +3,4 @@ them. The laboratory makes them (`hemostat_lab.adapters`).
 
 live        in the control process: texts of the traffic, the child process that makes an adapter, the judge
 serving     adapters at the engines: loaded, acknowledged and probed
-distances   exact distances between two models' predictions, for the judge of candidates
 """

@@ -26,8 +26,7 @@ from hemostat_lab.doctor.options import Target
 from hemostat_lab.doctor.pair import Ids
 from hemostat_lab.doctor.prescription.candidates import candidates, candidates_key, planned_weight
 from hemostat_lab.doctor.prescription.losses import LayerLosses, predicted_losses
-from hemostat_lab.doctor.prescription.mixes import Mix, prescribe
-from hemostat_lab.doctor.prescription.rounded_mixes import RoundedMixes
+from hemostat_lab.doctor.prescription.mixes import Mix, RoundedMixes, prescribe
 from hemostat_lab.models.parts import Parts
 from hemostat_lab.models.work_folder import WorkFolder
 

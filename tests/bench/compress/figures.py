@@ -11,13 +11,13 @@ import torch
 from tests.bench.recovery.figures import interval
 from tests.support.transform import apply_to_all
 
-from hemostat.adapters.distances import exact_distances
 from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.checkpoints.texts import Text
 from hemostat_calibration.profiles.adapter import adapter_layers
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import ExactDistances
 from hemostat_engine.transform import HeldProfile
+from hemostat_lab.adapters.distances import exact_distances
 from hemostat_lab.models.copies import Copy
 
 from .texts import Texts

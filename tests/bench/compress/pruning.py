@@ -14,12 +14,12 @@ from hemostat_lab.compression.calibrated import CALIBRATIONS, Calibrated
 from hemostat_lab.compression.formats import WeightFormat
 from hemostat_lab.compression.frame import LayerData, LayerResult, Run
 from hemostat_lab.compression.methods import EachWeight, prune_by_magnitude, without_texts
-from hemostat_lab.compression.other_files import REPAIR
 from hemostat_lab.compression.plan import LayerPlan
 from hemostat_lab.compression.pruning.gradients import measure_gradients
 from hemostat_lab.compression.pruning.masks import Pattern
 from hemostat_lab.compression.pruning.method import PruneMethod, PruneOptions
 from hemostat_lab.compression.repair import write_repaired_copy
+from hemostat_lab.models.checkpoint_folders import REPAIR
 from hemostat_lab.models.training import summary_line
 
 from .cases import Bench, Case, Must

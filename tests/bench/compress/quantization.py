@@ -9,12 +9,11 @@ from pathlib import Path
 from tests.bench.llmcompressor import QUANTIZE
 from tests.bench.recovery.log import say
 
-from hemostat_lab.compression.calibrated import CALIBRATIONS, Calibrated
+from hemostat_lab.compression.calibrated import CALIBRATIONS, Calibrated, planned
 from hemostat_lab.compression.formats import WeightFormat
 from hemostat_lab.compression.frame import Source
 from hemostat_lab.compression.methods import EachWeight, round_dense, without_texts
 from hemostat_lab.compression.plan import LayerPlan, Plan, stored_bytes
-from hemostat_lab.compression.planned import planned
 from hemostat_lab.doctor.options import Target
 from hemostat_lab.doctor.prescription.losses import predicted_losses
 from hemostat_lab.doctor.prescription.mixes import prescribe

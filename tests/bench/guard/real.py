@@ -32,9 +32,9 @@ from tests.bench.recovery.outcomes import is_json_object
 from hemostat_calibration.profiles.profile import IDENTITY
 from hemostat_calibration.statistics.two_arms import TwoArms
 from hemostat_lab.demo.checkpoints import cached_checkpoints
-from hemostat_lab.demo.generated_prompts import SUBJECTS, TASKS
 from hemostat_lab.demo.options import DemoOptions
 from hemostat_lab.demo.programs import serve_command, serve_settings, serving, stopping, vllm_arguments
+from hemostat_lab.demo.prompts import SUBJECTS, TASKS
 from hemostat_lab.demo.vllm_server import VllmServer, free_port, runnable
 
 NAME = "real"

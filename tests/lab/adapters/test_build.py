@@ -38,8 +38,8 @@ def built_of(pair: Any, parts: Any = None, texts: Any = None, **options: Any) ->
 @pytest.mark.parametrize("metric", ["auto", "kfac", "full", "diagonal"])
 def test_held_out_texts_are_won_back(metric: str, tiny: TinyCheckpoints) -> None:
     """By rank 32 of 256; the figures are those of two whole models."""
-    from hemostat.adapters.distances import exact_distances
     from hemostat_lab.adapters.build import judged
+    from hemostat_lab.adapters.distances import exact_distances
     from hemostat_lab.models.copies import Copy
 
     pair = opened(tiny)
@@ -167,7 +167,7 @@ def test_what_is_killed_at_any_write_continues(
 ) -> None:
     """Killed at its third write, started again and killed at its third one, and so on: the result is the same, and
     no finished layer is solved twice."""
-    from hemostat_lab.adapters import solve
+    from hemostat_lab.adapters import build
     from hemostat_lab.adapters.build import judged
     from hemostat_lab.models.parts import Parts
 
@@ -180,14 +180,14 @@ def test_what_is_killed_at_any_write_continues(
 
     expected = run(None)
     solved = 0
-    correct = solve.Solver._correct
+    correct = build.Solver._correct
 
     def counted(*arguments: Any) -> Any:
         nonlocal solved
         solved += 1
         return correct(*arguments)
 
-    monkeypatch.setattr(solve.Solver, "_correct", counted)
+    monkeypatch.setattr(build.Solver, "_correct", counted)
     monkeypatch.setattr(KilledFolder, "after", after)
     result = None
     kills = 0

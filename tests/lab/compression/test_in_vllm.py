@@ -15,13 +15,12 @@ import transformers
 from safetensors.torch import save_file
 from tests.support.adapter_models import VOCABULARY, random_texts, save, tiny_model
 
-from hemostat_lab.compression.calibrated import CALIBRATIONS, Calibrated
+from hemostat_lab.compression.calibrated import CALIBRATIONS, Calibrated, planned
 from hemostat_lab.compression.checkpoint_writer import BuildEnvironment, compress_with
 from hemostat_lab.compression.formats import WeightFormat
 from hemostat_lab.compression.frame import Method, Source
 from hemostat_lab.compression.methods import without_texts
 from hemostat_lab.compression.plan import LayerPlan, Plan, stored_bytes
-from hemostat_lab.compression.planned import planned
 from hemostat_lab.demo import vllm_server
 from hemostat_lab.models.copies import Copy, Floats
 

@@ -13,8 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 
 from hemostat.cli import main
-from hemostat_lab.compression.other_files import REPORT
-from hemostat_lab.models.checkpoint_folders import is_complete
+from hemostat_lab.models.checkpoint_folders import REPORT, is_complete
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from safetensors import safe_open  # noqa: E402
 from hemostat.checkpoints.errors import AdaptError  # noqa: E402
 from hemostat.checkpoints.texts import Text  # noqa: E402
 from hemostat_lab.compression.checkpoint_writer import BuildEnvironment, compress  # noqa: E402
-from hemostat_lab.compression.other_files import REPAIR, REPORT  # noqa: E402
 from hemostat_lab.compression.repair import (  # noqa: E402
     Repairable,
     pruned_weights,
@@ -28,7 +27,7 @@ from hemostat_lab.compression.repair import (  # noqa: E402
     write_repaired_copy,
 )
 from hemostat_lab.models.checkpoint import Checkpoint  # noqa: E402
-from hemostat_lab.models.checkpoint_folders import CompressError, is_complete  # noqa: E402
+from hemostat_lab.models.checkpoint_folders import REPAIR, REPORT, CompressError, is_complete  # noqa: E402  # noqa: E402
 from hemostat_lab.models.copies import Copy  # noqa: E402
 from hemostat_lab.models.parts import Parts  # noqa: E402
 

@@ -10,11 +10,10 @@ pytest.importorskip("torch")
 
 from tests.support.adapter_models import random_texts, save, tiny_model
 
-from hemostat_lab.compression.calibrated import CALIBRATIONS
+from hemostat_lab.compression.calibrated import CALIBRATIONS, planned
 from hemostat_lab.compression.checkpoint_writer import compress_with
 from hemostat_lab.compression.frame import Source
 from hemostat_lab.compression.plan import LayerPlan, Plan, encode_plan, read_plan, stored_bytes
-from hemostat_lab.compression.planned import planned
 from hemostat_lab.demo import vllm_server
 from hemostat_lab.doctor.options import Target
 from hemostat_lab.doctor.prescription.candidates import candidates

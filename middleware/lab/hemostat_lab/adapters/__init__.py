@@ -1,8 +1,7 @@
 """An adapter from the reference and the compressed checkpoint of one model, and texts, layer by layer.
 
     pair           both checkpoints: checks, scales that were moved between layers, differences of the weights
-    solve          the corrections of all linear layers
-    build          the adapter, and the report on it
+    build          the corrections of all linear layers, the adapter, and the report on it
     held_out       what it recovers on held-out texts, layer by layer
     distil         an adapter that is trained further
     build_process  `build` in a process of its own, from a job folder
@@ -12,4 +11,5 @@ torch is imported by these modules; only the command line and child processes lo
 Further modules:
 
     judge_process  the judge, in a process of its own
+    distances      exact distances between two models' predictions
 """

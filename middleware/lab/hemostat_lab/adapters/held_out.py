@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hemostat.adapters.distances import exact_distances
 from hemostat.checkpoints.texts import Text
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.records import ExactDistances
+from hemostat_lab.adapters.distances import exact_distances
 from hemostat_lab.adapters.pair import CheckpointPair
 from hemostat_lab.models.activations import Batch, Calls, embed, logits, make_batches, run_layer
 from hemostat_lab.models.copies import factor_tensors

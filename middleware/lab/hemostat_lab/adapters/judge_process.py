@@ -136,7 +136,7 @@ class Copies:
 
     def judge(self, request: judge_messages.Judge) -> judge_messages.Judged | judge_messages.Failed:
         """Distances of every version that is held; the others are left out."""
-        from hemostat.adapters.distances import exact_distances  # noqa: PLC0415
+        from hemostat_lab.adapters.distances import exact_distances  # noqa: PLC0415
 
         prompt, output = _ids(request.prompt), _ids(request.output)
         ids = np.concatenate([prompt, output[:-1]])

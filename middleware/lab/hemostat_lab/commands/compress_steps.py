@@ -16,10 +16,10 @@ from hemostat.report.progress import Reporter
 from hemostat_lab.commands.arguments import WITHOUT_DATA
 from hemostat_lab.commands.texts import Writer, texts_digest, within_positions
 from hemostat_lab.compression.checkpoint_writer import BuildEnvironment, compress_with
-from hemostat_lab.compression.other_files import REPAIR
 from hemostat_lab.compression.plan import read_plan
 from hemostat_lab.doctor.prompts import load
 from hemostat_lab.models.checkpoint_folders import (
+    REPAIR,
     CompressError,
     cache_folder,
     cache_key,
@@ -199,8 +199,7 @@ def _method(options: CompressOptions, reporter: Reporter) -> Method:
         return by_name(options.scheme)
     if options.scheme == "prune":
         return _pruning(options)
-    from hemostat_lab.compression.calibrated import CALIBRATIONS, Calibrated  # noqa: PLC0415
-    from hemostat_lab.compression.planned import planned  # noqa: PLC0415
+    from hemostat_lab.compression.calibrated import CALIBRATIONS, Calibrated, planned  # noqa: PLC0415
 
     if options.plan is not None:
         plan = read_plan(options.plan)

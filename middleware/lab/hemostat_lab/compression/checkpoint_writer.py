@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hemostat_lab.compression.other_files import REPORT, copy_all_but_weights, write_config
 from hemostat_lab.models.checkpoint_folders import (
     RECIPE,
+    REPORT,
     CompressError,
     Progress,
     build_folder,
     cache_folder,
     cache_key,
+    copy_all_but_weights,
     folder_digest,
     required_versions,
+    write_config,
 )
 from hemostat_lab.models.work_folder import WorkFolder
 

@@ -23,11 +23,12 @@ import torch
 
 from hemostat.checkpoints.texts import Text
 from hemostat_lab.compression.checkpoint_writer import BuildEnvironment, build_with_work
-from hemostat_lab.compression.other_files import REPAIR, REPORT
 from hemostat_lab.models.checkpoint import Checkpoint
 from hemostat_lab.models.checkpoint_folders import (
     MANIFEST,
     RECIPE,
+    REPAIR,
+    REPORT,
     CompressError,
     folder_digest,
     required_versions,

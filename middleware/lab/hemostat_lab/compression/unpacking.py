@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hemostat_lab.compression.other_files import copy_all_but_weights, write_config
 from hemostat_lab.models.checkpoint_folders import (
     RECIPE,
     CompressError,
@@ -16,8 +15,10 @@ from hemostat_lab.models.checkpoint_folders import (
     build_folder,
     cache_folder,
     cache_key,
+    copy_all_but_weights,
     folder_digest,
     required_versions,
+    write_config,
 )
 
 PACKED_FORMAT = "pack-quantized"

@@ -2,7 +2,7 @@
 
 options.py     the flags and their checks
 programs.py    vLLM and `hemostat serve`
-prompts.py, generated_prompts.py    the prompts
+prompts.py   the prompts, and generated ones
 traffic.py     the clients
 view.py        the live view and the report
 runner.py      starts, waits, stops

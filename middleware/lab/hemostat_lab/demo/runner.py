@@ -26,7 +26,6 @@ from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import with_detail
 from hemostat_lab.demo import prompts, view
 from hemostat_lab.demo.checkpoints import Checkpoints, cached_checkpoints
-from hemostat_lab.demo.generated_prompts import generated_prompts
 from hemostat_lab.demo.options import RECORDS, DemoFailure, DemoOptions, check_destinations, forced_version
 from hemostat_lab.demo.programs import (
     POLL_SECONDS,
@@ -41,6 +40,7 @@ from hemostat_lab.demo.programs import (
     warm_up,
     watch_programs,
 )
+from hemostat_lab.demo.prompts import generated_prompts
 from hemostat_lab.demo.traffic import drive
 from hemostat_lab.demo.vllm_server import VllmServer, runnable
 from hemostat_lab.models.checkpoint_folders import FolderTakenError, copy_checkpoint

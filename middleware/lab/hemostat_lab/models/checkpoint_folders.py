@@ -2,7 +2,7 @@
 
 A folder is written next to its destination and renamed when it is complete. Its `MANIFEST` records what it was made
 from and the SHA-256 of every file; a folder that matches is used as it is. Another one is replaced only on demand, and
-never one that holds anything that is not in its manifest.
+never one that holds anything that is not in its manifest. The files of a source other than its weights are copied.
 """
 
 from __future__ import annotations
@@ -211,3 +211,24 @@ def package_folder(module: str) -> Path:
     assert spec is not None, module
     assert spec.origin is not None, module
     return Path(spec.origin).parent
+
+
+REPORT = "hemostat-compression.json"
+"""The name of the file that states how a checkpoint was compressed, and the figures of each layer."""
+REPAIR = "repair"
+"""The key in it of how it was repaired."""
+
+
+def copy_all_but_weights(source: Path, folder: Path) -> None:
+    """Tokenizer, chat template, settings."""
+    for path in source.iterdir():
+        if path.is_file() and path.name not in (MANIFEST, REPORT) and not _is_weights(path.name):
+            shutil.copyfile(path, folder / path.name)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.json", ".bin.index.json"))

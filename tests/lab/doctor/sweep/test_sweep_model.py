@@ -24,8 +24,14 @@ transformers = pytest.importorskip("transformers")
 from hemostat.checkpoints.piecewise import STATE_NAMES  # noqa: E402
 from hemostat_lab.doctor.checkpoints import CheckpointPair  # noqa: E402
 from hemostat_lab.doctor.sweep import measuring  # noqa: E402
-from hemostat_lab.doctor.sweep.decoding import decode  # noqa: E402
-from hemostat_lab.doctor.sweep.weights import check, keep_n_of_4, linears, removed_rows, stored_share  # noqa: E402
+from hemostat_lab.doctor.sweep.alterations import (  # noqa: E402
+    check,
+    decode,
+    keep_n_of_4,
+    linears,
+    removed_rows,
+    stored_share,
+)
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +283,7 @@ def test_one_prompt_is_not_enough(options: DoctorOptions) -> None:
 
 
 def test_check_names_what_does_not_divide(model: Any) -> None:
-    from hemostat_lab.doctor.sweep.weights import NotApplicableError
+    from hemostat_lab.doctor.sweep.alterations import NotApplicableError
 
     with pytest.raises(NotApplicableError, match="has 64 inputs, not a multiple of 128"):
         check(model, Point(bits=4, group=128))

@@ -24,8 +24,7 @@ from hemostat_lab.doctor.options import DoctorError, DoctorOptions, parse_budget
 from hemostat_lab.doctor.pair import Floats, Ids, json_number
 from hemostat_lab.doctor.prescription.candidates import candidates_key
 from hemostat_lab.doctor.prescription.losses import predicted_losses
-from hemostat_lab.doctor.prescription.mixes import Mix, dense_bytes, prescribe, uniform_mixes
-from hemostat_lab.doctor.prescription.rounded_mixes import RoundedMixes
+from hemostat_lab.doctor.prescription.mixes import Mix, RoundedMixes, dense_bytes, prescribe, uniform_mixes
 from hemostat_lab.models.checkpoint import Checkpoint
 from hemostat_lab.models.checkpoint_folders import cache_key
 from hemostat_lab.models.parts import Parts

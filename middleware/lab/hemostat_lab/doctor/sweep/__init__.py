@@ -1,17 +1,15 @@
 """`hemostat doctor --sweep`: one model at many settings of compression, structure and decoding, and its thresholds.
 
-analysis   thresholds, the paper's statements and the Pareto front, from what has been measured
-decoding   the distribution that a decoding strategy draws from
-halving    successive halving: which points are measured on more texts
-layers     the list of a model's decoder layers with some of them dropped, duplicated or inserted
-measuring  one loaded model at each point, over the same texts
-outcomes   outcomes: prompts with known answers (`outcomes.jsonl`) and whether a response has them
-page       the sweep's section of the HTML page
-plots      plots of a sweep as SVG
-points     the grid: what is done to the reference at each point, and the curves that the points form
-report     the sweep as JSON values
-results    what has been measured of each point so far, and its figures with intervals by request
-run        the sweep: rungs of points, stored one by one, and the report
-terminal   the sweep as terminal tables
-weights    weights of a model pruned and rounded in memory, for a while
+alterations  what a point does to a model in memory: to its weights, its layers and its decoding
+analysis     thresholds, the paper's statements and the Pareto front, from what has been measured
+halving      successive halving: which points are measured on more texts
+measuring    one loaded model at each point, over the same texts
+outcomes     outcomes: prompts with known answers (`outcomes.jsonl`) and whether a response has them
+page         the sweep's section of the HTML page
+plots        plots of a sweep as SVG
+points       the grid: what is done to the reference at each point, and the curves that the points form
+report       the sweep as JSON values
+results      what has been measured of each point so far, and its figures with intervals by request
+run          the sweep: rungs of points, stored one by one, and the report
+terminal     the sweep as terminal tables
 """

@@ -24,11 +24,9 @@ import torch
 from hemostat_lab.doctor.checkpoints import CheckpointPair, compare, noise_floor, scored_ids, to_floats
 from hemostat_lab.doctor.kl_meter import Text, logits_of
 from hemostat_lab.doctor.pair import FLOOR, Floats, Ids, Job, Scored, pack, unpack
-from hemostat_lab.doctor.sweep.decoding import decode, drawn
-from hemostat_lab.doctor.sweep.layers import restructured
+from hemostat_lab.doctor.sweep.alterations import compressed, decode, drawn, restructured
 from hemostat_lab.doctor.sweep.outcomes import MAX_TOKENS, Outcome, Task, judge
 from hemostat_lab.doctor.sweep.points import PLAIN, UNCHANGED, Drawing, Point
-from hemostat_lab.doctor.sweep.weights import compressed
 from hemostat_lab.models.generation import generate
 
 KEPT = ("kl_rc", "kl_cr", "tv", "same_top", "logp_r", "logp_c")

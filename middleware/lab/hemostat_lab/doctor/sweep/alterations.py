@@ -1,10 +1,13 @@
-"""Weights of a model pruned and rounded in memory, for a while. Torch.
+"""What a point of the sweep does to a model in memory, for a while. Torch.
 
-Only the linear layers inside of the decoder layers change. Scores are magnitudes, so that no text is needed.
+Its weights are pruned and rounded: only the linear layers inside of the decoder layers change, and scores are
+magnitudes, so that no text is needed. Or it answers with the distribution that a decoding strategy draws from, or some
+of its decoder layers are dropped, duplicated or inserted.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +16,10 @@ import torch
 
 from hemostat_calibration.errors import HemostatError
 from hemostat_lab.compression.rounding import pruned, rounded
-from hemostat_lab.doctor.causes.units import decoder_layers
+from hemostat_lab.doctor.causes.units import decoder_layers, layer_list
 from hemostat_lab.doctor.kl_meter import altered_weights
-from hemostat_lab.doctor.sweep.points import FULL_BITS, Change, Point
+from hemostat_lab.doctor.options import DoctorError
+from hemostat_lab.doctor.sweep.points import FULL_BITS, PLAIN, Change, Drawing, Point
 
 SCALE_BITS = 16
 
@@ -153,3 +157,105 @@ def stored_share(model: Any, point: Point) -> float:
     layers = len(decoder_layers(model))
     changed = {Change.DROPPED: -point.layers, Change.INSERTED: point.layers}.get(point.change, 0)
     return bits / (FULL_BITS * total) * (layers + changed) / layers
+
+
+def decode(logits: torch.Tensor, drawing: Drawing) -> torch.Tensor:
+    """Logits [..., V] of the distribution that is drawn from, -inf where it is cut.
+
+    Temperature, then top-k (with what ties with the last), then of these the fewest that hold top-p, as vLLM does.
+    Greedy: the likeliest id alone.
+    """
+    if drawing == PLAIN:
+        return logits
+    if drawing.temperature == 0.0:
+        best = logits.argmax(-1, keepdim=True)
+        return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
+    logits = logits / drawing.temperature
+    if drawing.top_k:
+        least = logits.topk(min(drawing.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if drawing.top_p < 1.0:
+        ordered, ids = logits.float().sort(dim=-1, descending=True, stable=True)
+        p = torch.softmax(ordered, -1)
+        before = p.cumsum(-1) - p
+        cut = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, before >= drawing.top_p)
+        logits = logits.masked_fill(cut, -torch.inf)
+    return logits
+
+
+@contextmanager
+def drawn(model: Any, drawing: Drawing) -> Iterator[None]:
+    """The model answers with the logits of the distribution that is drawn from."""
+    if drawing == PLAIN:
+        yield
+        return
+
+    def hook(module: Any, arguments: Any, output: Any) -> Any:
+        output.logits = decode(output.logits, drawing)
+        return output
+
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def restructured(model: Any, point: Point) -> Iterator[None]:
+    """The layers before the last one are changed, as many as the point says: the deepest layers but the last one are
+    those that matter least (arXiv 2403.17887).
+
+    Dropped: left out. Duplicated: each is followed by itself, with the same weights (depth up-scaling, arXiv
+    2312.15166). Inserted: each is followed by a new layer with the mean of its weights and of the next layer's.
+    """
+    if point.change is Change.NONE:
+        yield
+        return
+    parent, name, layers = layer_list(model)
+    config = model.config.get_text_config()
+    first, end = len(layers) - 1 - point.layers, len(layers) - 1
+    order: list[tuple[int, Any]] = []  # index of the layer that it stands for, and the module
+    for n, layer in enumerate(layers):
+        if not (point.change is Change.DROPPED and first <= n < end):
+            order.append((n, layer))
+        if first <= n < end and point.change is Change.DUPLICATED:
+            order.append((n, layer))
+        if first <= n < end and point.change is Change.INSERTED:
+            order.append((n, _between(layer, layers[n + 1])))
+    types = getattr(config, "layer_types", None)
+    count = config.num_hidden_layers
+    try:
+        setattr(parent, name, torch.nn.ModuleList([_at(place, layer) for place, (_, layer) in enumerate(order)]))
+        config.num_hidden_layers = len(order)
+        if types is not None:
+            config.layer_types = [types[n] for n, _ in order]
+        yield
+    finally:
+        setattr(parent, name, layers)
+        config.num_hidden_layers = count
+        if types is not None:
+            config.layer_types = types
+
+
+def _at(place: int, layer: Any) -> Any:
+    """The layer with another index, which its cache needs; the copy has the same weights in memory."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}
+    shared |= {id(m.config): m.config for m in layer.modules() if hasattr(m, "config")}
+    twin = copy.deepcopy(layer, shared)
+    for module in twin.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = place
+    return twin
+
+
+def _between(before: Any, after: Any) -> Any:
+    """A layer whose parameters are the means of two layers' parameters. Raises DoctorError where they do not match."""
+    twin, others = copy.deepcopy(before), dict(after.named_parameters())
+    for name, parameter in twin.named_parameters():
+        if name not in others or others[name].shape != parameter.shape:
+            raise DoctorError(
+                "REFERENCE: its layers differ in shape, so that none can be inserted; leave out structure"
+            )
+        parameter.data = (0.5 * (parameter.data.float() + others[name].data.float())).to(parameter.dtype)
+    return twin
