@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tests.support.fake_vllm import FakeVllm, serving
 
-from hemostat.gate.endpoint import listed_by
+from hemostat.reference.own_answers import listed_by
 from hemostat.reference.protocol import ReferenceScores
 from hemostat_calibration.gate.distance import Listed, sampled_distance
 from hemostat_calibration.records import Candidates

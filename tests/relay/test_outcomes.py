@@ -15,7 +15,9 @@ from tests.support.relay import Request, answering, chat_json, relaying
 from hemostat.metrics.names import OUTPUT_TOKENS, REPETITION_LOOPS, RESPONSES_FINISHED, STRUCTURED_OUTPUTS
 from hemostat.openai.form import Form
 from hemostat.relay import outcomes
-from hemostat.relay.outcomes import OutcomeObserver, ends_in_loop
+from hemostat.relay.outcomes import OutcomeObserver
+from hemostat_calibration import repetition
+from hemostat_calibration.repetition import ends_in_loop
 
 SCHEMA = b'{"messages": [], "response_format": {"type": "json_schema", "json_schema": {}}}'
 TOOLS = b'{"messages": [], "tools": [{"type": "function"}]}'
@@ -130,9 +132,9 @@ def test_kept_bytes_are_bounded() -> None:
 @given(st.text(max_size=300))
 def test_text_without_four_copies_of_a_block_is_not_a_loop(text: str) -> None:
     result = any(
-        len(text) >= max(4 * p, outcomes.MIN_LOOP_CHARACTERS)
-        and text[-max(4 * p, outcomes.MIN_LOOP_CHARACTERS) : -p]
-        == text[-max(4 * p, outcomes.MIN_LOOP_CHARACTERS) + p :]
+        len(text) >= max(4 * p, repetition.MIN_LOOP_CHARACTERS)
+        and text[-max(4 * p, repetition.MIN_LOOP_CHARACTERS) : -p]
+        == text[-max(4 * p, repetition.MIN_LOOP_CHARACTERS) + p :]
         for p in range(1, len(text) // 4 + 1)
     )
     assert result or not ends_in_loop(text)
@@ -141,7 +143,7 @@ def test_text_without_four_copies_of_a_block_is_not_a_loop(text: str) -> None:
 @given(st.text(min_size=2, max_size=40).filter(lambda s: len(set(s)) > 1), st.text(max_size=50))
 def test_a_repeated_block_is_a_loop(block: str, before: str) -> None:
     # A block of a long run and one other character may end in the run alone: a ruler, at this length.
-    end = (block * 60)[-outcomes.MIN_LOOP_CHARACTERS // outcomes.LOOP_COPIES :]
+    end = (block * 60)[-repetition.MIN_LOOP_CHARACTERS // repetition.LOOP_COPIES :]
     assert ends_in_loop(before + block * 60) or len(set(end)) < 2
 
 

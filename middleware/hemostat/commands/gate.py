@@ -211,7 +211,7 @@ async def _reference(options: argparse.Namespace, reporter: Reporter) -> AsyncIt
     """Yields the reference's values of given tokens; None if there is no reference."""
     import numpy as np  # noqa: PLC0415
 
-    from hemostat.gate.endpoint import TOP_K, listed_by  # noqa: PLC0415
+    from hemostat.reference.own_answers import TOP_K, listed_by  # noqa: PLC0415
     from hemostat.reference.protocol import ScoreRequest  # noqa: PLC0415
     from hemostat.reference.transformers import TransformersReference  # noqa: PLC0415
     from hemostat.reference.vllm import VllmReference  # noqa: PLC0415

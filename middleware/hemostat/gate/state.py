@@ -15,8 +15,8 @@ from typing import BinaryIO
 
 import msgspec
 
-from hemostat.gate.endpoint import Identity
 from hemostat.gate.unit import Unit
+from hemostat.reference.identity import Identity
 from hemostat.reference.match import MAX_SAME_NATS
 from hemostat_calibration.errors import HemostatError
 

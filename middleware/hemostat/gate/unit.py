@@ -8,12 +8,13 @@ from enum import StrEnum
 from typing import Any
 
 from hemostat.gate.asked import Asked
-from hemostat.gate.endpoint import Answer, Endpoint
+from hemostat.gate.endpoint import Endpoint
+from hemostat.reference.own_answers import Answer
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
-from hemostat.relay.outcomes import ends_in_loop
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.gate.distance import Listed, distance_gain, sampled_distance
 from hemostat_calibration.gate.verdict import Question
+from hemostat_calibration.repetition import ends_in_loop
 
 BAD_MARGIN = 0.05
 """The largest difference of the shares of bad answers that is allowed, whatever the other margins are."""

@@ -6,11 +6,13 @@ engines           checks if all engines serve the same models, for `hemostat che
 exact             scores of given tokens by a causal language model of transformers, at full vocabulary
 full_scores       scores over the full vocabulary, and what they are asked for
 hidden            a reference on a vLLM pooling server
+identity          the marks that tell one served model from another behind the same address
 itself            finds out if the reference is the served model itself
 listing           reads a server's list of models into its base models
 match             finds out if the two models use the same token ids
 monitor           starts the references, compares each served base model with its own
 on_server         a reference on a vLLM server, by whatever it offers
+own_answers       the answers of a server's model, with its own list of likely ids at each token
 pair              the models that are compared, as far as they are known
 probed_scores     finds out if the weights behind a served name are still the same
 probes            probes of a vLLM server

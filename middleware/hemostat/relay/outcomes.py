@@ -28,6 +28,7 @@ from hemostat.openai.form import Form
 from hemostat.relay.answer_format import AnswerFormat
 from hemostat.relay.answers import Choice, Response, parse, tail_of
 from hemostat_calibration.outcomes import Outcome
+from hemostat_calibration.repetition import ends_in_loop
 
 FINISH_REASONS: Final = frozenset(
     {"stop", "length", "tool_calls", "function_call", "content_filter", "abort", "error", "repetition"}
@@ -44,11 +45,6 @@ MAX_JSON_WORDS: Final = 4000
 """The largest number of places with the word json in a request's body at which a parameter that asks for JSON is looked
 for.
 """
-
-LOOP_COPIES: Final = 4
-MIN_LOOP_CHARACTERS: Final = 48
-"""A loop: the text ends in LOOP_COPIES copies of one block, MIN_LOOP_CHARACTERS or more in all. A run of one character
-(the ruler `-----`) is not a loop."""
 
 _TOKENS: Final = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})(?!\d)')
 # Inside a JSON string a quote is preceded by a backslash, so text written by a user does not match these.
@@ -288,25 +284,3 @@ def _json_outcome(text: str, truncated: bool) -> str:
     except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError):
         return "cut" if truncated else "invalid"
     return "valid"
-
-
-def ends_in_loop(text: str) -> bool:
-    """Returns True if the text ends in LOOP_COPIES copies of one block that is not a run of one character.
-
-    >>> ends_in_loop("It began well. " + "and then again " * 12)
-    True
-    >>> ends_in_loop("-" * 100)
-    False
-    """
-    if len(text) < MIN_LOOP_CHARACTERS:
-        return False
-    end = text[-MIN_LOOP_CHARACTERS // LOOP_COPIES :]
-    if end[0] == end[1] and end == end[0] * len(end):
-        return False
-    # In a loop, the last characters also stand one period earlier: the nearest such place is the only candidate.
-    before = text.rfind(end, 0, len(text) - 1)
-    if before < 0:
-        return False
-    period = len(text) - len(end) - before
-    whole = max(LOOP_COPIES * period, MIN_LOOP_CHARACTERS)
-    return len(text) >= whole and text[-whole:-period] == text[-whole + period :]
