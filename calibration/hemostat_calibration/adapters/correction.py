@@ -83,7 +83,7 @@ def _solve(delta: Floats, rank: int, inputs: Gram | None, outputs: Gram | None) 
     """
     weighted = _times(delta, inputs)
     second = weighted @ delta.T
-    root = _root(outputs, len(delta))
+    root = _root(outputs)
     projected = second if root is None else _scaled(_scaled(second, root).T, root)
     values, vectors = np.linalg.eigh(0.5 * (projected + projected.T))
     most = min(rank, len(values))
@@ -95,7 +95,7 @@ def _solve(delta: Floats, rank: int, inputs: Gram | None, outputs: Gram | None) 
     return (lifted.T @ delta) / singular[:, None], (second @ lifted) / singular, errors
 
 
-def _root(gram: Gram | None, width: int) -> Floats | None:
+def _root(gram: Gram | None) -> Floats | None:
     """Returns L with L Lᵀ = S: [width, width], or [width] where it is diagonal; None for S = 1."""
     if gram is None:
         return None

@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs, or of the gradients at its outputs: streaming, mergeable.
+"""Second moments of a layer's inputs, or of the gradients at its outputs: streaming.
 
 S = E[x xᵀ] is what the error of a layer depends on: E‖ΔW x‖² = tr(ΔW S ΔWᵀ). The full matrix needs 8 d² bytes, its
 diagonal 8 d. `metric_for_budget` chooses between them.
@@ -68,11 +68,6 @@ class FullGram:
             total += part.T @ part
         return FullGram(self.count + len(rows), frozen(total))
 
-    def merge(self, other: FullGram) -> FullGram:
-        """Returns the second moments of the vectors of both."""
-        _same_width(self, other)
-        return FullGram(self.count + other.count, frozen(self.total + other.total))
-
     def mean(self) -> Floats:
         """Returns E[x xᵀ], float64 [d, d]; 0 without vectors."""
         return self.total / max(self.count, 1)
@@ -111,11 +106,6 @@ class DiagonalGram:
         for part in _parts(rows, self.width):
             total += np.square(part, dtype=np.float64).sum(axis=0)
         return DiagonalGram(self.count + len(rows), frozen(total))
-
-    def merge(self, other: DiagonalGram) -> DiagonalGram:
-        """Returns the second moments of the vectors of both."""
-        _same_width(self, other)
-        return DiagonalGram(self.count + other.count, frozen(self.total + other.total))
 
     def mean(self) -> Floats:
         """Returns E[x²], float64 [d]; 0 without vectors."""
@@ -164,11 +154,6 @@ def _parts(rows: npt.NDArray[np.floating[Any]], width: int) -> list[npt.NDArray[
     if rows.dtype not in (np.float32, np.float64):
         raise InvalidArgumentError(f"rows is {rows.dtype}: it must be float32 or float64")
     return [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
-
-
-def _same_width(gram: Gram, other: Gram) -> None:
-    if gram.width != other.width:
-        raise InvalidArgumentError(f"statistics of {gram.width} and of {other.width} entries cannot be merged")
 
 
 def _check(count: int, total: Floats, dimensions: int) -> None:

@@ -32,10 +32,10 @@ _ROOM = 4.0
 class OutcomeSampling:
     """Owns both probabilities, which are powers of two."""
 
-    def __init__(self, reported: float = 1.0, counted: float = 1.0) -> None:
-        self.reported = reported
+    def __init__(self) -> None:
+        self.reported = 1.0
         """The share of conversations whose answers relays report."""
-        self.counted = counted
+        self.counted = 1.0
         """The share of conversations that are units: at most `reported`."""
         self._changed_at: float | None = None
         """The time at which `reported` was changed, or else first updated."""

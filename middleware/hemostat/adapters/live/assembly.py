@@ -26,7 +26,7 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 class _HostedProfiles:
     """Implements `hemostat.adapters.serving.host.AdapterProfiles`."""
 
-    def __init__(self, settings: Settings, profiles: ProfileManager) -> None:
+    def __init__(self, profiles: ProfileManager) -> None:
         self._profiles = profiles
 
     def wanted(self) -> Sequence[str]:
@@ -64,7 +64,7 @@ class Adapters:
         self.hosts = AdapterHosts(
             settings,
             engines,
-            _HostedProfiles(settings, profiles),
+            _HostedProfiles(profiles),
             copy=self.judge,
             base=lambda: monitor.served.calibrated_name,
             clock=clock,

@@ -70,7 +70,7 @@ class _Line(msgspec.Struct, frozen=True):
     notes: list[str] = []
 
 
-async def check_pair(folders: CheckpointFolders, device: str, command: Sequence[str] = COMMAND) -> list[str]:
+async def check_pair(folders: CheckpointFolders, device: str) -> list[str]:
     """Returns what an adapter of both checkpoints would not correct; BuildFailed if none can be made of them.
 
     The laboratory's process opens the checkpoints, so that this one does not load torch.
@@ -84,7 +84,7 @@ async def check_pair(folders: CheckpointFolders, device: str, command: Sequence[
 
     parts = ["--check", str(folders.reference), str(folders.compressed), device, str(os.getpid())]
     try:
-        child = await Child.start_command([*command, *parts], read, ONE_CORE)
+        child = await Child.start_command([*COMMAND, *parts], read, ONE_CORE)
     except ChildExited as why:
         raise BuildFailed(BuildFailure.ENDED, str(why)) from None
     try:

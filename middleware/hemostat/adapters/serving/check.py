@@ -26,9 +26,9 @@ async def probe_adapters(server: VllmServer, model: str, settings: Settings) -> 
     """
     adapter = settings.adapter
     rank = adapter.rank * (4 if adapter.shared_out else 1)
-    needed = flags(1, rank)
+    needed = flags(rank)
     try:
-        missing = await _missing(server, model, settings)
+        missing = await _missing(server, settings)
         others = listed(await server.models()).others
         await server.post("/v1/completions", {"model": model, "prompt": PROBE, "max_tokens": 1}, dict[str, Any])
         slots = await max_loras(server)
@@ -57,7 +57,7 @@ async def probe_adapters(server: VllmServer, model: str, settings: Settings) -> 
     return [*findings, _routes(settings)]
 
 
-async def _missing(server: VllmServer, model: str, settings: Settings) -> list[str]:
+async def _missing(server: VllmServer, settings: Settings) -> list[str]:
     """Arguments and variables of vLLM that it was started without. ReferenceFailure where it does not answer at all."""
     refusal = await _refusal(server, LOAD, {"lora_name": "", "lora_path": ""})
     if refusal.status in {401, 403}:

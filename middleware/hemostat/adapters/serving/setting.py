@@ -23,13 +23,13 @@ class Way(StrEnum):
     """The engine reads it from `adapter.folder`."""
 
 
-def flags(adapters: int, rank: int) -> str:
-    """vLLM's arguments for so many adapters at a time, of at most this rank.
+def flags(rank: int) -> str:
+    """Returns vLLM's arguments for one adapter at a time, of at most this rank, and a free slot.
 
-    >>> flags(1, 20)
+    >>> flags(20)
     '--enable-lora --max-loras 2 --max-lora-rank 32'
     """
-    return f"--enable-lora --max-loras {adapters + 1} --max-lora-rank {rank_setting(rank)}"
+    return f"--enable-lora --max-loras 2 --max-lora-rank {rank_setting(rank)}"
 
 
 def without_lora(rank: int) -> str:
@@ -38,7 +38,7 @@ def without_lora(rank: int) -> str:
     >>> without_lora(20)
     'LoRA is not enabled: start vLLM with --enable-lora --max-loras 2 --max-lora-rank 32'
     """
-    return f"LoRA is not enabled: start vLLM with {flags(1, rank)}"
+    return f"LoRA is not enabled: start vLLM with {flags(rank)}"
 
 
 def explain(failure: Exception, rank: int, way: Way | None, folder: Path | None) -> str:
@@ -46,7 +46,7 @@ def explain(failure: Exception, rank: int, way: Way | None, folder: Path | None)
 
     way: the way in which adapters were loaded so far. folder: `adapter.folder`.
     """
-    started = f"start vLLM with {flags(1, rank)}"
+    started = f"start vLLM with {flags(rank)}"
     if isinstance(failure, Refused):
         text = failure.detail
         if "is greater than max_lora_rank" in text:

@@ -20,13 +20,13 @@ from hemostat_lab.doctor.sweep.results import Results
 FIRST_TEXTS = 8
 
 
-def rungs(texts: int, first: int = FIRST_TEXTS) -> list[tuple[int, int]]:
-    """The texts of each rung: as many as all rungs before have, from `first` on, as far as there are texts.
+def rungs(texts: int) -> list[tuple[int, int]]:
+    """The texts of each rung: as many as all rungs before have, from `FIRST_TEXTS` on, as far as there are texts.
 
     >>> rungs(60)
     [(0, 8), (8, 16), (16, 32)]
     """
-    ends = [first * 2**n for n in range(RUNGS)]
+    ends = [FIRST_TEXTS * 2**n for n in range(RUNGS)]
     result = [(begin, min(end, texts)) for begin, end in zip([0, *ends], ends, strict=False) if begin < texts]
     return result
 
