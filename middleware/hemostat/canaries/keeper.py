@@ -18,12 +18,13 @@ from typing import Any
 
 from hemostat.canaries.engine import STATES_KEY
 from hemostat.canaries.judge import Judge
-from hemostat.canaries.prompts import PromptFileError, load
+from hemostat.canaries.prompts import load
 from hemostat.canaries.replay import FIRST_SECONDS, Replays
 from hemostat.canaries.report import CanaryReport
 from hemostat.canaries.schedule import Schedule
 from hemostat.canaries.sets import BLOB_KEY, Sets
 from hemostat.canaries.states import CanaryStates
+from hemostat.config.prompt_lines import PromptFileError
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.metrics.samples import Sample

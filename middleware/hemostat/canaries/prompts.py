@@ -6,20 +6,13 @@ import hashlib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
+from hemostat.config.prompt_lines import PromptFileError, lines_of, parse_line
 from hemostat_calibration.canaries import MAX_SEQUENCES, MIN_SEQUENCES
-from hemostat_calibration.errors import HemostatError
-
-T = TypeVar("T", bound=msgspec.Struct)
 
 SHAPE = '{"prompt": "..."}'
-
-
-class PromptFileError(HemostatError):
-    """One line with the file, the line and the correction."""
 
 
 class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,8 +39,7 @@ def load(path: Path | None = None) -> Prompts:
         data = resources.files(__package__).joinpath(name).read_bytes() if path is None else path.read_bytes()
     except OSError as error:
         raise PromptFileError(f"{name}: cannot be read ({error.strerror}); name a text file") from None
-    lines = enumerate(data.split(b"\n"), 1)
-    prompts = tuple(_parse(line, f"{name}:{number}") for number, line in lines if line.strip())
+    prompts = tuple(_parse(line, f"{name}:{number}") for number, line in lines_of(data))
     if not MIN_SEQUENCES <= len(prompts) <= MAX_SEQUENCES:
         raise PromptFileError(
             f"{name}: {len(prompts)} prompts; give {MIN_SEQUENCES} to {MAX_SEQUENCES}, one per line, as text or {SHAPE}"
@@ -60,15 +52,3 @@ def _parse(data: bytes, where: str) -> Prompt:
     if not result.prompt.strip():
         raise PromptFileError(f"{where}: prompt is empty; fill it in or leave the line out")
     return result
-
-
-def parse_line(data: bytes, where: str, shape: type[T], example: str) -> T:
-    """Returns the prompt of a line, which is text, or JSON of this shape. where: the file and the line. example: of the
-    shape, for the error. Raises PromptFileError."""
-    try:
-        text = data.decode().rstrip("\r")
-        return msgspec.json.decode(text, type=shape) if text.lstrip().startswith("{") else shape(text)
-    except UnicodeDecodeError as error:
-        raise PromptFileError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except msgspec.DecodeError as error:
-        raise PromptFileError(f"{where}: no prompt ({error}); write {example}, or text without a brace first") from None

@@ -7,6 +7,7 @@ fields             the types of the configuration's values, with their checks, a
 install_command    the commands that messages give for installing a package
 loading            loads the configuration
 observability      the sections `log` and `tracing` of the configuration
+prompt_lines       files of prompts, which settings and commands name
 reasoning_parsers  vLLM's reasoning parsers by name, with the texts that enclose the thinking
 reloading          rules for what a changed setting needs in order to take effect in a running instance (SIGHUP)
 rendering          settings as a commented YAML file, from which `load` makes the same settings

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from hemostat.canaries.prompts import PromptFileError, parse_line
+from hemostat.config.prompt_lines import PromptFileError, lines_of, parse_line
 from hemostat_calibration.statistics.templates import TemplateTable
 
 SHAPE = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
@@ -52,10 +52,9 @@ def load(path: Path) -> list[Prompt]:
     except OSError as error:
         raise PromptFileError(f"--prompts: {path} cannot be read ({error.strerror}); name a text file") from None
     prompts: dict[str, Prompt] = {}
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if line.strip():
-            prompt = _parse(line, f"{path}:{number}")
-            prompts.setdefault(prompt.digest, prompt)
+    for number, line in lines_of(data):
+        prompt = _parse(line, f"{path}:{number}")
+        prompts.setdefault(prompt.digest, prompt)
     if not prompts:
         raise PromptFileError(f"--prompts: {path} has no prompt; write one in each line, as text or {SHAPE}")
     return list(prompts.values())

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat_lab.demo.prompts import MAX_TOKENS, Message, Prompt, PromptError, load, plan
+from hemostat.config.prompt_lines import PromptFileError
+from hemostat_lab.demo.prompts import MAX_TOKENS, Message, Prompt, load, plan
 
 KINDS = {"chat": 40, "summarizing": 25, "code": 30, "extraction": 25, "json": 25}
 """At least so many of each."""
@@ -73,7 +74,7 @@ def test_error_names_the_line(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "mine.jsonl"
     good = '{"messages": [{"role": "user", "content": "x"}]}'
     file.write_bytes(f"{good}\n{line}\n".encode(errors="surrogateescape"))
-    with pytest.raises(PromptError) as caught:
+    with pytest.raises(PromptFileError) as caught:
         load(file)
     text = str(caught.value)
     assert text.startswith(f"{file}:2: ")
@@ -82,10 +83,10 @@ def test_error_names_the_line(tmp_path: Path, line: str, message: str) -> None:
 
 
 def test_error_names_an_empty_or_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match=r"absent\.jsonl: cannot be read"):
+    with pytest.raises(PromptFileError, match=r"absent\.jsonl: cannot be read"):
         load(tmp_path / "absent.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n \n")
-    with pytest.raises(PromptError, match=r"empty\.jsonl: no prompts"):
+    with pytest.raises(PromptFileError, match=r"empty\.jsonl: no prompts"):
         load(tmp_path / "empty.jsonl")
 
 
@@ -93,7 +94,7 @@ def test_error_names_an_empty_or_missing_file(tmp_path: Path) -> None:
 def test_any_bytes_give_prompts_or_a_prompt_error(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     file = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
     file.write_bytes(data)
-    with contextlib.suppress(PromptError):
+    with contextlib.suppress(PromptFileError):
         assert load(file)
 
 

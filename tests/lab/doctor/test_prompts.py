@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat_lab.doctor.options import DoctorError
+from hemostat.config.prompt_lines import PromptFileError
 from hemostat_lab.doctor.prompts import _parse, load
 
 
@@ -50,7 +50,7 @@ def test_default_prompts() -> None:
 def test_error_names_the_line(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "good"}\n' + line + "\n")
-    with pytest.raises(DoctorError) as raised:
+    with pytest.raises(PromptFileError) as raised:
         load(file, None)
     assert message in str(raised.value)
     assert f"{file}:2" in str(raised.value)
@@ -61,15 +61,15 @@ def test_invalid_utf8(tmp_path: Path) -> None:
     file = tmp_path / "p"
     for line in (b"\xff\xfe", b'{"prompt": "\xff"}'):
         file.write_bytes(b"ok\n" + line + b"\n")
-        with pytest.raises(DoctorError, match=":2: not UTF-8"):
+        with pytest.raises(PromptFileError, match=":2: not UTF-8"):
             load(file, None)
 
 
 def test_missing_file_and_empty_file(tmp_path: Path) -> None:
-    with pytest.raises(DoctorError, match=r"--prompts: .*cannot be read"):
+    with pytest.raises(PromptFileError, match=r"--prompts: .*cannot be read"):
         load(tmp_path / "none", None)
     (tmp_path / "empty").write_text("\n  \n")
-    with pytest.raises(DoctorError, match="contains no prompt"):
+    with pytest.raises(PromptFileError, match="contains no prompt"):
         load(tmp_path / "empty", None)
 
 
@@ -77,7 +77,7 @@ def test_missing_file_and_empty_file(tmp_path: Path) -> None:
 def test_any_line_is_a_prompt_or_an_error_of_one_line(data: bytes) -> None:
     try:
         prompt = _parse(data, "file:1", 1)
-    except DoctorError as refused:
+    except PromptFileError as refused:
         error = str(refused)
     else:
         assert (prompt.text is None) != (prompt.messages is None)

@@ -10,15 +10,11 @@ from typing import Any
 
 import msgspec
 
-from hemostat_calibration.errors import HemostatError
+from hemostat.config.prompt_lines import PromptFileError, lines_of, parse_json_line
 
 MAX_TOKENS = 64
 """For a line without `max_tokens`."""
 SHAPE = '{"messages": [{"role": "user", "content": "..."}], "max_tokens": 64}'
-
-
-class PromptError(HemostatError):
-    """A prompt file is invalid; one line with the file, the line and the correction."""
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,7 +30,7 @@ class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def load(path: Path | None = None) -> list[Prompt]:
-    """The prompts of a file, by default those of this package. Blank lines are skipped. Raises PromptError."""
+    """The prompts of a file, by default those of this package. Blank lines are skipped. Raises PromptFileError."""
     if path is None:
         name = "prompts.jsonl"
         data = resources.files(__package__).joinpath(name).read_bytes()
@@ -43,24 +39,19 @@ def load(path: Path | None = None) -> list[Prompt]:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise PromptError(f"{name}: cannot be read ({error.strerror}); name a JSON Lines file") from None
-    prompts = [_parse(line, f"{name}:{n}") for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+            raise PromptFileError(f"{name}: cannot be read ({error.strerror}); name a JSON Lines file") from None
+    prompts = [_parse(line, f"{name}:{number}") for number, line in lines_of(data)]
     if not prompts:
-        raise PromptError(f'{name}: no prompts in it; write one {{"messages": [...], "max_tokens": n}} a line')
+        raise PromptFileError(f'{name}: no prompts in it; write one {{"messages": [...], "max_tokens": n}} a line')
     return prompts
 
 
 def _parse(line: bytes, where: str) -> Prompt:
-    try:
-        prompt = msgspec.json.decode(line.decode(), type=Prompt)
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{where}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    except msgspec.DecodeError as error:
-        raise PromptError(f"{where}: no prompt ({error}); write {SHAPE}") from None
+    prompt = parse_json_line(line, where, Prompt, SHAPE)
     if not prompt.messages:
-        raise PromptError(f"{where}: messages is empty; give at least one with role user")
+        raise PromptFileError(f"{where}: messages is empty; give at least one with role user")
     if prompt.max_tokens < 1:
-        raise PromptError(f"{where}: max_tokens is {prompt.max_tokens}; give at least 1")
+        raise PromptFileError(f"{where}: max_tokens is {prompt.max_tokens}; give at least 1")
     return prompt
 
 

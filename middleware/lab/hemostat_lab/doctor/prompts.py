@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 
 import msgspec
 
-from hemostat_lab.doctor.options import DoctorError
+from hemostat.config.prompt_lines import PromptFileError, lines_of, parse_line
 
 SHAPE = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
 
@@ -45,7 +46,8 @@ class Prompt(msgspec.Struct, frozen=True):
 
 
 def load(path: Path | None, max_prompts: int | None) -> list[Prompt]:
-    """The first `max_prompts` prompts of a file (None: all); without `path` those of the demo. Raises DoctorError."""
+    """The first `max_prompts` prompts of a file (None: all); without `path` those of the demo. Raises
+    PromptFileError."""
     if path is None:
         name = "prompts.jsonl"
         data = resources.files("hemostat_lab.demo").joinpath(name).read_bytes()
@@ -54,37 +56,22 @@ def load(path: Path | None, max_prompts: int | None) -> list[Prompt]:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DoctorError(f"--prompts: {name} cannot be read ({error.strerror}); name a text file") from None
-    prompts: list[Prompt] = []
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if max_prompts is not None and len(prompts) == max_prompts:
-            break
-        if line.strip():
-            prompts.append(_parse(line, f"{name}:{number}", number))
+            raise PromptFileError(f"--prompts: {name} cannot be read ({error.strerror}); name a text file") from None
+    lines = islice(lines_of(data), max_prompts)
+    prompts = [_parse(line, f"{name}:{number}", number) for number, line in lines]
     if not prompts:
-        raise DoctorError(f"--prompts: {name} contains no prompt; write one per line, as text or as {SHAPE}")
+        raise PromptFileError(f"--prompts: {name} contains no prompt; write one per line, as text or as {SHAPE}")
     return prompts
 
 
 def _parse(data: bytes, where: str, number: int) -> Prompt:
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise DoctorError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    if not text.lstrip().startswith("{"):
-        return Prompt(where, number, text=text.rstrip("\r"))
-    try:
-        line = msgspec.json.decode(text, type=_Line)
-    except msgspec.DecodeError as error:
-        raise DoctorError(
-            f"{where}: no prompt ({error}); write {SHAPE}, or text that does not begin with a brace"
-        ) from None
+    line = parse_line(data, where, _Line, SHAPE)
     if (line.prompt is None) == (line.messages is None):
-        raise DoctorError(f"{where}: give either prompt or messages, as in {SHAPE}")
+        raise PromptFileError(f"{where}: give either prompt or messages, as in {SHAPE}")
     for name, value in (("prompt", line.prompt), ("messages", line.messages), ("completion", line.completion)):
         if value is not None and not value:
-            raise DoctorError(f"{where}: {name} is empty; fill it in or leave the line out")
+            raise PromptFileError(f"{where}: {name} is empty; fill it in or leave the line out")
     if line.max_tokens is not None and line.max_tokens < 1:
-        raise DoctorError(f"{where}: max_tokens is {line.max_tokens}; give at least 1")
+        raise PromptFileError(f"{where}: max_tokens is {line.max_tokens}; give at least 1")
     messages = None if line.messages is None else [{"role": m.role, "content": m.content} for m in line.messages]
     return Prompt(where, number, line.prompt, messages, line.completion, line.max_tokens)
