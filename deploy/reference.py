@@ -29,7 +29,8 @@ from hemostat.admin.app import create_app
 from hemostat.cli import commands
 from hemostat.commands.arguments import EXIT_INTERRUPTED, Parser
 from hemostat.config.fields import Section
-from hemostat.config.schema import ModelReference, Settings
+from hemostat.config.models import ModelReference
+from hemostat.config.schema import Settings
 from hemostat.control.process import EXIT_CODE_SUPERSEDED
 from hemostat.openai.routes import ROUTES, Support
 

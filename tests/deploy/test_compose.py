@@ -18,7 +18,8 @@ from tests.support.certificates import certificate
 from tests.support.paths import ROOT
 
 from hemostat.config.loading import load
-from hemostat.config.schema import Admin, Listen, Settings
+from hemostat.config.operation import Admin, Listen
+from hemostat.config.schema import Settings
 from hemostat.reference.hidden.pooling import POOLING_ARGUMENTS
 from hemostat.supervisor.role import Role
 from hemostat.supervisor.serve import with_role

@@ -24,7 +24,7 @@ from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.paths import ROOT
 
 from hemostat import __version__
-from hemostat.config.schema import Admin, Listen
+from hemostat.config.operation import Admin, Listen
 from hemostat_lab.demo.vllm_server import free_port
 
 MIDDLEWARE, ENGINE = ROOT / "deploy" / "Dockerfile", ROOT / "deploy" / "Dockerfile.engine"

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from tests.support.prometheus import ALERTMANAGER, CONFIG, RULES, RUNBOOK, command, needs, rules
 
-from hemostat.config.schema import Admin
+from hemostat.config.operation import Admin
 
 CASES = Path(__file__).with_name("alerts.yaml")
 ALERTS = {rule["alert"]: rule for rule in rules() if "alert" in rule}

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
+from hemostat.config.models import Reasoning
 from hemostat.config.reasoning_parsers import PARSERS
-from hemostat.config.schema import Reasoning, Settings
+from hemostat.config.schema import Settings
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.thinking_markers import find_markers
 from hemostat_calibration.reasoning import Thinking, find_thinking

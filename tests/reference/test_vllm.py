@@ -9,7 +9,7 @@ import pytest
 from pydantic import SecretStr
 from tests.support.fake_vllm import FakeVllm, running
 
-from hemostat.config.schema import Upstream
+from hemostat.config.models import Upstream
 from hemostat.reference import server as server_module
 from hemostat.reference import vllm as vllm_module
 from hemostat.reference.hidden.pooling import find_offer

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from tests.support.stores import DirectWrites
 
-from hemostat.config.schema import Upstream
+from hemostat.config.models import Upstream
 from hemostat.engines.engine import Engine, Health
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.reports import PluginReports

@@ -13,7 +13,7 @@ from enum import Enum, auto
 from fastapi import HTTPException, Request
 from pydantic import SecretStr
 
-from hemostat.config.schema import Admin
+from hemostat.config.operation import Admin
 
 
 class Access(Enum):

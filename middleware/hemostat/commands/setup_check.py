@@ -15,7 +15,8 @@ from hemostat.adapters.live.folders import CheckpointFolders, FolderError, find_
 from hemostat.adapters.serving.check import probe_adapters
 from hemostat.checkpoints import packages
 from hemostat.checkpoints.output_embedding import EmbeddingError
-from hemostat.config.schema import Admin, Settings
+from hemostat.config.operation import Admin
+from hemostat.config.schema import Settings
 from hemostat.ipc.addresses import ControlAddresses
 from hemostat.ipc.messages import NOT_ACTIVE, Stats
 from hemostat.ipc.relay_end import ControlLink

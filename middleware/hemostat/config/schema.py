@@ -1,4 +1,6 @@
-"""The sections of the configuration: their keys, types and defaults, and the checks of what fits together.
+"""The configuration: its sections with their keys, types and defaults, and the checks of what fits together.
+
+The sections about models are in `models`, and the ones about the processes themselves in `operation`.
 
 `make docs` writes the text below a field into docs/reference/settings.md. A `ClassVar` is not a setting: it is a
 constant of the section, with the reason why nobody has to set it."""
@@ -8,12 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     Field,
     SecretStr,
     field_serializer,
@@ -21,216 +22,24 @@ from pydantic import (
     model_validator,
 )
 
-from hemostat.config.client_limits import ClientLimits
-from hemostat.config.control import ControlSettings
 from hemostat.config.fields import (
-    Backend,
-    Device,
-    EnginesUrl,
     ExistingFile,
     ExistingFolder,
     Fraction,
-    Host,
     Mode,
     ModelName,
-    Port,
-    Secret,
     Section,
-    ServerUrl,
-    TokenId,
     header_name,
     is_loopback,
-    text_is_model,
 )
-from hemostat.config.observability import Log, Tracing
-from hemostat.config.reasoning_parsers import PARSERS
+from hemostat.config.models import ModelReference, Reasoning, Reference, Upstream
+from hemostat.config.operation import Admin, ClientLimits, ControlSettings, Limits, Listen, Log, Tracing
 from hemostat.config.store_url import split_store_url
 from hemostat.config.text import short_repr
 from hemostat_calibration.messages import shown_address
 
 MAX_LABELS = 32
-MAX_ENGINES = 64
-MAX_MODELS = 16
-"""The largest number of served models with references of their own. With backend transformers each different reference
-is a process. It holds its weights in memory from the moment when its model is first seen on the server."""
-
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-
-
-class Listen(Section):
-    """The data port, which clients use."""
-
-    host: Host = "0.0.0.0"  # noqa: S104  the proxy is what clients talk to
-    """The address that the data port listens on."""
-    port: Port = 8080
-    """The TCP port. 0 takes any free one."""
-
-
-class Admin(Section):
-    """The admin port: metrics, health, console, JSON."""
-
-    host: Host = "127.0.0.1"
-    """The address that the admin port listens on. An address other than loopback requires `token`."""
-    port: Port = 8081
-    """The TCP port. 0 takes any free one."""
-    token: Secret | None = None
-    """The admin token. Every request that changes state has to send it. If it is none, such requests are refused."""
-    token_file: ExistingFile | None = None
-    """A file that contains the token and nothing else, in place of `token`. It is read at the start and at SIGHUP."""
-    engine_token: Secret | None = None
-    """The token of the plugin in vLLM. The plugin can report and fetch profiles with it, and do nothing else. If it is
-    none, the plugin needs `token`."""
-    engine_token_file: ExistingFile | None = None
-    """A file that contains the engine token and nothing else, in place of `engine_token`. It is read at the start and
-    at SIGHUP."""
-    metrics_need_token: bool = False
-    """If it is true, `/metrics` requires the admin token, too."""
-    allowed_hosts: list[Host] = Field(default=[], max_length=64)
-    """The host names under which the port may be requested, in addition to IP addresses and localhost. If the list is
-    empty, no other name is accepted on loopback (against DNS rebinding), and any name elsewhere."""
-
-    @property
-    def names(self) -> list[str] | None:
-        """The accepted host names. None means all."""
-        return self.allowed_hosts if self.allowed_hosts or is_loopback(self.host) else None
-
-
-class Upstream(Section):
-    """The vLLM server, or several engines, with the compressed model. Exactly one of `url` and `urls` is required."""
-
-    url: EnginesUrl | None = None
-    """The address of the server: `http(s)://host:port`. With `dns+http(s)://name:port` there is an engine at each
-    address of the name."""
-    urls: list[ServerUrl] = Field(default=[], max_length=MAX_ENGINES)
-    """The addresses of several engines that serve the same models, in place of `url`. All of them use http, or all of
-    them https."""
-    api_key: Secret | None = None
-    """The API key that Hemostat sends with its own probes, and for a client that sends no Authorization header."""
-    api_key_file: ExistingFile | None = None
-    """A file that contains the key and nothing else, in place of `api_key`. It is read at the start and at SIGHUP."""
-    max_connections: int = Field(default=512, ge=1, le=65536)
-    """The largest number of connections from each relay process to each engine."""
-    affinity: bool = True
-    """If it is true, all requests of a conversation go to one engine, whose prefix cache has the beginning of the
-    conversation. If it is false, the engine of a sampled request is drawn at random, and Hemostat tests whether one
-    engine is an outlier."""
-    ca: ExistingFile | None = None
-    """A PEM file of the authority that signed the upstream's certificate."""
-    openai_sampling_defaults: bool = False
-    """Set this to true if vLLM runs with `--generation-config vllm`, or if the model's generation_config.json sets no
-    sampling parameter. Otherwise Hemostat knows the sampling parameters of a request only if the request sets all of
-    them. Other requests do not count for the estimate without truncation bias."""
-    allow_adapter_routes: bool = False
-    """If it is true, requests that load and unload LoRA adapters are relayed (`/v1/load_lora_adapter`,
-    `/v1/unload_lora_adapter`, `/adapters`). Otherwise they are answered with 403."""
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """The addresses of the engines, as they are configured."""
-        return (self.url,) if self.url is not None else tuple(self.urls)
-
-    @property
-    def servers(self) -> tuple[str, ...]:
-        """The addresses for requests of Hemostat's own. A name that stands for several engines reaches any one of
-        them."""
-        return tuple(address.removeprefix("dns+") for address in self.addresses)
-
-    @property
-    def resolves(self) -> bool:
-        """True if the engines are the addresses of a name."""
-        return self.url is not None and self.url.startswith("dns+")
-
-    def at(self, server: str) -> Upstream:
-        """Returns the same section with one of `servers` alone."""
-        return self.model_copy(update={"url": server, "urls": []})
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Upstream:
-        if (self.url is None) == (not self.urls):
-            raise ValueError("url or urls: give exactly one of them, like url: http://127.0.0.1:8000")
-        if len(set(self.urls)) < len(self.urls):
-            raise ValueError("urls: an address is listed twice")
-        if len({url.partition(":")[0] for url in self.urls}) > 1:
-            raise ValueError("urls: http and https do not go together; use one of them for all")
-        return self
-
-
-class ModelReference(Section):
-    """The reference of one served model. A string alone is its `model`."""
-
-    model: str = Field(min_length=1)
-    """The reference, as in `reference.model`."""
-    url: ServerUrl | None = None
-    """The server of this reference with backend vllm, in place of `reference.url`. `reference.api_key` is sent to it,
-    too."""
-    device: Device | None = None
-    """The device of this reference, in place of `reference.device`."""
-    folder: Path | None = None
-    """The folder of this reference's checkpoint with backend vllm, in place of `reference.folder`."""
-
-
-class Reference(Section):
-    """The uncompressed models."""
-
-    backend: Backend = "none"
-    """The way in which the reference is computed. With transformers it runs in a process of Hemostat's and gives the
-    full vocabulary. With vllm it is another server, which gives the full vocabulary if it is a pooling server, and
-    lists of ids otherwise. With none nothing is measured, and Hemostat is a relay only."""
-    model: str | None = Field(default=None, min_length=1)
-    """The reference of the upstream's first base model. With transformers it is a folder or a hub name, and is
-    required. With vllm it is the served name; none means the server's first one."""
-    models: dict[ModelName, Annotated[ModelReference, BeforeValidator(text_is_model)]] = Field(
-        default={}, max_length=MAX_MODELS
-    )
-    """The references of a server with several base models, in place of `model`: served name → reference. A base model
-    that is not named is neither scored nor treated."""
-    url: ServerUrl | None = None
-    """The address of the reference's server, which backend vllm requires."""
-    api_key: Secret | None = None
-    """The API key that is sent to the reference's server with backend vllm."""
-    api_key_file: ExistingFile | None = None
-    """A file that contains the key and nothing else, in place of `api_key`. It is read at the start and at SIGHUP."""
-    folder: Path | None = None
-    """The folder of the reference's checkpoint (config.json and safetensors) with backend vllm, or a hub cache that
-    has it. The hidden states of a pooling server need its output embedding, and adapters are made from all of it. If
-    it is none, Hemostat uses the path that the server names, provided that it exists on this machine. The folder may
-    appear after the start."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """The type of the weights with backend transformers. auto takes the type of the checkpoint."""
-    device: Device = "auto"
-    """The torch device. With transformers the model is on it. With vllm it computes the products of hidden states and
-    the output embedding. auto takes a CUDA device that has enough free memory and no other process, else the CPU; the
-    log and `hemostat check` say which one, and why."""
-    threads: int | None = Field(default=None, ge=1, le=1024)
-    """The number of CPU threads of each process that computes for a reference. none takes half of the cores."""
-
-
-class Reasoning(Section):
-    """The recognition of a reasoning model's thinking: by the ids of its start and end markers."""
-
-    parser: str = "auto"
-    """The name of vLLM's `--reasoning-parser`, whose markers the server's tokenizer turns into ids. auto takes markers
-    that are single tokens of the vocabulary. With none, thinking is not distinguished. `hemostat check` prints the
-    markers.
-    """
-    start: list[TokenId] = Field(default=[], max_length=32)
-    """The ids of the start marker, in place of the marker of `parser`."""
-    end: list[TokenId] = Field(default=[], max_length=32)
-    """The ids of the end marker. They are required with `start`."""
-
-    @field_validator("parser")
-    @classmethod
-    def _known_parser(cls, value: str) -> str:
-        if value not in {"auto", "none", *PARSERS}:
-            known = f"auto, none, {', '.join(PARSERS)}"
-            raise ValueError(f"{short_repr(value)} is none of {known}; for another one set reasoning.start and end")
-        return value
-
-    @model_validator(mode="after")
-    def _both(self) -> Reasoning:
-        if self.start and not self.end:
-            raise ValueError("end: required with reasoning.start; the ids of the end marker")
-        return self
 
 
 class Shadow(Section):
@@ -387,18 +196,6 @@ class Records(Section):
     """The file that scored requests are written to. **Token ids are text**, so none is written by default. If the disk
     is full, records are lost and counted, and no half lines are left. Writing is tried again after 1 s, then up to 60
     s."""
-
-
-class Limits(Section):
-    """The limits of what clients may send, and of how much of a relay process they may use."""
-
-    buffered_bytes: int = Field(default=128 * 1024 * 1024, ge=1024 * 1024)
-    """The memory of one relay process for heads and bodies, for requests that wait for a connection, and (up to a
-    quarter of it) for copies that may have to be sent again. Beyond it, requests of the client that holds most are
-    answered with 503."""
-    connections_per_client: int = Field(default=8_192, ge=1, le=16_384)
-    """The largest number of connections from one address (IPv6: one /64 network). Behind a load balancer all clients
-    have its address: set it to 16384 there, which is what a relay process accepts of all clients."""
 
 
 class Alarm(Section):

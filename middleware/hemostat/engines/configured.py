@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
-from hemostat.config.schema import MAX_ENGINES, Upstream
+from hemostat.config.models import MAX_ENGINES, Upstream
 from hemostat.ipc.messages import EngineHealth
 from hemostat.ipc.origin import Lookup, parse_origin
 from hemostat_calibration.messages import shown_address

@@ -21,7 +21,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-from hemostat.config.schema import Upstream
+from hemostat.config.models import Upstream
 from hemostat.engines.configured import ConfiguredEngines
 from hemostat.engines.engine import Engine, EnginePart, Health, P
 from hemostat.engines.identification import Identification

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hemostat.config.schema import ModelReference, Settings
+from hemostat.config.models import ModelReference
+from hemostat.config.schema import Settings
 from hemostat.reference.protocol import Reference
 from hemostat.reference.references import References
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hemostat.config.schema import Upstream
+from hemostat.config.models import Upstream
 from hemostat.reference.hidden.probe import TEXT
 from hemostat.reference.protocol import FailureReason, Offer, Reference, ReferenceFailure, ReferenceInfo, ScoreRequest
 from hemostat.reference.server import Refused, VllmServer

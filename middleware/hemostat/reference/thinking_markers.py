@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from hemostat.config.models import Reasoning
 from hemostat.config.reasoning_parsers import PARSERS, SINGLE, Texts
-from hemostat.config.schema import Reasoning
 from hemostat.reference.protocol import ReferenceFailure
 from hemostat_calibration.reasoning import MAX_IDS, MAX_SEQUENCES, Markers, Sequences
 

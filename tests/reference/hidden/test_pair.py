@@ -15,7 +15,8 @@ from tests.support.fake_vllm import FakeVllm, running
 from tests.support.fake_vllm.pooling import FakePooling
 
 from hemostat.commands.setup_check import check, table
-from hemostat.config.schema import Settings, Upstream
+from hemostat.config.models import Upstream
+from hemostat.config.schema import Settings
 from hemostat.reference import match as match_module
 from hemostat.reference.configured import make_references
 from hemostat.reference.hidden.pooling import POOLING_FLAGS

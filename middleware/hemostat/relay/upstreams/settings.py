@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class UpstreamSettings:
-    """The settings of `config.schema.Upstream`, and constants. Times are in seconds."""
+    """The settings of `config.models.Upstream`, and constants. Times are in seconds."""
 
     urls: tuple[str, ...]
     """The URLs of the engines; or one with the prefix DNS."""

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from pydantic import SecretStr
 
-from hemostat.config.schema import Upstream
+from hemostat.config.models import Upstream
 from hemostat.reference.match import compare
 from hemostat.reference.on_server import ServerReference
 from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ScoreRequest
