@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hemostat_lab.doctor.axes import Axis
+from hemostat_lab.doctor.options import Axis
 from hemostat_lab.doctor.pair import FLOOR, Scored
 from hemostat_lab.doctor.sweep.outcomes import Outcome
 from hemostat_lab.doctor.sweep.points import FULL_BITS, PLAIN, UNCHANGED, Point, grid, lines

@@ -20,12 +20,12 @@ from safetensors import safe_open  # noqa: E402
 from hemostat_calibration.errors import HemostatError  # noqa: E402
 from hemostat_lab.compression.calibrated import Calibrated, Calibration  # noqa: E402
 from hemostat_lab.compression.checkpoint_writer import BuildEnvironment, compress_with  # noqa: E402
+from hemostat_lab.compression.fisher_information import measure_token_weights  # noqa: E402
 from hemostat_lab.compression.formats import Quantized, WeightFormat, on_grid, restored, stored  # noqa: E402
 from hemostat_lab.compression.frame import STAGE, Run, Source, compress_layers  # noqa: E402
 from hemostat_lab.compression.methods import nearest, without_texts  # noqa: E402
 from hemostat_lab.compression.pruning.masks import Pattern  # noqa: E402
 from hemostat_lab.compression.tensor_files import TensorFiles  # noqa: E402
-from hemostat_lab.compression.token_weights import measure_token_weights  # noqa: E402
 from hemostat_lab.models import work_folder  # noqa: E402
 from hemostat_lab.models.checkpoint import Checkpoint  # noqa: E402
 from hemostat_lab.models.checkpoint_folders import CompressError, is_complete  # noqa: E402

@@ -21,7 +21,7 @@ from hemostat_lab.compression.frame import Method, Run, Source, compress_layers 
 from hemostat_lab.compression.methods import by_name  # noqa: E402
 from hemostat_lab.compression.pruning import method  # noqa: E402
 from hemostat_lab.compression.pruning.compensation import shrunk  # noqa: E402
-from hemostat_lab.compression.pruning.gradients import measure_gradients, stored_gradients  # noqa: E402
+from hemostat_lab.compression.pruning.dense_model import measure_gradients, stored_gradients  # noqa: E402
 from hemostat_lab.compression.pruning.masks import Pattern  # noqa: E402
 from hemostat_lab.compression.pruning.method import PruneMethod, PruneOptions, pathway_lines  # noqa: E402
 from hemostat_lab.compression.pruning.rows import find_units  # noqa: E402

@@ -151,7 +151,7 @@ def _axes(text: str) -> tuple[str, ...]:
 
 def _run(options: argparse.Namespace) -> int:
     from hemostat_lab.doctor import DoctorOptions, run  # noqa: PLC0415
-    from hemostat_lab.doctor.axes import Axis  # noqa: PLC0415
+    from hemostat_lab.doctor.options import Axis  # noqa: PLC0415
 
     if options.compressed is None:
         if not options.sweep:

@@ -12,7 +12,13 @@ import torch
 
 from hemostat_lab.compression.equivalent import awq_scale, scale_layer, smooth_scale
 from hemostat_lab.compression.error_compensation import Grid, descend, gptq, quadratic_error, refit_scales
-from hemostat_lab.compression.fisher_information import measure_totals, stored_totals
+from hemostat_lab.compression.fisher_information import (
+    measure_token_weights,
+    measure_totals,
+    stored_totals,
+    token_weights,
+    weighted_moments,
+)
 from hemostat_lab.compression.formats import FP4, Quantized, WeightFormat, on_grid, snapped_scale
 from hemostat_lab.compression.frame import LayerData, LayerResult, Run, Source
 from hemostat_lab.compression.input_moments import InputMoments
@@ -21,11 +27,6 @@ from hemostat_lab.compression.plan import DENSE_BITS, PACKED_BITS, LayerPlan, Pl
 from hemostat_lab.compression.pruning.masks import Pattern
 from hemostat_lab.compression.pruning.weights import prune_weight
 from hemostat_lab.compression.rounding import clipped_scale, e2m1_scale, weight_groups
-from hemostat_lab.compression.token_weights import (
-    measure_token_weights,
-    token_weights,
-    weighted_moments,
-)
 from hemostat_lab.models.checkpoint_folders import CompressError
 
 REFITS = 2

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from hemostat_lab.compression.fisher_information import WeightedMoments
 from hemostat_lab.compression.formats import FP4, WeightFormat, snapped_scale
 from hemostat_lab.compression.frame import LayerData
 from hemostat_lab.compression.rounding import E2M1_LARGEST, highest_integer, round_to_steps, weight_groups
-from hemostat_lab.compression.token_weights import WeightedMoments
 from hemostat_lab.models.activations import Batch, forward_hooks, valid_rows
 from hemostat_lab.models.skeleton import Inputs, consumers, norm_offset, round_to_e2m1, rounded_inputs
 

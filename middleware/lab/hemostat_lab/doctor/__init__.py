@@ -1,6 +1,5 @@
 """`hemostat doctor`: the offline report on a compressed model and its reference.
 
-axes          the axes of a sweep (`hemostat doctor --sweep`)
 causes        why the compressed model differs
 checkpoints   two transformers checkpoints in this process, at full vocabulary
 classes       the class of a token, from its text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,6 @@ from hemostat.report.written_files import other_content
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import shown_address
 from hemostat_lab.compression.plan import SCHEMA
-from hemostat_lab.doctor.axes import Axis
 
 REFERENCE_KEY, COMPRESSED_KEY = "HEMOSTAT_REFERENCE__API_KEY", "HEMOSTAT_UPSTREAM__API_KEY"
 """Variables of the environment with the servers' keys."""
@@ -27,6 +27,16 @@ Decoding = Literal["sampled", "greedy", "given"]
 
 class DoctorError(HemostatError):
     """The report cannot be made; the text is one line with the correction."""
+
+
+class Axis(StrEnum):
+    """The axes of a sweep (`hemostat doctor --sweep`)."""
+
+    BITS = "bits"
+    SPARSITY = "sparsity"
+    STRUCTURE = "structure"
+    DECODING = "decoding"
+    COMBINATIONS = "combinations"
 
 
 @dataclass(frozen=True, slots=True)

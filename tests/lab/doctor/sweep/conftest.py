@@ -8,7 +8,7 @@ import pytest
 from tests.support.doctor import TinyPair
 
 from hemostat_lab.doctor import DoctorOptions
-from hemostat_lab.doctor.axes import Axis
+from hemostat_lab.doctor.options import Axis
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from hemostat_lab.doctor import DoctorOptions, run
-from hemostat_lab.doctor.axes import Axis
-from hemostat_lab.doctor.options import DoctorError
+from hemostat_lab.doctor.options import Axis, DoctorError
 from hemostat_lab.doctor.pair import encode
 from hemostat_lab.doctor.prompts import load
 from hemostat_lab.doctor.sweep.points import PLAIN, UNCHANGED, Change, Drawing, Point, grid

@@ -20,17 +20,18 @@ from hemostat import cli
 from hemostat.report.progress import Reporter
 from hemostat_lab.commands.doctor import SWEEP_AXES
 from hemostat_lab.doctor import html
-from hemostat_lab.doctor.axes import Axis
 from hemostat_lab.doctor.main import show
+from hemostat_lab.doctor.options import Axis
 from hemostat_lab.doctor.sweep import terminal
 from hemostat_lab.doctor.sweep.analysis import (
     equal_size,
     near_front,
     pareto_front,
+    promoted,
+    rungs,
     statements,
     threshold,
 )
-from hemostat_lab.doctor.sweep.halving import promoted, rungs
 from hemostat_lab.doctor.sweep.outcomes import Task, json_object, judge, tasks
 from hemostat_lab.doctor.sweep.plots import Mark, Scatter, curve_plot, scatter_plot
 from hemostat_lab.doctor.sweep.points import (

@@ -1,8 +1,7 @@
 """Pruning of linear layers: scores from activations and gradients, masks, and weights that make up for dropped ones.
 
 compensation  the weights that stay take over what the dropped ones did
-dense_inputs  what a layer's linear layers read in the dense model, and behind pruned layers
-gradients     what pruning needs of the dense model
+dense_model   what pruning measures of the dense model: gradients, losses, inputs
 masks         which weights of one layer are kept
 method        pruning as a method of compression
 rows          whole neurons and heads

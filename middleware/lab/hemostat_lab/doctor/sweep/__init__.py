@@ -1,8 +1,7 @@
 """`hemostat doctor --sweep`: one model at many settings of compression, structure and decoding, and its thresholds.
 
 alterations  what a point does to a model in memory: to its weights, its layers and its decoding
-analysis     thresholds, the paper's statements and the Pareto front, from what has been measured
-halving      successive halving: which points are measured on more texts
+analysis     thresholds, the paper's statements and the Pareto front, and which points are measured on more texts
 measuring    one loaded model at each point, over the same texts
 outcomes     outcomes: prompts with known answers (`outcomes.jsonl`) and whether a response has them
 page         the sweep's section of the HTML page

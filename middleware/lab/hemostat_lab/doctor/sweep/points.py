@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
-from hemostat_lab.doctor.axes import Axis
+from hemostat_lab.doctor.options import Axis
 
 Pattern = Literal["unstructured", "n:4", "rows"]
 FULL_BITS = 16

@@ -21,8 +21,7 @@ from hemostat_lab.doctor.options import DoctorError, DoctorOptions
 from hemostat_lab.doctor.pair import Ids, Job, encode, jobs_digest
 from hemostat_lab.doctor.prompts import Prompt
 from hemostat_lab.doctor.sweep.alterations import NotApplicableError, check, stored_share
-from hemostat_lab.doctor.sweep.analysis import Statement, Threshold, statements, threshold
-from hemostat_lab.doctor.sweep.halving import promoted, rungs
+from hemostat_lab.doctor.sweep.analysis import Statement, Threshold, promoted, rungs, statements, threshold
 from hemostat_lab.doctor.sweep.measuring import Block, Measured, SweptModel
 from hemostat_lab.doctor.sweep.outcomes import Task, tasks
 from hemostat_lab.doctor.sweep.points import UNCHANGED, Line, Point, grid, lines
