@@ -61,8 +61,7 @@ def say(text: str) -> None:
 def head_child(vocab_size: int, width: int, library: str, tokens: int) -> None:
     """In a process of its own, with one thread: prints JSON."""
     from hemostat.reference import worker_messages
-    from hemostat.reference.hidden.final_map import FinalMap
-    from hemostat.reference.hidden.head import OutputHead
+    from hemostat.reference.hidden.head import FinalMap, OutputHead
     from hemostat.reference.hidden.products import NumpyProducts, TorchProducts
 
     rng = np.random.default_rng(0)

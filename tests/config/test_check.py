@@ -26,7 +26,7 @@ from hemostat.config.schema import Settings
 from hemostat.ipc.addresses import server_context
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.relay_listener import RelayListener, Security
-from hemostat.reference.itself import same_model
+from hemostat.reference.match import served_as_reference
 from hemostat.reference.protocol import ReferenceInfo
 from hemostat.reference.server import VllmServer
 from hemostat_lab.compression.checkpoint_writer import compress
@@ -271,8 +271,8 @@ async def test_the_reference_has_other_files_than_the_served_model(copied: bool,
     info = ReferenceInfo("m", "", "bfloat16", 100, full_vocabulary=True, folder=other)
     async with running(FakeVllm(root=str(served))) as ours:
         server = VllmServer(ours.url)
-        same = await same_model(info, None, server, "fake")
-        loaded = await same_model(replace(info, folder=served), None, server, "fake")
+        same = await served_as_reference(info, None, server, "fake")
+        loaded = await served_as_reference(replace(info, folder=served), None, server, "fake")
         await server.close()
     assert same == (f"the upstream loaded fake from {served}, which has the same files as {other}" if copied else "")
     assert loaded == f"the upstream loaded fake from {served}, which has the same files as {served}"

@@ -15,10 +15,10 @@ from tests.support.fake_vllm import FakeVllm, serving
 
 from hemostat.config.schema import Settings
 from hemostat.reference import device, worker, worker_messages
-from hemostat.reference.configured import make_references
 from hemostat.reference.device import IDLE_BYTES, RESERVE_BYTES, CudaDevice, choose, look
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ReferenceState
+from hemostat.reference.references import make_references
 from hemostat.reference.server import VllmServer
 from hemostat.reference.transformers import TransformersReference
 from hemostat_lab.demo.vllm_server import free_port

@@ -23,8 +23,8 @@ from tests.support.temperature_bias import temperature_bias
 
 from hemostat.checkpoints.output_embedding import load as load_embedding
 from hemostat.config.schema import Settings
-from hemostat.reference.configured import make_references
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores, ScoreRequest
+from hemostat.reference.references import make_references
 from hemostat.reference.transformers import TransformersReference
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.profiles.profile import CalibrationProfile

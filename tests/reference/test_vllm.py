@@ -13,8 +13,7 @@ from hemostat.config.models import Upstream
 from hemostat.reference import server as server_module
 from hemostat.reference import vllm as vllm_module
 from hemostat.reference.hidden.pooling import find_offer
-from hemostat.reference.match import compare
-from hemostat.reference.probed_scores import same_weights
+from hemostat.reference.match import compare, same_weights
 from hemostat.reference.protocol import FailureReason, Offer, ReferenceFailure, ScoreRequest
 from hemostat.reference.server import VllmServer
 from hemostat.reference.transformers import TransformersReference

@@ -20,16 +20,14 @@ from hemostat.config.schema import Settings
 from hemostat.ipc.addresses import ControlAddresses
 from hemostat.ipc.messages import NOT_ACTIVE, Stats
 from hemostat.ipc.relay_end import ControlLink
-from hemostat.reference.configured import make_references
 from hemostat.reference.engines import other_engines
 from hemostat.reference.hidden.folders import find_checkpoint
-from hemostat.reference.itself import same_model
 from hemostat.reference.listing import served_pairs, without_own
-from hemostat.reference.match import compare
+from hemostat.reference.match import compare, served_as_reference
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.probes import SPECULATES, Finding, State, plugin_of, probe_shadowing, speculates
 from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure, ReferenceInfo, ScoreRequest
-from hemostat.reference.references import References
+from hemostat.reference.references import References, make_references
 from hemostat.reference.server import Refused, VllmServer
 from hemostat.reference.thinking_markers import find_markers
 from hemostat.store.factory import open_store
@@ -374,7 +372,7 @@ async def _served_model_itself(info: ReferenceInfo, settings: Settings, served: 
     upstream = settings.upstream
     server = VllmServer(upstream.servers[0], upstream.api_key, ca=upstream.ca)
     try:
-        return await same_model(info, url if settings.reference.backend == "vllm" else None, server, served)
+        return await served_as_reference(info, url if settings.reference.backend == "vllm" else None, server, served)
     except ReferenceFailure:
         return ""  # the next probe says that it does not answer
     finally:

@@ -51,8 +51,8 @@ from hemostat.metrics.collector import HemostatCollector
 from hemostat.metrics.reasons import Unscored
 from hemostat.metrics.samples import AnySample
 from hemostat.profiles.manager import ProfileManager
-from hemostat.reference.configured import make_compressed_scorer, make_references
 from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.reference.references import make_compressed_scorer, make_references
 from hemostat.scored_record import RecordConsumer
 from hemostat.scoring import prompt_templates
 from hemostat.scoring.consumers import Calibration, NoiseFloorOffers, Texts, Traces

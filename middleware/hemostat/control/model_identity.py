@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 
 import msgspec
 
+from hemostat.reference.match import same_weights
 from hemostat.reference.pair import ModelPair
-from hemostat.reference.probed_scores import same_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class ModelIdentity:
     """The fingerprint of the compressed weights: `engines.reports.ServedWeights`."""
     probe: tuple[float, ...] = ()
     """The scores of fixed texts on the reference, if its digest does not say what its weights are
-    (`reference.probed_scores`). It is compared within the noise of a server."""
+    (`reference.match.probed_scores`). It is compared within the noise of a server."""
 
     def agrees_with(self, other: ModelIdentity) -> bool:
         """Returns True if whatever both know is equal, and both probes are of the same weights.

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import msgspec
 
-from hemostat.reference.probed_scores import mean_difference, probed_scores
+from hemostat.reference.match import mean_difference, probed_scores
 from hemostat.reference.protocol import ReferenceFailure
 from hemostat.reference.server import ModelCard, VllmServer
 

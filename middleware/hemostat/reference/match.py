@@ -1,15 +1,27 @@
-"""Do the two models use the same token ids? Scores over another vocabulary would be meaningless."""
+"""Compares models by what their servers answer.
+
+Do the two models use the same token ids? Scores over another vocabulary would be meaningless. Is the reference the
+served model itself? Then every divergence would be of a model from itself. Are the weights behind a served name still
+the same? A generating server says nothing of its weights but a name and a path, and both stay when another checkpoint
+is loaded. So fixed texts are scored, and compared with what they gave before.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import numpy as np
 
+from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.config.models import Upstream
 from hemostat.reference.hidden.probe import TEXT
 from hemostat.reference.protocol import FailureReason, Offer, Reference, ReferenceFailure, ReferenceInfo, ScoreRequest
-from hemostat.reference.server import Refused, VllmServer
+from hemostat.reference.server import ModelCard, Refused, VllmServer
 
 MAX_LESS_LIKELY_NATS = 0.5
 """The largest amount, per token on average, by which a plain text may be less likely under a reference than under its
@@ -134,3 +146,73 @@ def _difference(ours: list[int], theirs: list[int]) -> str:
     at = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     a, b = (str(ids[at]) if at < len(ids) else "nothing" for ids in (ours, theirs))
     return f"differ from token {at} on ({a} against {b})"
+
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+async def served_as_reference(info: ReferenceInfo, url: str | None, server: VllmServer, served: str) -> str:
+    """Returns how it is known that `served` on the upstream `server` is the reference `info`; "" if nothing says so.
+
+    url: the URL of the reference, if it is a server. Raises ReferenceFailure if the upstream could not be asked.
+    """
+    if url is not None and info.model == served and await asyncio.to_thread(_same_address, url, server.url):
+        return f"{url} is the upstream, and serves the same model"
+    root = (await server.model(served)).root or ""
+    if info.folder is None or not await asyncio.to_thread(_same_files, str(info.folder), root):
+        return ""
+    return f"the upstream loaded {served} from {root}, which has the same files as {info.folder}"
+
+
+def _same_files(first: str, other: str) -> bool:
+    """Returns True if two folders have the same files; False if one of them is not a folder on this machine."""
+    if not (os.path.isdir(first) and os.path.isdir(other)):
+        return False
+    return os.path.samefile(first, other) or checkpoint_digest(first, None) == checkpoint_digest(other, None)
+
+
+def _same_address(first: str, other: str) -> bool:
+    return first == other or bool(_addresses(first) & _addresses(other))
+
+
+def _addresses(url: str) -> set[object]:
+    parts = urlsplit(url)
+    try:
+        result = socket.getaddrinfo(parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme], type=socket.SOCK_STREAM)
+    except OSError:
+        return set()
+    return {address[:2] for *_, address in result}
+
+
+PROBE_SECONDS = 300.0
+"""The time between two probes, while requests are scored."""
+MAX_PROBE_TOKENS = 64
+"""The largest number of tokens of each text that are scored."""
+
+
+async def probed_scores(server: VllmServer, card: ModelCard) -> tuple[float, ...]:
+    """Returns the log-probabilities of the tokens of both texts, nats. Raises ReferenceFailure."""
+    limit = min(MAX_PROBE_TOKENS, (card.max_model_len or MAX_PROBE_TOKENS) - 1)
+    scores: list[float] = []
+    for text in (TEXT, PROBE_TEXT):
+        ids = await server.tokenize(card.id, text)
+        scores += await server.prompt_logprobs(card.id, ids[:limit])
+    return tuple(scores)
+
+
+def mean_difference(before: Sequence[float], now: Sequence[float]) -> float:
+    """Returns the mean absolute difference of two probes, nats; infinite if they are of different numbers of tokens."""
+    if len(before) != len(now) or not before:
+        return float("inf")
+    return sum(abs(a - b) for a, b in zip(before, now, strict=True)) / len(before)
+
+
+def same_weights(before: Sequence[float], now: Sequence[float]) -> bool:
+    """Returns True if two probes are of the same weights. They are as noisy as a server: the same tokens in batches of
+    other shapes differ by about 0.01 nats in bfloat16, and other weights by more than MAX_SAME_NATS. A change of the
+    weights that moves the log-probabilities by less is not seen.
+
+    >>> same_weights([-1.0, -2.0], [-1.02, -1.99]), same_weights([-1.0, -2.0], [-1.4, -2.0])
+    (True, False)
+    """
+    return mean_difference(before, now) <= MAX_SAME_NATS

@@ -11,8 +11,7 @@ import msgspec
 import numpy as np
 from pydantic import SecretStr
 
-from hemostat.reference.match import MAX_SAME_NATS
-from hemostat.reference.probed_scores import PROBE_SECONDS, mean_difference, probed_scores, same_weights
+from hemostat.reference.match import MAX_SAME_NATS, PROBE_SECONDS, mean_difference, probed_scores, same_weights
 from hemostat.reference.protocol import (
     FailureReason,
     ReferenceFailure,

@@ -13,8 +13,7 @@ from tests.support.engine_profiles import make_contextual
 from tests.support.records import Truth, log_softmax, make_record
 
 from hemostat.measurement.measurements import Measurements
-from hemostat.reference.hidden.final_map import FinalMap
-from hemostat.reference.hidden.head import OutputHead
+from hemostat.reference.hidden.head import FinalMap, OutputHead
 from hemostat.relay.upstreams.balancer import Balancer
 from hemostat_calibration.adapters.correction import low_rank
 from hemostat_calibration.adapters.gram import FullGram

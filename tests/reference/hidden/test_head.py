@@ -12,10 +12,9 @@ from tests.support.fake_vllm.pooling import FakePooling, as_float, bfloat16
 
 from hemostat.checkpoints.output_embedding import EmbeddingError
 from hemostat.reference.full_scores import Basis, ExactScores
-from hemostat.reference.hidden import numpy_scores
-from hemostat.reference.hidden.final_map import FinalMap, NotModelled, read_final_map
-from hemostat.reference.hidden.head import TorchHead, open_head
+from hemostat.reference.hidden.head import FinalMap, NotModelled, TorchHead, open_head, read_final_map
 from hemostat.reference.hidden.probe import TEXT, fit_of_head
+from hemostat.reference.hidden.products import numpy_scores
 from hemostat_calibration.allowed_sets import AllowedSets
 
 HEADS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -58,7 +57,7 @@ def test_what_the_configuration_leaves_out_is_found_by_the_probe(name: str, tmp_
     def fit() -> str:
         head = open_head(folder)
         nothing = np.full((len(ids) - 1, 1), -1, np.int32)
-        result = numpy_scores.scores_of(lambda rows: head.logits(as_float(states[rows])), 512, ids[1:], nothing, {}, {})
+        result = numpy_scores(lambda rows: head.logits(as_float(states[rows])), 512, ids[1:], nothing, {}, {})
         return fit_of_head(result.emitted, result.entropy, 512)
 
     assert fit() == ""
@@ -82,7 +81,7 @@ def test_another_models_head_is_found_by_the_probe(tmp_path: Path) -> None:
     for other in (rng.permutation(fake.weight.reshape(-1)).reshape(fake.weight.shape), fake.weight[::-1]):
         fake_states = as_float(fake.states(ids[:-1].tolist()))
         z = fake_states @ np.ascontiguousarray(other).T
-        result = numpy_scores.scores_of(lambda rows, z=z: z[rows].copy(), 512, ids[1:], nothing, {}, {})
+        result = numpy_scores(lambda rows, z=z: z[rows].copy(), 512, ids[1:], nothing, {}, {})
         assert "another model" in fit_of_head(result.emitted, result.entropy, 512)
 
 
@@ -151,7 +150,7 @@ def test_numpy_gives_the_scores_that_torch_gives(constrained: bool, monkeypatch:
         for name in ("basis", "flat"):
             np.testing.assert_allclose(ours.expected[name], theirs.expected[name], atol=1e-5)
 
-    ours = numpy_scores.scores_of(
+    ours = numpy_scores(
         lambda rows: z[rows].copy(),
         size,
         output,
@@ -172,7 +171,7 @@ def test_numpy_gives_the_scores_that_torch_gives(constrained: bool, monkeypatch:
     equal(ours, theirs)
     assert constrained == bool((ours.top_ids < 0).any() or np.isinf(ours.at[ids >= 0]).any())
     with pytest.raises(ValueError, match="vocabulary of 97"):
-        numpy_scores.scores_of(lambda rows: z[rows], size, output + 97, ids, {}, {})
+        numpy_scores(lambda rows: z[rows], size, output + 97, ids, {}, {})
 
 
 def test_bfloat16_is_rounded_to_the_nearest() -> None:

@@ -18,13 +18,13 @@ from hemostat.commands.setup_check import check, table
 from hemostat.config.models import Upstream
 from hemostat.config.schema import Settings
 from hemostat.reference import match as match_module
-from hemostat.reference.configured import make_references
 from hemostat.reference.hidden.pooling import POOLING_FLAGS
 from hemostat.reference.hidden.probe import TEXT
 from hemostat.reference.match import compare
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.on_server import ServerReference
 from hemostat.reference.pair import ReferenceState
+from hemostat.reference.references import make_references
 
 REFERENCE_LINE = re.compile(r"\S+ +reference  ")
 
