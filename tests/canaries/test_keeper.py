@@ -16,7 +16,7 @@ from hemostat.canaries import client, variants
 from hemostat.canaries.engine import STATES_KEY
 from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS
 from hemostat.canaries.replay import FIRST_SECONDS
-from hemostat.canaries.sets import MAX_SETS, Sets
+from hemostat.canaries.states import MAX_SETS, Sets
 from hemostat.engines.messages import RankReport
 from hemostat.metrics import names
 from hemostat_calibration import canary_cause

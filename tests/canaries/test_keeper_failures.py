@@ -18,7 +18,7 @@ from hemostat.canaries.engine import STATES_KEY
 from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS
 from hemostat.canaries.replay import FIRST_SECONDS
 from hemostat.canaries.schedule import RETRY_SECONDS
-from hemostat.canaries.sets import BLOB_KEY
+from hemostat.canaries.states import BLOB_KEY
 from hemostat.engines.messages import RankReport
 from hemostat.metrics import names
 from hemostat.reference.pair import ReferenceState

@@ -15,7 +15,7 @@ from tests.support.waiting import until
 
 from hemostat.canaries.engine import STATES_KEY, EngineCanaries
 from hemostat.canaries.keeper import Canaries
-from hemostat.canaries.sets import BLOB_KEY
+from hemostat.canaries.states import BLOB_KEY
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.reports import PluginReports
 from hemostat.ipc.messages import EngineHealth

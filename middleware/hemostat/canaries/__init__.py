@@ -9,7 +9,6 @@ prompts   the prompts of canaries
 replay    the requests to an engine: a set is taken, replayed and explained
 report    the output of canaries: statements, the report of the admin port, and metrics
 schedule  the times at which an engine is asked
-sets      the sets of canaries that are in force, and in the store
 states    the states of the canaries of every engine, and the part of them that outlasts the control process
 variants  the same tokens on an engine in variants, for the cause of a change
 """

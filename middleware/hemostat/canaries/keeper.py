@@ -22,8 +22,7 @@ from hemostat.canaries.prompts import load
 from hemostat.canaries.replay import FIRST_SECONDS, Replays
 from hemostat.canaries.report import CanaryReport
 from hemostat.canaries.schedule import Schedule
-from hemostat.canaries.sets import BLOB_KEY, Sets
-from hemostat.canaries.states import CanaryStates
+from hemostat.canaries.states import BLOB_KEY, CanaryStates, Sets
 from hemostat.config.prompt_lines import PromptFileError
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry

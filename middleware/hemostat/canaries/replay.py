@@ -18,8 +18,7 @@ from hemostat.canaries.engine import (
 from hemostat.canaries.judge import Judge
 from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS
 from hemostat.canaries.prompts import Prompts
-from hemostat.canaries.sets import Sets
-from hemostat.canaries.states import CanaryStates
+from hemostat.canaries.states import CanaryStates, Sets
 from hemostat.canaries.variants import cost
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ReferenceState

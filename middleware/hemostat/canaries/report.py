@@ -10,8 +10,7 @@ from hemostat.canaries.engine import (
     ENGINES,
 )
 from hemostat.canaries.judge import Judge, figures
-from hemostat.canaries.sets import Sets
-from hemostat.canaries.states import CanaryStates
+from hemostat.canaries.states import CanaryStates, Sets
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 

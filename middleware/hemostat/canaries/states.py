@@ -1,9 +1,9 @@
-"""The states of the canaries of every engine, and the part of them that outlasts the control process."""
+"""The sets of canaries that are in force, the states of every engine, and what of both outlasts the control process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from hemostat.canaries.engine import (
     STATES_KEY,
@@ -14,11 +14,56 @@ from hemostat.canaries.engine import (
     served,
 )
 from hemostat.canaries.pace import HOUR_SECONDS, PaceState
-from hemostat.canaries.sets import SCHEMA
 from hemostat.engines.registry import EngineRegistry
-from hemostat.store.protocol import StoreWrites
+from hemostat.store.protocol import BlobKey, StoreWrites
 from hemostat_calibration import state_codec
+from hemostat_calibration.canaries import CanarySet
 from hemostat_calibration.elapsed import TimeBreak
+
+BLOB_KEY = BlobKey("canaries")
+"""The key of the sets in the store's blobs."""
+SCHEMA = 2
+MAX_SETS = 33
+"""The largest number of sets, for the base model and adapters: beyond it the one that was taken first is forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    sets: Mapping[str, CanarySet] = field(default_factory=dict)
+    """The sets by served name, in the order in which they were taken: the base model's is the first."""
+
+
+class Sets:
+    """Owns the sets."""
+
+    def __init__(self, writes: StoreWrites) -> None:
+        self._writes = writes
+        self._sets: dict[str, CanarySet] = {}
+
+    @property
+    def base(self) -> CanarySet | None:
+        return next(iter(self._sets.values()), None)
+
+    def of(self, model: str) -> CanarySet | None:
+        return self._sets.get(model)
+
+    def put(self, taken: CanarySet) -> None:
+        self._sets[taken.origin.model] = taken
+        if len(self._sets) > MAX_SETS:
+            del self._sets[list(self._sets)[1]]
+        self._save()
+
+    def clear(self) -> None:
+        self._sets.clear()
+        self._save()
+
+    def restore(self, stored: bytes) -> None:
+        """Takes what an earlier run stored. Raises InvalidArgumentError."""
+        self._sets = dict(state_codec.decode(_Stored, stored, SCHEMA).sets)
+
+    def _save(self) -> None:
+        self._writes.put_blob(BLOB_KEY, state_codec.encode(_Stored(self._sets), SCHEMA))
+
 
 RECENT_SECONDS = 2 * HOUR_SECONDS
 """The age up to which replays of other engines are compared."""
