@@ -1,6 +1,9 @@
-"""Names for the array types that the core passes about."""
+"""Names for the array types that the core passes about, and the bytes of arrays as they are sent."""
 
 from __future__ import annotations
+
+from array import array
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +17,21 @@ Indices = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
 
 
-def frozen(array: Floats) -> Floats:
-    """Returns `array` itself, which is read-only from now on.
+def frozen(values: Floats) -> Floats:
+    """Returns `values` itself, which is read-only from now on.
 
     >>> frozen(np.zeros(2)).flags.writeable
     False
     """
-    array.flags.writeable = False
-    return array
+    values.flags.writeable = False
+    return values
+
+
+def little_endian(values: array[Any]) -> bytes:
+    """Returns the bytes of `values`, little-endian, as they are sent between processes; `values` stay as they are.
+
+    >>> little_endian(array("i", [1, -1]))[:4]
+    b'\\x01\\x00\\x00\\x00'
+    """
+    own = np.asarray(values)
+    return own.astype(own.dtype.newbyteorder("<"), copy=False).tobytes()

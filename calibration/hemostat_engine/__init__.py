@@ -18,7 +18,6 @@ when the class is requested by that flag.
 
 Further modules:
 
-    byte_order    arrays as they are sent: little-endian
     captures      keeps loads onto a GPU away from the times at which vLLM captures a CUDA graph
     forcing       tokens that a request asks for, in place of those that would be sampled
     kv_precision  measures how finely the KV cache holds its values

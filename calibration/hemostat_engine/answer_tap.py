@@ -23,10 +23,10 @@ from array import array
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from hemostat_calibration.arrays import little_endian
 from hemostat_calibration.engine_keys import TAP_TOP_KEY
 from hemostat_engine import xargs
 from hemostat_engine.answer_sender import AnswerQueue, AnswerSender
-from hemostat_engine.byte_order import little_endian
 from hemostat_engine.numbering import Numbering
 from hemostat_engine.peers import Peers
 from hemostat_engine.secrets import Secrets

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hemostat_engine.byte_order import little_endian
+from hemostat_calibration.arrays import little_endian
 from hemostat_engine.library import Counters
 from hemostat_engine.masks import FREE
 

@@ -16,7 +16,7 @@ from hemostat.canaries.engine import (
 )
 from hemostat.canaries.pace import HOUR_SECONDS
 from hemostat.canaries.states import CanaryStates
-from hemostat.store.protocol import StoreWrites
+from hemostat.store.protocol import StoreWrites, alarm_event
 from hemostat_calibration.canaries import CanarySet
 from hemostat_calibration.canary_cause import UNCHANGED, Measured, Verdict, of_engines
 
@@ -98,8 +98,7 @@ class Judge:
     def record(self, why: str, evidence: dict[str, Any]) -> None:
         """Stores an event."""
         log.warning("%s", why)
-        event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": evidence}
-        self._writes.append_event(event)
+        self._writes.append_event(alarm_event(self._wall(), why, evidence))
 
 
 def figures(reading: Reading) -> dict[str, Any]:

@@ -38,7 +38,8 @@ from hemostat.openai.kinds import asks_json_in_words, kind_name
 from hemostat.openai.reading import read_request
 from hemostat.openai.requests import Request
 from hemostat.openai.routes import FORMS
-from hemostat.openai.tokens import ChoiceTokens, ResponseTokens, little_endian, status_failure
+from hemostat.openai.tokens import ChoiceTokens, ResponseTokens, status_failure
+from hemostat_calibration.arrays import little_endian
 from hemostat_calibration.engine_keys import PROFILE_KEY, TAP_KEY, TAP_TOP_KEY
 from hemostat_calibration.records import Arm, Sampling
 

@@ -23,7 +23,7 @@ from hemostat.measurement.dependence import Cycle, Dependence, DependenceState, 
 from hemostat.measurement.figures import finite
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat.store.protocol import StateKey, StoreWrites
+from hemostat.store.protocol import StateKey, StoreWrites, alarm_event
 from hemostat.store.spent_alpha import OTHERS, SpentAlpha
 from hemostat_calibration import alarm
 from hemostat_calibration.arrays import Floats
@@ -200,7 +200,7 @@ class Alarms:
         self._record(why, {})
 
     def _record(self, why: str, evidence: dict[str, Any]) -> None:
-        event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": evidence}
+        event = alarm_event(self._wall(), why, evidence)
         self.events.append(event)
         log.warning("%s", why)
         self._writes.append_event(event)

@@ -20,7 +20,7 @@ from hemostat.ipc.messages import REST_KIND
 from hemostat.measurement.figures import finite
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat.store.protocol import StateKey, StoreWrites
+from hemostat.store.protocol import StateKey, StoreWrites, alarm_event
 from hemostat.store.spent_alpha import OTHERS, SpentAlpha
 from hemostat_calibration.alarm import outlier_engine
 from hemostat_calibration.alarm.serialization import begun_tests, load_engines, save_engines
@@ -125,8 +125,7 @@ class ByEngine:
 
     def _record(self, why: str, evidence: dict[str, Any]) -> None:
         log.warning("%s", why)
-        event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": evidence}
-        self._writes.append_event(event)
+        self._writes.append_event(alarm_event(self._wall(), why, evidence))
 
     # --- restarts --------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from array import array
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -48,14 +47,6 @@ class Usage(msgspec.Struct):
 
 usage_decoder: msgspec.json.Decoder[Usage] = msgspec.json.Decoder(Usage)
 _ids: msgspec.json.Decoder[list[int]] = msgspec.json.Decoder(list[int])
-
-
-def little_endian(values: array[Any]) -> bytes:
-    """Returns the values' bytes as `messages.Capture` carries them."""
-    if sys.byteorder == "big":
-        values = values[:]
-        values.byteswap()
-    return values.tobytes()
 
 
 @dataclass(slots=True)

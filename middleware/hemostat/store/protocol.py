@@ -196,6 +196,11 @@ class Store(Protocol):
         """Closes the store: another process can own it now."""
 
 
+def alarm_event(at: float, why: str, evidence: dict[str, Any]) -> dict[str, Any]:
+    """Returns the stored form of an event of an alarm. at: Unix time."""
+    return {"at": at, "decision": "alarm", "version": "", "why": why, "evidence": evidence}
+
+
 class StoreWrites(Protocol):
     """The writes to the store: each call queues one. `StoreWriter` implements it."""
 
