@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -27,10 +24,10 @@ def frozen(values: Floats) -> Floats:
     return values
 
 
-def little_endian(values: array[Any]) -> bytes:
+def little_endian(values: npt.ArrayLike) -> bytes:
     """Returns the bytes of `values`, little-endian, as they are sent between processes; `values` stay as they are.
 
-    >>> little_endian(array("i", [1, -1]))[:4]
+    >>> little_endian(np.array([1, -1], np.int32))[:4]
     b'\\x01\\x00\\x00\\x00'
     """
     own = np.asarray(values)
