@@ -14,7 +14,7 @@ import pytest
 from tests.support.waiting import until
 
 from hemostat.supervisor.child import Child, Launch
-from hemostat.supervisor.spare import SpareRelay
+from hemostat.supervisor.relays import SpareRelay
 
 RELAY = """
 import json, os, sys

@@ -5,16 +5,12 @@ the control process is down; connections wait in the sockets' queues while no re
 sockets     the data port's and the admin port's listening sockets: bound here, or passed on by systemd
 child       one child process
 role        which of them a command runs
-relays      the relay processes, and those that were replaced and let their requests end
+relays      the relay processes, those that were replaced and let their requests end, and a spare one
 control     the control process: one at a time
 relay_admin for relays without one: a process that shows their counters
 commands    what a signal or a successor asks for
 takeover    the messages between a supervisor and its successor
 service     the service manager: systemd's sockets and notifications
+run_folder  the folder of a running instance
 serve       the whole
-
-Further modules:
-
-    run_folder  the folder of a running instance
-    spare       a relay process that has loaded its modules and waits for its settings
 """

@@ -1,4 +1,7 @@
-"""The relay processes, and those that were replaced and let their requests end."""
+"""The relay processes, those that were replaced and let their requests end, and a spare one.
+
+The spare one has loaded its modules and waits for its settings, so that a relay that ends is replaced at once.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,9 @@ from hemostat.config.fields import split_address
 from hemostat.config.schema import Settings
 from hemostat.ipc.liveness import RELAY_SILENT_SECONDS
 from hemostat.ipc.supervised import KILL_AFTER_SECONDS
-from hemostat.supervisor.child import Child, Launch
+from hemostat.supervisor.child import Child, Launch, StartFailure
 from hemostat.supervisor.role import Role
 from hemostat.supervisor.sockets import Sockets
-from hemostat.supervisor.spare import SpareRelay
 
 log = logging.getLogger("hemostat.serve")
 
@@ -28,6 +30,64 @@ moment for one more. After SIGTERM this moment is shorter.
 MAX_REPLACED = 4
 """The largest number of times that relays may be replaced while earlier ones still drain; beyond it the oldest are
 stopped."""
+KILL_SECONDS = 5.0
+"""The time in which a relay that is killed has to end."""
+
+
+class SpareRelay:
+    """Owns a relay process that has loaded its modules, until a relay takes it; then it loads the next one.
+
+    Loading takes more than a second, during which the connections to the ended relay's socket would wait. Another relay
+    cannot accept them meanwhile: it would also get that socket's share of the connections afterwards.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._child: Child | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self._loaded = False
+
+    async def provide(self, fds: Sequence[int]) -> None:
+        """Loads a process that inherits these file descriptors, which are the ones of every relay, in place of the
+        present one.
+        """
+        await self.stop()
+        self._load(tuple(fds))
+
+    def take(self) -> Child | None:
+        """Returns the loaded process, which is then no longer the spare one; None: it is not ready."""
+        child = self._child
+        if child is None or self._loading is None or not self._loading.done():
+            return None
+        ready = self._loaded and child.running
+        self._load(child.launch.fds)
+        return child if ready else None
+
+    async def stop(self) -> None:
+        loading, self._loading = self._loading, None
+        child, self._child = self._child, None
+        if loading is not None:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+        if child is not None:
+            await child.stop(signal.SIGKILL, KILL_SECONDS)
+
+    def _load(self, fds: tuple[int, ...]) -> None:
+        self._child = Child("spare relay", self._module, Launch({}, fds))
+        self._loaded = False
+        self._loading = asyncio.create_task(self._wait_for(self._child), name="loads a spare relay")
+
+    async def _wait_for(self, child: Child) -> None:
+        try:
+            await child.load()
+        except StartFailure as failure:
+            log.error("%s; it is tried again when a relay has ended", failure)
+        else:
+            self._loaded = True
+            log.info("a spare relay waits (pid %d)", child.pid)
+
+
+log = logging.getLogger("hemostat.serve")
 
 
 class Relays:
@@ -50,7 +110,7 @@ class Relays:
             for relay in relays:
                 await relay.start()
         except BaseException:
-            await asyncio.gather(*(relay.stop(signal.SIGKILL, 5.0) for relay in relays))
+            await asyncio.gather(*(relay.stop(signal.SIGKILL, KILL_SECONDS) for relay in relays))
             raise
         self._serving = relays
 
