@@ -52,7 +52,7 @@ class ScoredRecord:
     pair: ModelPair | None
     uses: Use
     fresh: bool
-    """It is True if the record is an observation of its own: see `scoring.seen_units`."""
+    """It is True if the record is an observation of its own: see `scoring.record_reader`."""
     held_out: bool
     """It is True if nothing is learned from the record's unit."""
     profile: CalibrationProfile | None

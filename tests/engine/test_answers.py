@@ -16,7 +16,7 @@ from tests.support.engine_admin import TOKEN, EngineAdmin
 from hemostat.engines.messages import MAX_CHILDREN, AnswerMessage
 from hemostat.metrics.reasons import Unscored
 from hemostat.scoring.conditioning import ConditioningFailure, condition
-from hemostat.scoring.tapped_answers import captures_from_tap
+from hemostat.scoring.intake import captures_from_tap
 
 pytest.importorskip("vllm")
 from vllm import SamplingParams

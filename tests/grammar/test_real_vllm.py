@@ -21,7 +21,7 @@ from hemostat.ipc.messages import Capture
 from hemostat.openai.routes import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 from hemostat.scoring.capture_arrays import output_ids
 from hemostat.scoring.conditioning import IMPOSSIBLE_LOGPROB, allowed_sets, restricted, shows_mask
-from hemostat.scoring.tapped_answers import captures_from_tap
+from hemostat.scoring.intake import captures_from_tap
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_lab.demo.checkpoints import Checkpoints
 

@@ -9,7 +9,7 @@ import pytest
 from tests.support.records import make_record
 from tests.support.world import World
 
-from hemostat.scoring.seen_units import SeenUnits
+from hemostat.scoring.record_reader import SeenUnits
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.statistics import continuations
 from hemostat_calibration.statistics.continuations import ANSWER, WINDOW, Continuations

@@ -8,7 +8,7 @@ from tests.support.world import World
 
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
-from hemostat.scoring.seen_units import SeenUnits
+from hemostat.scoring.record_reader import SeenUnits
 
 RECORD = make_record(World().truth(0), 20)
 PROMPT = np.arange(40, dtype=np.int32)

@@ -26,7 +26,7 @@ from hemostat.openai.reading import read_request
 from hemostat.openai.requests import Request
 from hemostat.openai.routes import CHAT, COMPLETIONS
 from hemostat.openai.tokens import ResponseTokens
-from hemostat.scoring.tapped_answers import captures_from_tap
+from hemostat.scoring.intake import captures_from_tap
 
 AS_IDS = {"return_tokens_as_token_ids": True}
 SAYS = 'say: Zażółć 日本語\t"quoted" \\ 🎉'

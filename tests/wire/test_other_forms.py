@@ -26,7 +26,7 @@ from hemostat.openai.form import Form
 from hemostat.openai.kinds import kind_name
 from hemostat.openai.reading import read_request
 from hemostat.openai.routes import CHAT, MESSAGES, RESPONSES
-from hemostat.scoring.tapped_answers import UnusableAnswer, captures_from_tap
+from hemostat.scoring.intake import UnusableAnswer, captures_from_tap
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}

@@ -18,7 +18,7 @@ from tests.support.slow import slow_unless
 from tests.support.wire import Answer, Wire, assert_same_tokens, policy, rows, user
 
 from hemostat.openai.routes import CHAT, COMPLETIONS
-from hemostat.scoring.tapped_answers import captures_from_tap
+from hemostat.scoring.intake import captures_from_tap
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

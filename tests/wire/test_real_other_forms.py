@@ -19,7 +19,7 @@ from tests.support.running_vllm import answers_of, wait_until_signed_answers_are
 from tests.support.wire import ThroughWire, Wire, httpx2_transport, policy, rows
 
 from hemostat.openai.routes import CHAT, MESSAGES, RESPONSES
-from hemostat.scoring.tapped_answers import captures_from_tap
+from hemostat.scoring.intake import captures_from_tap
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

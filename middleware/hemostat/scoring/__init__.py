@@ -3,8 +3,7 @@
     pipeline                from a capture to all users of the scored record
     limits                  back-pressure: queue, token budget, circuit breaker
     intake                  the captures that wait for the engine's answers, in the queue, or for the engine's tap
-    tapped_answers          captures whose tokens the engine's plugin hands out
-    answer_losses           how many of those get lost, and what is then asked instead
+    answer_losses           how many of the engine's answers get lost, and what is then asked instead
     scorer                  has captures scored by the stages, and counts how they end
     stages                  the stages of a capture on its way to a `TokenRecord`
     routing                 decides which reference scores a capture
@@ -15,7 +14,6 @@
     reference_call          what the reference is asked about a capture
     record_builder          capture, tap and scores as one validated record
     record_reader           what a record may be used for, and its figures: the `ScoredRecord`
-    seen_units              conversations that a kind has seen already
     record_users            hands scored records to their consumers, in their order
     consumers               who uses scored records
     distances               exact distances of adapters under test, which held-out records wait for

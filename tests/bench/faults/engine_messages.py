@@ -22,7 +22,7 @@ from hemostat.engines.messages import EVENTS, MAX_POSITIONS, RankReport, TapMess
 from hemostat.engines.reports import PluginReports
 from hemostat.openai.routes import CHAT
 from hemostat.scoring.capture_arrays import output_ids, prompt_ids
-from hemostat.scoring.tapped_answers import captures_from_tap
+from hemostat.scoring.intake import captures_from_tap
 from hemostat_engine.agent import Agent, Identity
 from hemostat_engine.library import Counters, Library
 from hemostat_engine.settings import Settings

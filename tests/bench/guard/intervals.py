@@ -20,7 +20,7 @@ import numpy as np
 from tests.bench.guard import Row, most
 from tests.support.interval_worlds import RANGE, WORLDS, World, running, truth
 
-from hemostat.scoring.seen_units import SeenUnits
+from hemostat.scoring.record_reader import SeenUnits
 from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.statistics import confidence
 from hemostat_calibration.statistics.confidence import MeanSequence

@@ -30,8 +30,8 @@ from hemostat.engines.messages import AnswerMessage, TapAnswer, decode_answers
 from hemostat.engines.reports import PluginReports
 from hemostat.interception.interceptor import Interceptor
 from hemostat.ipc.messages import Capture, MessageReader, encode
+from hemostat.scoring.intake import AwaitedAnswers, captures_from_tap
 from hemostat.scoring.limits import ShadowQueue
-from hemostat.scoring.tapped_answers import AwaitedAnswers, captures_from_tap
 from hemostat_engine.admin_client import AdminClient
 from hemostat_engine.answer_sender import COLLECT_SECONDS
 
