@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.adapters.factors import LowRank
-from hemostat_calibration.adapters.int8 import dequantize_rows, quantize_rows
+from hemostat_calibration.adapters.factors import LowRank, dequantize_rows, quantize_rows
 from hemostat_calibration.arrays import Floats, Indices
 from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.profiles.families import FamilySpec, Parameter, Parameters, register

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from hemostat_calibration.adapters.correction import low_rank
+from hemostat_calibration.adapters.factors import dequantize_rows, quantize_rows
 from hemostat_calibration.adapters.gram import FullGram
-from hemostat_calibration.adapters.int8 import dequantize_rows, quantize_rows
 from hemostat_calibration.errors import InvalidArgumentError
 
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from hemostat.checkpoints.texts import Text
-from hemostat_calibration.adapters.factors import LowRank
-from hemostat_calibration.adapters.int8 import dequantize_rows, quantize_rows
+from hemostat_calibration.adapters.factors import LowRank, dequantize_rows, quantize_rows
 from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile
 from hemostat_lab.adapters.build import Built, peak_mib
 from hemostat_lab.adapters.pair import CheckpointPair
