@@ -14,7 +14,7 @@ from types import ModuleType
 from hemostat import __version__
 from hemostat.commands import canaries, check, control, engines, gate, init, profile, relay, serve
 from hemostat.commands.arguments import EXIT_INTERRUPTED, Parser, UsageError
-from hemostat.config.install_command import install_command
+from hemostat.config.packages import install_command
 from hemostat_calibration.errors import HemostatError
 
 GROUP = "hemostat.commands"

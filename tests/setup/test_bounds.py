@@ -122,7 +122,7 @@ def test_every_bound_is_one_that_the_tests_passed_with(bounds: ModuleType) -> No
 
 def test_extras_are_those_of_the_messages() -> None:
     """What the code looks for is what the extra that it names installs."""
-    from hemostat.checkpoints import packages
+    from hemostat.config import packages
 
     for extra, modules in packages.EXTRAS.items():
         texts = PROJECT["optional-dependencies"][extra]

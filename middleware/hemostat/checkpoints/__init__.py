@@ -6,7 +6,6 @@ Whatever opens a whole checkpoint is in the laboratory, `hemostat_lab`.
     checkpoint_digest  the digest of a checkpoint's files
     errors             the error of this package, and the text of errors of other ones
     output_embedding   the output embedding of a checkpoint, read without torch: W with logits = W h
-    packages           packages that a job needs in addition to Hemostat's own dependencies
     piecewise          a causal language model of transformers that reads texts piece by piece
     texts              the texts that an adapter is made from, and those that it is judged on
 """

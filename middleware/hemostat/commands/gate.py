@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from hemostat import __version__
 from hemostat.commands.arguments import SERVER, UsageError, positive_integer, vllm_server
-from hemostat.config.install_command import install_command
+from hemostat.config.packages import install_command
 
 if TYPE_CHECKING:
     from hemostat.gate.endpoint import Endpoint

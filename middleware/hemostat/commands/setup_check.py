@@ -13,8 +13,8 @@ import numpy as np
 from hemostat.adapters.live.builder import BuildFailed, check_pair
 from hemostat.adapters.live.folders import CheckpointFolders, FolderError, find_compressed, find_folders
 from hemostat.adapters.serving.check import probe_adapters
-from hemostat.checkpoints import packages
 from hemostat.checkpoints.output_embedding import EmbeddingError
+from hemostat.config import packages
 from hemostat.config.operation import Admin
 from hemostat.config.schema import Settings
 from hemostat.ipc.addresses import ControlAddresses

@@ -2,10 +2,10 @@
 
 errors             errors of the configuration, explained in one line
 fields             the types of the configuration's values, with their checks, and the base of its sections
-install_command    the commands that messages give for installing a package
 loading            loads the configuration
 models             the sections that name the models: upstream, reference, reasoning
 operation          the sections that concern the processes themselves: ports, control, limits, log, tracing
+packages           packages that a job needs in addition to Hemostat's own, and the commands that install them
 prompt_lines       files of prompts, which settings and commands name
 reasoning_parsers  vLLM's reasoning parsers by name, with the texts that enclose the thinking
 reloading          rules for what a changed setting needs in order to take effect in a running instance (SIGHUP)

@@ -19,7 +19,7 @@ from hemostat.config.fields import (
     split_address,
     yaml_off,
 )
-from hemostat.config.install_command import install_command
+from hemostat.config.packages import install_command
 from hemostat.config.text import short_repr
 
 EXPORTER = "opentelemetry-exporter-otlp-proto-http"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import SplitResult, urlsplit
 
-from hemostat.config.install_command import install_command
+from hemostat.config.packages import install_command
 from hemostat_calibration.messages import shown_address
 
 POSTGRES = ("postgresql", "postgres")

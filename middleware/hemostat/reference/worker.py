@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from hemostat.checkpoints import packages
 from hemostat.checkpoints.architectures import check_causal, max_positions
 from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
-from hemostat.config.install_command import install_command
+from hemostat.config import packages
+from hemostat.config.packages import install_command
 from hemostat.ipc import child_process as child
 from hemostat.reference import device, worker_messages
 from hemostat.reference.hidden.products import Head

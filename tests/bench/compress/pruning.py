@@ -16,8 +16,8 @@ from hemostat_lab.compression.frame import LayerData, LayerResult, Run
 from hemostat_lab.compression.methods import EachWeight, prune_by_magnitude, without_texts
 from hemostat_lab.compression.plan import LayerPlan
 from hemostat_lab.compression.pruning.dense_model import measure_gradients
-from hemostat_lab.compression.pruning.masks import Pattern
 from hemostat_lab.compression.pruning.method import PruneMethod, PruneOptions
+from hemostat_lab.compression.pruning.weights import Pattern
 from hemostat_lab.compression.repair import write_repaired_copy
 from hemostat_lab.models.checkpoint_folders import REPAIR
 from hemostat_lab.models.training import summary_line

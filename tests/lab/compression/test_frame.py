@@ -24,7 +24,7 @@ from hemostat_lab.compression.fisher_information import measure_token_weights  #
 from hemostat_lab.compression.formats import Quantized, WeightFormat, on_grid, restored, stored  # noqa: E402
 from hemostat_lab.compression.frame import STAGE, Run, Source, compress_layers  # noqa: E402
 from hemostat_lab.compression.methods import nearest, without_texts  # noqa: E402
-from hemostat_lab.compression.pruning.masks import Pattern  # noqa: E402
+from hemostat_lab.compression.pruning.weights import Pattern  # noqa: E402
 from hemostat_lab.compression.tensor_files import TensorFiles  # noqa: E402
 from hemostat_lab.models import work_folder  # noqa: E402
 from hemostat_lab.models.checkpoint import Checkpoint  # noqa: E402

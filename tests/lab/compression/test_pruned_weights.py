@@ -16,13 +16,15 @@ from hemostat_lab.compression.pruning.compensation import (  # noqa: E402
     shrunk,
     towards_dense,
 )
-from hemostat_lab.compression.pruning.masks import (  # noqa: E402
+from hemostat_lab.compression.pruning.weights import (  # noqa: E402
+    ROW_FLOOR,
     Pattern,
+    check_sparsity,
     kept_share,
     kept_two_of_four,
     kept_weights,
+    prune_weight,
 )
-from hemostat_lab.compression.pruning.weights import ROW_FLOOR, check_sparsity, prune_weight  # noqa: E402
 from hemostat_lab.models.checkpoint_folders import CompressError  # noqa: E402
 
 

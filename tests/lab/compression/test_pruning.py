@@ -22,10 +22,12 @@ from hemostat_lab.compression.methods import by_name  # noqa: E402
 from hemostat_lab.compression.pruning import method  # noqa: E402
 from hemostat_lab.compression.pruning.compensation import shrunk  # noqa: E402
 from hemostat_lab.compression.pruning.dense_model import measure_gradients, stored_gradients  # noqa: E402
-from hemostat_lab.compression.pruning.masks import Pattern  # noqa: E402
 from hemostat_lab.compression.pruning.method import PruneMethod, PruneOptions, pathway_lines  # noqa: E402
 from hemostat_lab.compression.pruning.rows import find_units  # noqa: E402
-from hemostat_lab.compression.pruning.weights import pruned_by_blocks  # noqa: E402
+from hemostat_lab.compression.pruning.weights import (  # noqa: E402
+    Pattern,
+    pruned_by_blocks,
+)
 from hemostat_lab.models.checkpoint_folders import CompressError  # noqa: E402
 from hemostat_lab.models.copies import Copy  # noqa: E402
 from hemostat_lab.models.parts import Parts  # noqa: E402

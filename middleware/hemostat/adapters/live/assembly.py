@@ -11,7 +11,7 @@ from hemostat.adapters.live.client import AdapterLearner, AdapterTarget
 from hemostat.adapters.live.folders import CheckpointFolders, FolderError, find_folders
 from hemostat.adapters.live.judge import AdapterJudge, JudgeTarget
 from hemostat.adapters.serving.hosts import AdapterHosts
-from hemostat.checkpoints import packages
+from hemostat.config import packages
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.metrics.samples import Sample

@@ -27,7 +27,7 @@ import msgspec
 
 from hemostat.adapters.live.build_messages import JOB_FILE, PROFILE_FILE, REPORT_FILE, TOKENS_FILE, Job, read_texts
 from hemostat.checkpoints.errors import AdaptError
-from hemostat.config.install_command import install_command
+from hemostat.config.packages import install_command
 from hemostat.ipc.supervised import die_with_parent
 from hemostat.report.written_files import write_atomically
 from hemostat_calibration.errors import HemostatError

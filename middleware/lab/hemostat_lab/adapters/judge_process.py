@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from hemostat.adapters.live import judge_messages
 from hemostat.checkpoints.output_embedding import load as load_embedding
-from hemostat.config.install_command import install_command
+from hemostat.config.packages import install_command
 from hemostat.ipc import child_process as child
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import HemostatError

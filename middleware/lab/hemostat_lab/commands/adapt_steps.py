@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hemostat import __version__
 from hemostat.adapters.serving.slots import rank_setting
-from hemostat.checkpoints import packages
 from hemostat.commands.arguments import EXIT_INTERRUPTED, UsageError
+from hemostat.config import packages
 from hemostat.report.progress import Reporter
 from hemostat_calibration.profiles.peft import peft_files
 from hemostat_lab.commands.texts import Writer, texts_digest, within_positions

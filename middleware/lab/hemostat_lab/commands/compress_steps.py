@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hemostat import __version__
-from hemostat.checkpoints import packages
 from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.commands.arguments import EXIT_INTERRUPTED, UsageError
+from hemostat.config import packages
 from hemostat.report.progress import Reporter
 from hemostat_lab.commands.arguments import WITHOUT_DATA
 from hemostat_lab.commands.texts import Writer, texts_digest, within_positions
@@ -240,8 +240,8 @@ def _format(scheme: str, group_size: int | str | None) -> WeightFormat:
 
 
 def _pruning(options: CompressOptions) -> Method:
-    from hemostat_lab.compression.pruning.masks import Pattern  # noqa: PLC0415
     from hemostat_lab.compression.pruning.method import PruneMethod, PruneOptions  # noqa: PLC0415
+    from hemostat_lab.compression.pruning.weights import Pattern  # noqa: PLC0415
 
     assert options.sparsity is not None
     return PruneMethod(PruneOptions(options.sparsity, Pattern(options.pattern or Pattern.UNSTRUCTURED)))

@@ -24,8 +24,7 @@ from hemostat_lab.compression.frame import LayerData, LayerResult, Run, Source
 from hemostat_lab.compression.input_moments import InputMoments
 from hemostat_lab.compression.methods import nearest
 from hemostat_lab.compression.plan import DENSE_BITS, PACKED_BITS, LayerPlan, Plan, check_plan, fused_name
-from hemostat_lab.compression.pruning.masks import Pattern
-from hemostat_lab.compression.pruning.weights import prune_weight
+from hemostat_lab.compression.pruning.weights import Pattern, prune_weight
 from hemostat_lab.compression.rounding import clipped_scale, e2m1_scale, weight_groups
 from hemostat_lab.models.checkpoint_folders import CompressError
 

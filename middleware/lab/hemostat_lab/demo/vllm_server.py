@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from hemostat.config.install_command import install_command
+from hemostat.config.packages import install_command
 from hemostat.ipc.supervised import die_with_parent
 from hemostat_calibration.errors import HemostatError
 from hemostat_lab.compression.unpacking import is_packed, unpacked_copy

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from hemostat.checkpoints import packages
 from hemostat.checkpoints.architectures import UnsupportedModelError, check_causal, has_attention, max_positions
 from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.checkpoints.errors import AdaptError
 from hemostat.checkpoints.piecewise import PiecewiseReader, StatelessModelError
+from hemostat.config import packages
 from hemostat.reference.match import PROBE_CHAT, PROBE_TEXT
 from hemostat_lab.doctor.options import DoctorError, DoctorOptions
 from hemostat_lab.doctor.pair import FLOOR, Floats, Ids, Job, Scored, Side, one_line

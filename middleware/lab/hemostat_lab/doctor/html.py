@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from hemostat.checkpoints import packages
+from hemostat.config import packages
 from hemostat.report import page, svg
 from hemostat.report.formats import (
     UNKNOWN,

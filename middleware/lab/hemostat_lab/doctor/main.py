@@ -12,8 +12,8 @@ import msgspec
 from rich.console import Console, RenderableType
 
 from hemostat import __version__
-from hemostat.checkpoints import packages
 from hemostat.commands.arguments import EXIT_INTERRUPTED
+from hemostat.config import packages
 from hemostat.report.progress import Reporter
 from hemostat_lab.compression.plan import Plan, encode_plan
 from hemostat_lab.doctor import html, terminal

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hemostat.config.install_command import install_command
+from hemostat.config.packages import install_command
 from hemostat_calibration.errors import HemostatError
 
 MANIFEST = "hemostat-checkpoint.json"

@@ -2,8 +2,7 @@
 
 compensation  the weights that stay take over what the dropped ones did
 dense_model   what pruning measures of the dense model: gradients, losses, inputs
-masks         which weights of one layer are kept
 method        pruning as a method of compression
 rows          whole neurons and heads
-weights       one linear layer's weight, pruned
+weights       one linear layer's weight, pruned, and which of its weights are kept
 """

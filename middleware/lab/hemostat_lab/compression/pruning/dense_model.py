@@ -23,8 +23,7 @@ from hemostat_calibration.adapters.gram import Metric
 from hemostat_lab.compression.error_compensation import damped
 from hemostat_lab.compression.frame import LayerData, Run
 from hemostat_lab.compression.pruning.compensation import shrunk
-from hemostat_lab.compression.pruning.masks import Pattern
-from hemostat_lab.compression.pruning.weights import pruned_by_blocks
+from hemostat_lab.compression.pruning.weights import Pattern, pruned_by_blocks
 from hemostat_lab.models.activations import (
     GRAM_ROWS,
     Batch,

@@ -15,9 +15,8 @@ from hemostat_lab.compression.error_compensation import damped
 from hemostat_lab.compression.frame import LayerData, LayerResult, Run
 from hemostat_lab.compression.pruning.compensation import compensated, shrunk, towards_dense
 from hemostat_lab.compression.pruning.dense_model import DenseInputs, measure_gradients, stored_gradients
-from hemostat_lab.compression.pruning.masks import Pattern, kept_share
 from hemostat_lab.compression.pruning.rows import dropped_units, dropped_weights, find_units, unit_scores
-from hemostat_lab.compression.pruning.weights import check_sparsity, prune_weight
+from hemostat_lab.compression.pruning.weights import Pattern, check_sparsity, kept_share, prune_weight
 from hemostat_lab.models.activations import Moments
 
 

@@ -11,7 +11,7 @@ from hemostat_lab.compression.formats import Quantized, WeightFormat, on_grid
 from hemostat_lab.compression.input_moments import InputMoments
 from hemostat_lab.compression.methods import nearest
 from hemostat_lab.compression.plan import DENSE_BITS, LayerPlan, fused_name
-from hemostat_lab.compression.pruning.masks import Pattern
+from hemostat_lab.compression.pruning.weights import Pattern
 from hemostat_lab.compression.rounding import pruned, rounded
 from hemostat_lab.doctor.options import Target
 from hemostat_lab.models.checkpoint_folders import cache_key

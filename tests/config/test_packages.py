@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from tests.support.paths import ROOT
 
-from hemostat.config.install_command import install_command, requirements
+from hemostat.config.packages import install_command, requirements
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 LAB = tomllib.loads((ROOT / "middleware" / "lab" / "pyproject.toml").read_text(encoding="utf-8"))["project"]

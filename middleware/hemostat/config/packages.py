@@ -1,15 +1,27 @@
-"""The commands that messages give for installing a package: from the requirements that Hemostat itself declares.
+"""The packages that a job needs in addition to Hemostat's own dependencies, and the commands that install them.
 
 Hemostat is on no package index, so that no message may name it as something that pip finds there. The installed
-distribution declares the requirements, with the bounds that the tests were run with.
+distribution declares the requirements, with the bounds that the tests were run with. `pyproject.toml` defines the
+extras. The packages that the configuration needs (`tracing`, `postgres`) are checked there.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 from collections.abc import Collection
 
+from hemostat_calibration.errors import HemostatError
+
+EXTRAS = {
+    "transformers": ("torch", "transformers", "accelerate"),
+    "lab": ("hemostat_lab", "torch", "transformers", "accelerate", "compressed_tensors"),
+    "report": ("jinja2",),
+}
+"""Extra -> modules. lab: whatever opens whole checkpoints."""
+DISTRIBUTIONS = {"compressed_tensors": "compressed-tensors", "hemostat_lab": "hemostat-lab"}
+"""Module -> distribution, where its name is another one."""
 _REQUIREMENT = re.compile(
     r"(?P<requirement>(?P<name>[A-Za-z0-9._-]+)[^;]*?)\s*(?:;\s*extra\s*==\s*['\"](?P<extra>[\w-]+)['\"])?"
 )
@@ -53,3 +65,23 @@ def install_command(extra: str, only: Collection[str] = ()) -> str:
     if folders:
         return "pip install " + " ".join(folders) + IN_THE_SOURCES
     return "pip install " + " ".join(f"'{text}'" for text in needed)
+
+
+class MissingPackageError(HemostatError):
+    """The text names what is not installed, and the extra to install."""
+
+
+def missing(extra: str) -> str:
+    """Returns the packages of an extra that are not installed, and the command that installs them, in one line; "" if
+    nothing is missing.
+
+    The packages are not imported, which would take seconds and memory.
+    """
+    absent = [DISTRIBUTIONS.get(name, name) for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}; {install_command(extra, absent)}" if absent else ""
+
+
+def require(extra: str) -> None:
+    """Raises MissingPackageError."""
+    if text := missing(extra):
+        raise MissingPackageError(text)
