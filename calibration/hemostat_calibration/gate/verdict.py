@@ -13,10 +13,10 @@ non-negative supermartingale under the hypothesis, and so is their mixture; by V
 1/alpha with a probability of at most alpha. So one may look after every unit, and stop at the verdict.
 
 **Pass** needs every test of passing that has to pass to reach 1/alpha: all questions, over all units and in each kind
-that is *required*. Which means are required is fixed before the first unit: those of which at least
-`Question.min_units` units will be asked, and those over all units of a question that applies to each. A wrong pass
-means that at least one of the hypotheses is true and its test has rejected it, so its probability is at most alpha
-without a correction (intersection–union test; Berger, Technometrics 1982).
+that is *required*. Which means are required is fixed before the first unit: a mean is if at least `Question.min_units`
+units of it will be asked, or if it is over all units and its question applies to each. A wrong pass means that at least
+one of the hypotheses is true and its test has rejected it, so its probability is at most alpha without a correction
+(intersection–union test; Berger, Technometrics 1982).
 
 **Fail** needs the closed test (`guard.closing`) over the tests of failing to reach 1/alpha for one of them: half of the
 weight is of the questions over all units, half of the kinds. A wrong fail has a probability of at most alpha, however

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help='A file with one prompt per line, best of your own traffic: text, {"prompt": "..."} or {"messages": '
-        '[...]}, with "kind" and "max_tokens" if you like.',
+        '[...]}, with "kind", "max_tokens", "response_format" and "tools" if you like.',
     )
     parser.add_argument(
         "--within", type=_duration, default=3600.0, metavar="TIME", help="Longest time, like 30m (default: 1h)."
@@ -72,6 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.15,
         metavar="D",
         help="The same in one kind of prompts (default: 0.15).",
+    )
+    parser.add_argument(
+        "--outcome-margin",
+        action="append",
+        default=[],
+        metavar="NAME=D",
+        help="The margin of one question about what clients get, such as cut=0.2; may be repeated. first_token and "
+        "token_time are tested only if they have one: on machines that others use, times mean little.",
     )
     parser.add_argument(
         "--alpha",
@@ -140,7 +148,7 @@ def _write(options: argparse.Namespace, result: Result, subject: Subject) -> Non
 
 
 async def _asked(options: argparse.Namespace) -> tuple[Result, Subject]:
-    from hemostat.gate import asked, run, summary, unit  # noqa: PLC0415
+    from hemostat.gate import asked, outcomes, run, summary, unit  # noqa: PLC0415
     from hemostat.gate.state import FORMAT, Evidence, Header  # noqa: PLC0415
     from hemostat.report.progress import Reporter  # noqa: PLC0415
     from hemostat_calibration.gate.verdict import Gate, Outcome  # noqa: PLC0415
@@ -149,36 +157,35 @@ async def _asked(options: argparse.Namespace) -> tuple[Result, Subject]:
     expect = unit.Expect(options.expect)
     margin = options.margin if options.margin is not None else unit.MARGINS[expect]
     reference_name = options.reference or ""
+    served = outcomes.Outcomes(_margins(options.outcome_margin))
     with Reporter() as reporter:
         async with (
             _endpoint("--stable", options.stable, options.timeout) as stable,
             _endpoint("--candidate", options.candidate, options.timeout) as candidate,
             _reference(options, reporter) as reference,
         ):
-            header = Header(
-                FORMAT,
-                expect,
-                await stable.identity(),
-                await candidate.identity(),
-                reference_name,
-                margin,
-                options.kind_margin,
-                options.alpha,
-            )
 
-            def subject(left_out: int) -> Subject:
+            def subject(left_out: int, header: Header | None) -> Subject:
                 named = options.stable, options.candidate, reference_name, expect.value
                 return summary.Subject(*named, left_out, header)
 
+            identity = await stable.identity()
+            other, why = await run.identity_of_candidate(candidate)
+            if other is None:
+                return run.Result(Outcome.FAIL, None, why), subject(0, None)
+            margins = margin, options.kind_margin, options.alpha, served.margins
+            header = Header(FORMAT, expect, identity, other, reference_name, *margins)
             with_ids, why = await run.same_prompt_ids(
                 prompts, stable, candidate, lambda done, total: reporter.step("prompts tokenized", done, total)
             )
             if why:
-                return run.Result(Outcome.FAIL, None, why), subject(0)
+                return run.Result(Outcome.FAIL, None, why), subject(0, header)
             with Evidence(options.state, header) as evidence:
                 ordered = asked.in_order(with_ids, options.seed, evidence.units)
                 new = [each for each in ordered if each.prompt.digest not in evidence.units]
                 planned = Counter([kind for kind, _ in evidence.units.values()] + [each.prompt.kind for each in new])
+                known = [(kind, each.excess) for kind, each in evidence.units.values()]
+                partly = served.planned((each.prompt for each in new), known)
                 shown = [""]
 
                 def progress(done: int, total: int, known: str) -> None:
@@ -187,12 +194,13 @@ async def _asked(options: argparse.Namespace) -> tuple[Result, Subject]:
                         shown[0] = known
                         reporter.log(f"{done} of {total} prompts: {known}")
 
-                questions = unit.questions(expect, margin, options.kind_margin)
-                gate = Gate(questions, evidence.plan(planned), options.alpha)
-                measuring = unit.Measuring(stable, candidate, reference)
+                planned_most, partly_most = evidence.plan(planned, partly)
+                questions = [*unit.questions(expect, margin, options.kind_margin), *served.questions(partly_most)]
+                gate = Gate(questions, planned_most, options.alpha, partly_most)
+                measuring = unit.Measuring(stable, candidate, reference, served)
                 running = run.Run(gate, measuring, evidence, options.at_once, progress, options.seed)
                 result = await running.until_verdict(new, options.within)
-                return result, subject(len(prompts) - len(ordered))
+                return result, subject(len(prompts) - len(ordered), header)
 
 
 @asynccontextmanager
@@ -239,6 +247,22 @@ async def _reference(options: argparse.Namespace, reporter: Reporter) -> AsyncIt
             return listed_by(scores, ids)
 
         yield at
+
+
+def _margins(given: list[str]) -> dict[str, float]:
+    """Returns the margins that --outcome-margin gives, by name."""
+    from hemostat.gate.outcomes import OUTCOMES  # noqa: PLC0415
+
+    margins = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        if name not in OUTCOMES:
+            raise UsageError(f"--outcome-margin: {name!r} is no question; name one of {', '.join(OUTCOMES)}")
+        try:
+            margins[name] = _fraction(number)
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"--outcome-margin: {error}") from None
+    return margins
 
 
 def _duration(text: str) -> float:

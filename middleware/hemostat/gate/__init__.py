@@ -2,6 +2,8 @@
 
 asked      the prompts of a file, and which of them are asked in which order
 endpoint   one vLLM server as the gate asks it: prompt ids, answers, scores of given tokens
+served     asks a prompt as a client does, and judges the answer
+outcomes   the questions about what clients get, each with its margin
 unit       measures one prompt: the excess of each question
 run        asks prompt after prompt until there is a verdict
 state      the evidence so far in a file, so that a rerun goes on with it

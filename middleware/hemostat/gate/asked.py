@@ -7,6 +7,7 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -28,17 +29,22 @@ class _Message(msgspec.Struct, frozen=True):
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """One line of the file. Either `prompt` or `messages` is given."""
+    """One line of the file. Either `prompt` or `messages` is given. response_format, tools: as in a request."""
 
     prompt: str = ""
     messages: tuple[_Message, ...] = ()
     kind: str = DEFAULT_KIND
     max_tokens: int = MAX_TOKENS
+    response_format: dict[str, Any] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def digest(self) -> str:
         """The identity of what is asked, whatever its kind is called."""
-        return hashlib.sha256(msgspec.json.encode([self.prompt, self.messages, self.max_tokens])).hexdigest()[:32]
+        what: list[Any] = [self.prompt, self.messages, self.max_tokens]
+        if self.response_format or self.tools:
+            what += [self.response_format, self.tools]
+        return hashlib.sha256(msgspec.json.encode(what)).hexdigest()[:32]
 
     @property
     def chat(self) -> list[dict[str, str]]:
@@ -66,6 +72,8 @@ def _parse(line: bytes, where: str) -> Prompt:
         raise PromptFileError(f"{where}: give either prompt or messages, with a text in it: {SHAPE}")
     if not 1 <= prompt.max_tokens <= 4096:
         raise PromptFileError(f"{where}: max_tokens is {prompt.max_tokens}; give 1 to 4096")
+    if prompt.tools and not prompt.messages:
+        raise PromptFileError(f"{where}: tools are offered in a chat only; give messages in place of prompt")
     return prompt
 
 

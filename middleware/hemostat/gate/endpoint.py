@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hemostat.gate.asked import Prompt
+from hemostat.gate.asked import Asked, Prompt
+from hemostat.gate.outcomes import Served
+from hemostat.gate.served import served
 from hemostat.reference.identity import Identity, identity_of
 from hemostat.reference.own_answers import TOP_K, Answer, own_answer
 from hemostat.reference.protocol import ScoreRequest
@@ -39,12 +41,16 @@ class Endpoint:
     async def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Returns the ids of the prompt under the server's tokenizer and chat template."""
         if prompt.messages:
-            return tuple(await self._server.render(self._card.id, prompt.chat))
+            return tuple(await self._server.render(self._card.id, prompt.chat, prompt.tools))
         return tuple(await self._server.tokenize(self._card.id, prompt.prompt, special=True))
 
     async def answer(self, ids: tuple[int, ...], max_tokens: int, seed: int) -> Answer:
         """Returns an answer that is sampled from the whole distribution, at temperature 1."""
         return await own_answer(self._server, self._card.id, ids, max_tokens, {**WHOLE, "seed": seed})
+
+    async def served(self, asked: Asked, seed: int, *, timed: bool) -> Served:
+        """Returns the answer that a client gets who names no sampling parameter."""
+        return await served(self._server, self._card.id, asked, seed, timed=timed)
 
     async def scores(self, prompt: tuple[int, ...], output: Ids) -> Listed:
         """Returns the model's values of given tokens after the prompt."""

@@ -12,7 +12,8 @@ from hemostat.gate.asked import Asked, Prompt
 from hemostat.gate.endpoint import Endpoint
 from hemostat.gate.state import Evidence
 from hemostat.gate.unit import Measuring, Unit
-from hemostat.reference.protocol import ReferenceFailure
+from hemostat.reference.identity import Identity
+from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat_calibration.gate.verdict import Gate, Outcome, Verdict
 
 MAX_FAILURES = 10
@@ -22,6 +23,9 @@ that going on would decide nothing."""
 MAX_STABLE_FAILURES = 3
 """The same for prompts that the stable model fails in a row: a server that is down would let any candidate pass.
 Such prompts count when the stable model has answered a later one, so that reruns do not add them up."""
+
+MAX_SILENT = 3
+"""The number of requests in a row without an answer in time, at the beginning, after which the candidate has failed."""
 
 Progress = Callable[[int, int, str], None]
 """A function that is called after each unit with how many have counted, how many there are, and what is known."""
@@ -40,6 +44,19 @@ class Result:
     notes: tuple[tuple[str, int], ...] = ()
     unmeasured: int = 0
     log_ratio: float | None = None
+
+
+async def identity_of_candidate(candidate: Endpoint) -> tuple[Identity | None, str]:
+    """Returns the candidate's identity; or None, and why it fails: it takes requests, and answers none in time, while
+    the stable model does. Raises ReferenceFailure for any other failure, which does not speak against it."""
+    for _ in range(MAX_SILENT):
+        try:
+            return await candidate.identity(), ""
+        except ReferenceFailure as failure:
+            if failure.reason is not FailureReason.TIMEOUT:
+                raise
+            why = f"the candidate did not answer {MAX_SILENT} requests in a row: {failure}"
+    return None, why
 
 
 async def same_prompt_ids(

@@ -20,7 +20,7 @@ from hemostat.reference.identity import Identity
 from hemostat.reference.match import MAX_SAME_NATS
 from hemostat_calibration.errors import HemostatError
 
-FORMAT = 1
+FORMAT = 2
 _PLANNED = b'{"planned":'
 
 
@@ -39,6 +39,8 @@ class Header(msgspec.Struct, frozen=True):
     margin: float
     kind_margin: float
     alpha: float
+    outcomes: dict[str, float] = {}
+    """The margin of each question about what clients get."""
 
 
 class _Line(msgspec.Struct, frozen=True):
@@ -51,6 +53,7 @@ class _Line(msgspec.Struct, frozen=True):
 
 class _Planned(msgspec.Struct, frozen=True):
     planned: dict[str, int]
+    applying: dict[str, dict[str, int]] = {}
 
 
 class Evidence:
@@ -62,7 +65,7 @@ class Evidence:
 
     def __init__(self, path: Path | None, header: Header) -> None:
         self.units: dict[str, tuple[str, Unit]] = {}
-        self._planned: dict[str, int] = {}
+        self._planned = _Planned({})
         self._file: BinaryIO | None = None
         if path is None:
             return
@@ -87,14 +90,24 @@ class Evidence:
         if self._file is not None:
             self._file.close()
 
-    def plan(self, planned: Mapping[str, int]) -> dict[str, int]:
+    def plan(
+        self, planned: Mapping[str, int], applying: Mapping[str, Mapping[str, int]]
+    ) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
         """Returns the largest number of units of each kind that any run has planned, and keeps it: a kind that had to
-        pass still has to if its other prompts are taken out of the file."""
-        most = {kind: max(planned.get(kind, 0), self._planned.get(kind, 0)) for kind in (self._planned | dict(planned))}
-        if most != self._planned:
+        pass still has to if its other prompts are taken out of the file. applying: the same by question, of those that
+        do not apply to all units."""
+        before = self._planned
+        most = _Planned(
+            _most(before.planned, planned),
+            {
+                name: _most(before.applying.get(name, {}), applying.get(name, {}))
+                for name in {**before.applying, **applying}
+            },
+        )
+        if most != before:
             self._planned = most
-            self._write(_Planned(most))
-        return most
+            self._write(most)
+        return most.planned, most.applying
 
     def add(self, digest: str, kind: str, unit: Unit) -> None:
         self.units[digest] = kind, unit
@@ -107,7 +120,7 @@ class Evidence:
             plans = [line for line in lines if line.startswith(_PLANNED)]
             measured = [msgspec.json.decode(line, type=_Line) for line in lines if not line.startswith(_PLANNED)]
             if plans:
-                self._planned = msgspec.json.decode(plans[-1], type=_Planned).planned
+                self._planned = msgspec.json.decode(plans[-1], type=_Planned)
         except msgspec.DecodeError as error:
             raise StateError(f"--state: {path} is not a file of this command ({error}); name another one") from None
         if changes := _changes(before, header):
@@ -124,10 +137,14 @@ class Evidence:
             os.fsync(self._file.fileno())
 
 
+def _most(before: Mapping[str, int], now: Mapping[str, int]) -> dict[str, int]:
+    return {kind: max(before.get(kind, 0), now.get(kind, 0)) for kind in (*before, *(set(now) - set(before)))}
+
+
 def _changes(before: Header, now: Header) -> list[str]:
     changes = [f"the candidate: {text}" for text in before.candidate.differences(now.candidate, MAX_SAME_NATS)]
     changes += [f"the stable one: {text}" for text in before.stable.differences(now.stable, MAX_SAME_NATS)]
-    for name in ("format", "expect", "reference", "margin", "kind_margin", "alpha"):
+    for name in ("format", "expect", "reference", "margin", "kind_margin", "alpha", "outcomes"):
         if (then := getattr(before, name)) != (wanted := getattr(now, name)):
             changes.append(f"{name} is {wanted!r} in place of {then!r}")
     return changes

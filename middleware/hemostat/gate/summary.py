@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,10 @@ def sentence(result: Result) -> str:
         where = "" if failed.kind == ALL else f" in the kind {failed.kind!r}"
         return (
             f"fail: the candidate is {failed.question.text}{where}: by {failed.mean:.3f} over {failed.units} prompts, "
-            f"{failed.margin:g} is allowed"
+            f"{failed.margin:g} is allowed{_cause(result)}"
         )
     if result.outcome is Outcome.PASS:
-        return f"pass: after {result.units} prompts{_unseen(verdict.unseen)}"
+        return f"pass: after {result.units} prompts{_unseen(verdict.unseen)}{_not_required(verdict.findings)}"
     more = "no number of prompts would do at the differences so far"
     if verdict.more is not None:
         more = f"about {verdict.more} more prompts would do at the differences so far"
@@ -51,7 +51,7 @@ def lines(result: Result) -> list[str]:
     text = [
         f"  {finding.question.name:14} {finding.kind or 'all prompts':20} {finding.mean:+.4f} of {finding.margin:g} "
         f"allowed, {finding.units} prompts, {_state(finding)}"
-        for finding in findings
+        for finding in _shown(findings)
     ]
     if result.log_ratio is not None:
         text.append(f"  KL(stable‖candidate) {result.log_ratio:.4f} nats a token, estimated")
@@ -90,6 +90,7 @@ def as_json(result: Result, subject: Subject) -> dict[str, Any]:
                 "margin": finding.margin,
                 "units": finding.units,
                 "within_margin": finding.passed,
+                "required": finding.required,
             }
             for finding in (verdict.findings if verdict is not None else ())
         ],
@@ -113,16 +114,35 @@ def as_page(result: Result, subject: Subject, version: str) -> str:
                 str(finding.units),
                 _state(finding),
             )
-            for finding in findings
+            for finding in _shown(findings)
         ],
     )
-    notes = [line.strip() for line in lines(result)[len(findings) :]]
+    notes = [line.strip() for line in lines(result)[len(table.rows) :]]
     values = {"sentence": sentence(result), "subject": subject, "differences": table, "notes": notes}
     return render("hemostat.gate", "hemostat gate", version, [Section("gate.html.jinja", values)])
 
 
+def _shown(findings: Sequence[Finding]) -> list[Finding]:
+    """Returns the findings that a person reads: those over all prompts, and those in kinds that had to pass."""
+    return [finding for finding in findings if finding.kind == ALL or finding.required]
+
+
 def _state(finding: Finding) -> str:
-    return "within the margin" if finding.passed else "not shown to be within the margin"
+    if finding.passed:
+        return "within the margin"
+    return "not shown to be within the margin" if finding.required else "not seen enough to be required"
+
+
+def _cause(result: Result) -> str:
+    """Returns what the candidate did, if it failed or said nothing; "" otherwise."""
+    causes = [(note, count) for note, count in result.notes if note.startswith("the candidate")]
+    return f"; {causes[0][1]} times: {causes[0][0]}" if causes else ""
+
+
+def _not_required(findings: Sequence[Finding]) -> str:
+    """Returns the questions that were asked of too few prompts."""
+    few = [finding for finding in findings if finding.kind == ALL and not finding.required]
+    return "".join(f"; {finding.question.name}, {finding.units} prompts, not seen enough" for finding in few)
 
 
 def _unseen(unseen: Mapping[str, float]) -> str:

@@ -9,15 +9,13 @@ from typing import Any
 
 from hemostat.gate.asked import Asked
 from hemostat.gate.endpoint import Endpoint
+from hemostat.gate.outcomes import Outcomes
 from hemostat.reference.own_answers import Answer
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.gate.distance import Listed, distance_gain, sampled_distance
 from hemostat_calibration.gate.verdict import Question
-from hemostat_calibration.repetition import ends_in_loop
 
-BAD_MARGIN = 0.05
-"""The largest difference of the shares of bad answers that is allowed, whatever the other margins are."""
 MARGINS = {"same": 0.02, "other": 0.05}
 REFUSALS = frozenset({FailureReason.REFUSED, FailureReason.VOCABULARY, FailureReason.TOO_LONG})
 """The failures of a model that cannot score given tokens: they are outside of its vocabulary, or too many."""
@@ -48,58 +46,62 @@ class Unit:
 
 
 def questions(expect: Expect, margin: float, kind_margin: float) -> list[Question]:
-    """Returns what is asked of the candidate."""
+    """Returns what is asked of the candidate's distances."""
     far = "from the stable model" if expect is Expect.SAME else "from the reference than the stable model"
     more = "far" if expect is Expect.SAME else "farther"
     return [
         Question("stable_tokens", f"{more} {far}, on the stable model's tokens", margin, kind_margin),
         Question("own_answers", f"{more} {far}, on its own answers", margin, kind_margin),
-        Question(
-            "bad_answers",
-            "worse in its answers: more of them are empty, errors, or end in a loop",
-            BAD_MARGIN,
-            kind_margin,
-        ),
     ]
 
 
 class Measuring:
     """Measures one prompt after another at both endpoints. reference: None with `Expect.SAME`."""
 
-    def __init__(self, stable: Endpoint, candidate: Endpoint, reference: At | None) -> None:
+    def __init__(self, stable: Endpoint, candidate: Endpoint, reference: At | None, outcomes: Outcomes) -> None:
         self._stable = stable
         self._candidate = candidate
         self._reference = reference
+        self._outcomes = outcomes
 
     async def measure(self, asked: Asked, seed: int) -> Unit:
-        """Returns what the prompt shows. An error of the candidate's, or no token, counts 1 against it in every
-        question, one of the stable model's 1 for it. Raises ReferenceFailure where the reference fails, and where both
-        do or both have no token."""
+        """Returns what the prompt shows. An error of the candidate's, or no token, counts 1 against it in both
+        distances, and one of the stable model's 1 for it. Raises ReferenceFailure where the reference fails, and where
+        both do or both have no token."""
         ids, most = asked.ids, asked.prompt.max_tokens
         try:
             stable = await self._stable.answer(ids, most, seed)
             stable_own = await self._stable.scores(ids, stable.ids) if len(stable.ids) else None
+            stable_served = await self._stable.served(asked, seed, timed=self._outcomes.timed)
         except ReferenceFailure as failure:
             return await self._without_stable(asked, seed, failure)
         try:
             candidate = await self._candidate.answer(ids, most, seed)
             candidate_given = await self._candidate.scores(ids, stable.ids) if len(stable.ids) else None
+            candidate_served = await self._candidate.served(asked, seed, timed=self._outcomes.timed)
         except ReferenceFailure as failure:
-            return _one_sided(1.0, f"the candidate failed: {failure}")
-        bad = float(_is_bad(candidate)) - float(_is_bad(stable))
+            return self._one_sided(asked, 1.0, f"the candidate failed: {failure}")
         if stable_own is None or candidate_given is None or not len(candidate.ids):
             if not len(stable.ids) and not len(candidate.ids):
                 raise ReferenceFailure(FailureReason.EMPTY, "both answers have no token")
-            return _one_sided(-1.0 if len(candidate.ids) else 1.0, "an answer has no token")
+            if len(candidate.ids):
+                return self._one_sided(asked, -1.0, "the stable model's answer has no token")
+            return self._one_sided(asked, 1.0, "the candidate's answer has no token")
         distances = self._same if self._reference is None else self._other
         tokens, own = await distances(ids, stable, stable_own, candidate, candidate_given)
         log_ratio = float((stable.listed.emitted - candidate_given.emitted).mean())
-        return Unit({"stable_tokens": tokens, "own_answers": own, "bad_answers": bad}, log_ratio=log_ratio)
+        outcomes = self._outcomes.excess(asked.prompt, stable_served, candidate_served)
+        return Unit({"stable_tokens": tokens, "own_answers": own, **outcomes}, log_ratio=log_ratio)
 
     async def _without_stable(self, asked: Asked, seed: int, failure: ReferenceFailure) -> Unit:
         """Returns what a prompt shows that the stable model failed."""
         await self._candidate.answer(asked.ids, asked.prompt.max_tokens, seed)
-        return replace(_one_sided(-1.0, f"the stable model failed: {failure}"), stable_failed=True)
+        await self._candidate.served(asked, seed, timed=False)
+        return replace(self._one_sided(asked, -1.0, f"the stable model failed: {failure}"), stable_failed=True)
+
+    def _one_sided(self, asked: Asked, excess: float, note: str) -> Unit:
+        outcomes = self._outcomes.of_a_failure(asked.prompt, excess)
+        return Unit({"stable_tokens": excess, "own_answers": excess, **outcomes}, note)
 
     async def _same(
         self, ids: tuple[int, ...], stable: Answer, stable_own: Listed, candidate: Answer, candidate_given: Listed
@@ -134,11 +136,3 @@ async def _own_distance(candidate: Answer, scores: Coroutine[Any, Any, Listed]) 
             raise
         return 1.0
     return float(sampled_distance(candidate.listed, scored, candidate.ids).mean())
-
-
-def _one_sided(excess: float, note: str) -> Unit:
-    return Unit({"stable_tokens": excess, "own_answers": excess, "bad_answers": excess}, note)
-
-
-def _is_bad(answer: Answer) -> bool:
-    return not len(answer.ids) or ends_in_loop(answer.text)

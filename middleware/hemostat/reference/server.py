@@ -182,9 +182,15 @@ class VllmServer:
             )
         return values
 
-    async def render(self, model: str, messages: list[dict[str, str]]) -> list[int]:
-        """Returns the token ids of a chat under the model's template; NO_CHAT_TEMPLATE where it has none."""
-        body = {"model": model, "messages": messages, "add_generation_prompt": True, "add_special_tokens": False}
+    async def render(
+        self, model: str, messages: list[dict[str, str]], tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
+        """Returns the token ids of a chat under the model's template; NO_CHAT_TEMPLATE where it has none. tools: what
+        the request offers."""
+        body: dict[str, Any] = {"model": model, "messages": messages}
+        body |= {"add_generation_prompt": True, "add_special_tokens": False}
+        if tools:
+            body["tools"] = list(tools)
         try:
             return (await self.post("/tokenize", body, _Tokens)).tokens
         except Refused as refused:

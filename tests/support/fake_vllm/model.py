@@ -101,6 +101,8 @@ class FakeModel:
     """Of what was decoded so far: the prefix cache has its prompts."""
     chat_template: str | None = ""
     """Text in front of every rendered chat; None: the model has no chat template."""
+    default_temperature: float = 1.0
+    """The temperature of requests that name none."""
 
     def answers_as(self, body: dict[str, Any]) -> str:
         """What the answer names as its model: whichever name of the base model was asked for, its first."""
@@ -160,7 +162,7 @@ class FakeModel:
         return biased
 
     def _sample(self, logprobs: npt.NDArray[np.float64], body: dict[str, Any], position: int) -> int:
-        temperature = 1.0 if body.get("temperature") is None else body["temperature"]
+        temperature = self.default_temperature if body.get("temperature") is None else body["temperature"]
         biased = self.biased(logprobs, body)
         if temperature:
             seed = (self.seed, body.get("seed") or 0, position)
