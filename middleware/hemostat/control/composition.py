@@ -26,11 +26,10 @@ from hemostat.config.schema import Settings
 from hemostat.control import learned_state
 from hemostat.control.compared_models import CalibratedModel, OtherModels
 from hemostat.control.learned_state import LearnedState
-from hemostat.control.learning import CalibrationNeeds, LearningSubject
+from hemostat.control.learning import CalibrationNeeds, LearningSubject, ServedKinds
 from hemostat.control.operator_actions import OperatorActions
 from hemostat.control.ownership import Ownership
 from hemostat.control.policy import Changes, EngineOffers, PolicyPublisher, SampledShares, ScorableModels
-from hemostat.control.served_kinds import ServedKinds
 from hemostat.control.steady_clock import STATE_KEY, SteadyClock, boot_id, boot_time, sentence
 from hemostat.control.stored_state import StoredState
 from hemostat.engines.registry import EngineRegistry

@@ -1,14 +1,16 @@
-"""Tells the learner what to learn about, and decides what records must contain for it and for the profiles under
-test.
+"""What connects the profiles with other parts: what the learner learns about, what records must contain for it and for
+the profiles under test, and what the comparison of outcomes reads of them and does to them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from hemostat.adapters.live.assembly import Adapters
 from hemostat.config.schema import Calibration
 from hemostat.learner.client import Learner, LearningTarget
+from hemostat.profiles.decisions import Reason
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat_calibration.arrays import Ids
@@ -82,3 +84,24 @@ class CalibrationNeeds:
         if held_out(unit, self._held_out_fraction):
             return self._adapters.needs_hidden_states(unit)
         return self._learner.wants_hidden_states
+
+
+class ServedKinds:
+    """The `measurement.outcomes.ServedKinds` that the profile manager stands behind."""
+
+    def __init__(self, profiles: ProfileManager) -> None:
+        self._profiles = profiles
+
+    def kinds(self) -> Collection[str]:
+        return self._profiles.serving.kinds.keys()
+
+    def version(self, kind: str) -> str | None:
+        return self._profiles.serving.version_by_kind.get(kind)
+
+    def is_operators(self, kind: str) -> bool:
+        state = self._profiles.serving.kinds.get(kind)
+        return state is not None and (bool(state.held) or state.pinned)
+
+    def leave(self, kind: str, why: str, evidence: dict[str, Any]) -> None:
+        if not self._profiles.serving.kinds[kind].pinned:
+            self._profiles.lifecycle.roll_back(kind, Reason.OUTCOMES, why, evidence)
