@@ -13,7 +13,7 @@ from tests.support.fake_vllm.generation import Generation
 from tests.support.fake_vllm.other_forms import MESSAGES, RESPONSES, OtherForm, as_chat
 
 from hemostat.metrics.names import OUTPUT_TOKENS, RESPONSES_FINISHED, STRUCTURED_OUTPUTS
-from hemostat.openai.form import Form
+from hemostat.openai.routes import Form
 from hemostat.relay import outcomes
 from hemostat.relay.answers import parse
 from hemostat.relay.outcomes import OutcomeObserver

@@ -15,7 +15,7 @@ from tests.support.waiting import HANG_SECONDS, until
 from hemostat.hooks import Comparison
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.metrics.names import INTERNAL_ERRORS
-from hemostat.openai.form import Form
+from hemostat.openai.routes import Form
 from hemostat.relay.answer_format import AnswerFormat
 from hemostat.relay.outcomes import OutcomeObserver
 

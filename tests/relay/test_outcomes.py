@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.support.relay import Request, answering, chat_json, relaying
 
 from hemostat.metrics.names import OUTPUT_TOKENS, REPETITION_LOOPS, RESPONSES_FINISHED, STRUCTURED_OUTPUTS
-from hemostat.openai.form import Form
+from hemostat.openai.routes import Form
 from hemostat.relay import outcomes
 from hemostat.relay.outcomes import OutcomeObserver
 from hemostat_calibration import repetition

@@ -11,9 +11,8 @@ from hemostat.interception.intercepted_exchange import InterceptedExchange
 from hemostat.interception.interceptor import Interceptor
 from hemostat.openai.complexity import MAX_CONTAINERS, MAX_ESCAPES, MAX_MESSAGES, MAX_STRINGS
 from hemostat.openai.conversation_key import conversation_key
-from hemostat.openai.form import Form
 from hemostat.openai.json_splice import MAX_KEY_CHARACTERS, MAX_MEMBERS, MAX_VALUE_BYTES
-from hemostat.openai.routes import FORMS
+from hemostat.openai.routes import FORMS, Form
 from hemostat.relay.outcomes import OutcomeObserver
 
 LIMIT = policy().body_limit

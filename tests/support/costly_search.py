@@ -7,7 +7,7 @@ import random
 
 from tests.support.costly_bodies import LIMIT, PARAMETERS, cpu_seconds
 
-from hemostat.openai.form import Form
+from hemostat.openai.routes import Form
 
 _NAMES = (
     *PARAMETERS,

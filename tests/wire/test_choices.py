@@ -19,12 +19,11 @@ from tests.support.wire import TOOL_CALL, TOOLS, VERSION, Wire, assert_same_toke
 
 from hemostat.ipc.messages import MAX_TOP
 from hemostat.openai import json_splice
-from hemostat.openai.form import Form
 from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.logprobs.rows import Row, ordered, read_rows
 from hemostat.openai.reading import read_request
 from hemostat.openai.requests import Request
-from hemostat.openai.routes import CHAT, COMPLETIONS
+from hemostat.openai.routes import CHAT, COMPLETIONS, Form
 from hemostat.openai.tokens import ResponseTokens
 from hemostat.scoring.intake import captures_from_tap
 

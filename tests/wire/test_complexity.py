@@ -10,9 +10,9 @@ from tests.support import costly_search
 from tests.support.costly_bodies import BEYOND, LIMIT, WITHIN, body, cpu_seconds, listed, members
 
 from hemostat.openai.complexity import MAX_ESCAPES, MAX_MESSAGES, MAX_STRINGS, TooComplex, check_complexity
-from hemostat.openai.form import Form
 from hemostat.openai.json_splice import MAX_KEY_CHARACTERS, MAX_MEMBERS, MAX_VALUE_BYTES, JsonObject
 from hemostat.openai.reading import read_request
+from hemostat.openai.routes import Form
 
 SECONDS = 0.02
 """CPU time. The limit is 5 ms, which `make bench-faults` checks; here the machine is shared, and its caches are too."""

@@ -13,8 +13,7 @@ from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.wire import TOOLS, Wire, policy, user
 
 from hemostat.openai import json_splice
-from hemostat.openai.form import Form
-from hemostat.openai.routes import CHAT, COMPLETIONS, MESSAGES, RESPONSES
+from hemostat.openai.routes import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Form
 
 FORMS = frozenset({Form.CHAT, Form.COMPLETIONS, Form.RESPONSES})
 SCORED_AGAIN = policy(scored_again=FORMS)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat.openai.form import Form
 from hemostat.openai.json_splice import MALFORMED
 from hemostat.openai.kinds import EDGE_BYTES, MAX_NAME_CHARACTERS, kind_name
 from hemostat.openai.reading import read_request
+from hemostat.openai.routes import Form
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 OUTPUTS = {"text", "json", "tools", "grammar"}

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from hemostat.metrics.reasons import Unscored
 from hemostat.openai import stripping
 from hemostat.openai import tokens as openai_tokens
-from hemostat.openai.form import Form
 from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.json_splice import MALFORMED, encode
 from hemostat.openai.logprobs.cutting import cut_logprobs
 from hemostat.openai.logprobs.rows import Rows, parse_rows, read_rows, usual_rows
 from hemostat.openai.logprobs.scrubbing import Scrubber, scrub
 from hemostat.openai.reading import read_request
+from hemostat.openai.routes import Form
 from hemostat.openai.tokens import ResponseTokens
 
 TOP_K = 4

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat.openai.form import Form
 from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.json_splice import MALFORMED, JsonObject, encode
 from hemostat.openai.logprobs.rows import read_rows
 from hemostat.openai.reading import read_request
 from hemostat.openai.requests import merged_xargs
+from hemostat.openai.routes import Form
 from hemostat.openai.tokens import ResponseTokens
 from hemostat_calibration.engine_keys import ACTING_KEYS, MAC_KEY, is_signed
 from hemostat_engine.xargs import RequestParameters, parse

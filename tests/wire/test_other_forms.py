@@ -22,10 +22,9 @@ from tests.support.wire import VERSION, ThroughWire, Wire, httpx2_transport, pol
 
 from hemostat.metrics.reasons import Unscored
 from hemostat.openai import json_splice
-from hemostat.openai.form import Form
 from hemostat.openai.kinds import kind_name
 from hemostat.openai.reading import read_request
-from hemostat.openai.routes import CHAT, MESSAGES, RESPONSES
+from hemostat.openai.routes import CHAT, MESSAGES, RESPONSES, Form
 from hemostat.scoring.intake import UnusableAnswer, captures_from_tap
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'

@@ -20,8 +20,7 @@ from tests.support.slow import slow_unless
 from tests.support.wire import Wire, policy, rows, user
 
 from hemostat.openai import requests
-from hemostat.openai.form import Form
-from hemostat.openai.routes import CHAT, COMPLETIONS, RESPONSES
+from hemostat.openai.routes import CHAT, COMPLETIONS, RESPONSES, Form
 from hemostat.reference.probes import keeps_responses
 from hemostat.reference.server import VllmServer
 from hemostat.scoring.engine_scores import EngineScorer

@@ -20,9 +20,8 @@ from hemostat.interception.response_state import (
     ResponseState,
 )
 from hemostat.metrics.reasons import Unscored
-from hemostat.openai.form import Form
 from hemostat.openai.reading import read_request
-from hemostat.openai.routes import CHAT
+from hemostat.openai.routes import CHAT, Form
 from hemostat.openai.tokens import ResponseTokens
 
 STREAM, JSON, PLAIN = b"text/event-stream", b"application/json", b"identity"

@@ -20,9 +20,8 @@ from hemostat.interception.assignment import (
     uniform,
 )
 from hemostat.interception.interceptor import Interceptor
-from hemostat.openai.form import Form
 from hemostat.openai.reading import read_request
-from hemostat.openai.routes import CHAT
+from hemostat.openai.routes import CHAT, Form
 
 SALT = bytes(range(32))
 

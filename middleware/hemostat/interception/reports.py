@@ -58,20 +58,13 @@ class Reports:
         """Counts a request as skipped that was not drawn either."""
         self._count(names.SHADOW_REQUESTS, reason.labels)
 
-    def skipped(
-        self,
-        reason: Unscored,
-        kind: str = "",
-        tokens: int | None = None,
-        requests: float = 1.0,
-    ) -> None:
+    def skipped(self, reason: Unscored, kind: str = "", tokens: int | None = None) -> None:
         """Counts a sampled request that has ended as skipped.
 
-        kind: full name, "" if its body was not read. tokens: what was generated; None: not known. requests: 1/n for
-        one of n choices.
+        kind: full name, "" if its body was not read. tokens: what was generated; None: not known.
         """
         self._count(names.SHADOW_REQUESTS, reason.labels)
-        self._sampled(kind, *reason.labels, tokens, requests)
+        self._sampled(kind, *reason.labels, tokens)
 
     def captured(self, capture: Capture) -> None:
         """Hands a capture on, and counts its request."""

@@ -11,6 +11,7 @@ from contextlib import aclosing
 
 import msgspec
 
+from hemostat.ipc.framing import READ_SIZE
 from hemostat.ipc.messages import (
     ALIVE_SECONDS,
     Alive,
@@ -32,7 +33,6 @@ from hemostat.metrics.samples import Sample
 
 log = logging.getLogger("hemostat.control")
 
-READ_SIZE = 256 * 1024
 MAX_QUEUED_BYTES = 1024 * 1024
 """The largest number of bytes of policies that a relay may leave unread before its connection is closed (it
 reconnects)."""

@@ -10,6 +10,8 @@ from typing import Any, BinaryIO, Generic, TypeVar
 import msgspec
 
 MAX_FRAME_BYTES = 1 << 30
+READ_SIZE = 256 * 1024
+"""The number of bytes that are read at a time. Twice as much of a connection waits in memory at most."""
 _HEADER = struct.Struct(">I")
 
 

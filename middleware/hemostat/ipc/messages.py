@@ -20,6 +20,8 @@ MAX_TOP = 128
 """The largest number of candidates at each position of an answer of the engine's plugin, in addition to the emitted
 one.
 """
+ID_BYTES = 4
+"""The size of a token id in arrays of them: little-endian int32."""
 MAX_HELLO_BYTES = 64 * 1024
 """The largest size of the first frame, which comes before the token is known."""
 ALIVE_SECONDS = 2.0
@@ -305,7 +307,7 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     default_model: str = ""
     """The served name that answers a request without one; "" while it is not known."""
     scored_again: frozenset[str] = frozenset()
-    """The forms (`openai.form.Form`) whose responses are asked for ids only if they cannot be asked for logprobs: the
+    """The forms (`openai.routes.Form`) whose responses are asked for ids only if they cannot be asked for logprobs: the
     engine computes these again.
     """
     grammars: bool = False

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from hemostat.ipc.framing import read_frame
+from hemostat.ipc.framing import READ_SIZE, read_frame
 from hemostat.ipc.messages import MAX_HELLO_BYTES, NOT_ACTIVE, PROTOCOL, Hello, Refused, encode
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import in_words
@@ -41,8 +41,6 @@ LOG_SECONDS = 60.0
 """The time between two lines of the log about the same kind of refusal."""
 CLOSE_SECONDS = 1.0
 BACKLOG = 128
-READ_SIZE = 256 * 1024
-"""The number of bytes that are read at a time. Twice as much of a connection waits in memory at most."""
 
 
 class _Spoken(msgspec.Struct, tag="hello", frozen=True):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from hemostat.ipc.messages import REST_KIND, Capture, SampledCount, SampledCounts
-
-ID_BYTES = 4
+from hemostat.ipc.messages import ID_BYTES, REST_KIND, Capture, SampledCount, SampledCounts
 
 MAX_COUNTS = 1024
 """The largest number of combinations of kind and ending that are counted at a time; the kinds of all further ones are

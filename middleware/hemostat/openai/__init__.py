@@ -4,7 +4,6 @@ complexity        finds out if a body can be read in a few milliseconds, in one 
 conversation_key  finds out which conversation a request belongs to from a few of its bytes
 credentials       reads what names a client in a header, however it is spelled
 errors            errors in OpenAI's shape
-form              the names of the forms
 forms             the forms of request and response that can be scored
 json_splice       editing a JSON object's bytes in place
 kinds             the kind of traffic that a request belongs to
@@ -15,7 +14,8 @@ reading           reads a client's body into a `Request`
 recompressing     responses that the upstream compresses without being asked to
 requests          a client's request, whatever its form
 restrictions      finds out if a grammar restricts the tokens of a request, as far as its body shows
-routes            the one table of the routes that vLLM serves, and those that the relay refuses to clients
+routes            the one table of the routes that vLLM serves, with the forms of their requests, and those that the
+                  relay refuses to clients
 sse               server-sent events, without IO
 stripping         responses with `choices` on their way to the client
 tokens            the tokens of one response, choice by choice, and why they could not be recorded

@@ -28,9 +28,9 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from hemostat.metrics.reasons import Unscored
-from hemostat.openai.form import Form
 from hemostat.openai.json_splice import MALFORMED
 from hemostat.openai.requests import Request
+from hemostat.openai.routes import Form
 
 LONG_CHARACTERS: Final = 4_000
 LONG_TOKENS: Final = 1_000

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from hemostat.metrics.reasons import Unscored
 from hemostat.openai.complexity import check_complexity
-from hemostat.openai.form import Form
 from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.json_splice import JsonObject
 from hemostat.openai.model_name import is_version
@@ -17,6 +16,7 @@ from hemostat.openai.requests import (
     check_sampling,
     uncalibrated,
 )
+from hemostat.openai.routes import Form
 from hemostat_calibration.engine_keys import MAC_KEY, PROFILE_KEY, acts
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 
 from hemostat.metrics.reasons import Unscored
-from hemostat.openai.form import Form
 from hemostat.openai.json_splice import NULL, JsonObject, encode
+from hemostat.openai.routes import Form
 from hemostat_calibration.engine_keys import KEYS, acts, signed, without_acting
 from hemostat_calibration.records import Sampling
 

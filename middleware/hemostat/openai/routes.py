@@ -11,11 +11,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-from hemostat.openai.form import Form
+
+class Form(StrEnum):
+    """The form in which a route writes its requests and responses. The value begins the names of its kinds of
+    traffic.
+    """
+
+    CHAT = "chat"
+    COMPLETIONS = "completions"
+    RESPONSES = "responses"
+    MESSAGES = "messages"
+
 
 CHAT: Final = "/v1/chat/completions"
 COMPLETIONS: Final = "/v1/completions"

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import msgspec
 
 from hemostat.metrics.reasons import Unscored
-from hemostat.openai.form import Form
 from hemostat.openai.json_splice import MALFORMED
 from hemostat.openai.logprobs.rows import Rows, read_rows
+from hemostat.openai.routes import Form
 
 MAX_UNPARSED_BYTES = 512 * 1024
 """The largest size of one choice's `logprobs` that are held unparsed: about the JSON of 200 tokens with 20

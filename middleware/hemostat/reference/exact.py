@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 
 from hemostat.checkpoints.piecewise import PiecewiseReader
-from hemostat.reference.full_scores import Basis, ExactScores, Floats, Ids, check_request, chunks
+from hemostat.reference.full_scores import Basis, ExactScores, check_request, chunks
 from hemostat_calibration.allowed_sets import AllowedSets
+from hemostat_calibration.arrays import Floats, Ids
 
 PROBE_TOKENS = 8
 PROBE_IDS = 4096

@@ -10,9 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.allowed_sets import AllowedSets
-
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.int32]
+from hemostat_calibration.arrays import Floats, Ids
 
 CHUNK_ELEMENTS = 1 << 24
 """The number of entries of one float32 log-softmax (64 MiB): positions are taken in chunks of this size."""

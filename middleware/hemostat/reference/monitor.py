@@ -13,7 +13,7 @@ from pathlib import Path
 from hemostat.config.schema import Settings
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat.openai.form import Form
+from hemostat.openai.routes import Form
 from hemostat.reference import device
 from hemostat.reference.listing import served_pairs, with_adapters, without_own
 from hemostat.reference.match import compare

@@ -114,7 +114,7 @@ class ServerReference:
         return await self._current.score(request)
 
     async def adapters(self) -> frozenset[str]:
-        return frozenset(card.id for card in await self._server.models() if card.parent is not None)
+        return await self._server.adapters()
 
     async def render(self, messages: list[dict[str, str]]) -> list[int]:
         return await self._server.render(self._started(), messages)

@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from hemostat.openai.form import Form
 from hemostat.openai.json_splice import MALFORMED
 from hemostat.openai.logprobs.rows import Rows, read_rows
+from hemostat.openai.routes import Form
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceScores
 from hemostat.reference.server import VllmServer
 from hemostat.reference.vllm import MAX_ENTRY_BYTES, MAX_LOGPROB

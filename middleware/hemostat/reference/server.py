@@ -135,6 +135,10 @@ class VllmServer:
         """Returns every model that it serves, LoRA adapters included."""
         return (await self.get("/v1/models", _Models)).data
 
+    async def adapters(self) -> frozenset[str]:
+        """Returns the names of the LoRA adapters that it serves."""
+        return frozenset(card.id for card in await self.models() if card.parent is not None)
+
     async def version(self) -> str:
         return str((await self.get("/version", dict[str, str])).get("version", "unknown"))
 

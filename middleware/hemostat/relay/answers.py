@@ -13,8 +13,8 @@ from typing import Final
 
 import msgspec
 
-from hemostat.openai.form import Form
 from hemostat.openai.forms import messages, responses
+from hemostat.openai.routes import Form
 from hemostat.openai.tokens import TokenCount
 
 # Module globals: before Python 3.12, looking up a member of an Enum class takes about 0.2 µs.

@@ -21,7 +21,6 @@ forgotten."""
 UNLIMITED_METHODS = frozenset((b"GET", b"HEAD"))
 
 RATE, CONCURRENT = "rate", "concurrent"
-LIMITS = (RATE, CONCURRENT)
 
 
 @dataclass(slots=True)
@@ -34,7 +33,7 @@ class _Client:
 
 @dataclass(frozen=True, slots=True)
 class Exceeded:
-    """The limit that a client has exceeded. limit: one of LIMITS. retry_after: whole seconds."""
+    """The limit that a client has exceeded. limit: RATE or CONCURRENT. retry_after: whole seconds."""
 
     limit: str
     retry_after: int

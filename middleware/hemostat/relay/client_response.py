@@ -52,7 +52,7 @@ class ClientResponse:
         """The head as it goes to the client, until it has gone; empty with BodyMode.COLLECTED."""
         self._hold: asyncio.TimerHandle | None = None
         """The timer that releases the head if the body is not there in time."""
-        self.collected: list[bytes] = []
+        self.collected: list[bytes] | None = None
         """The body so far, with BodyMode.COLLECTED."""
 
     def frame(self, head: ResponseHead, *, http11: bool, transformed: bool, close: bool) -> bool:
@@ -83,7 +83,9 @@ class ClientResponse:
         elif not http11:
             lines.append(b"Connection: keep-alive")
         self.mode = mode
-        if mode is not _COLLECTED:
+        if mode is _COLLECTED:
+            self.collected = []
+        else:
             self.held_head = head.encode()
         return close
 
@@ -94,8 +96,9 @@ class ClientResponse:
 
     def take_collected(self) -> bytes:
         """Returns the collected body, which is no longer kept."""
+        assert self.collected is not None
         body = b"".join(self.collected)
-        self.collected = []
+        self.collected = None
         return body
 
     def whole(self, body: bytes) -> bytes:
@@ -126,5 +129,5 @@ class ClientResponse:
         self.head = None
         self.mode = _RAW
         self.held_head = b""
-        self.collected = []
+        self.collected = None
         self.end_hold()

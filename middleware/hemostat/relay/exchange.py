@@ -363,6 +363,7 @@ class Exchange:
         response = self._response
         mode = response.mode
         if mode is _COLLECTED:
+            assert response.collected is not None
             response.collected.append(data)
             return
         hook = self._hook

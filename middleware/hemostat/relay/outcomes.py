@@ -24,7 +24,7 @@ import msgspec
 
 from hemostat.ipc import ends
 from hemostat.metrics import names
-from hemostat.openai.form import Form
+from hemostat.openai.routes import Form
 from hemostat.relay.answer_format import AnswerFormat
 from hemostat.relay.answers import Choice, Response, parse, tail_of
 from hemostat_calibration.outcomes import Outcome

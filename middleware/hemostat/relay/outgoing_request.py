@@ -24,7 +24,7 @@ from hemostat.relay.forwarding import redirected, upstream_head
 from hemostat.relay.http.framing import CHUNKED, LAST_CHUNK, chunk, set_length
 from hemostat.relay.http.request import SAFE_METHODS, RequestHead
 from hemostat.relay.shares import Holding
-from hemostat.relay.upstreams.engine import Engine
+from hemostat.relay.upstreams.group import Engine
 
 MAX_RESENDS: Final = 3
 FAILED_STATUSES: Final = frozenset({500, 502, 503, 504})

@@ -19,7 +19,7 @@ from hemostat.engines.answer_buffer import AnswerBuffer
 from hemostat.engines.messages import TapAnswer
 from hemostat.engines.reports import PluginReports
 from hemostat.engines.taps import TapResult
-from hemostat.ipc.messages import Capture
+from hemostat.ipc.messages import ID_BYTES, Capture
 from hemostat.metrics.reasons import Unscored
 from hemostat.scoring.answer_losses import AnswerLosses
 from hemostat.scoring.endings import EndingCounts
@@ -32,7 +32,6 @@ MAX_TAP_SECONDS = 4.0
 numbers the figures are bounds.
 """
 TAP_POLL_SECONDS = 0.1
-ID_BYTES = 4
 
 
 class UnusableAnswer(Exception):

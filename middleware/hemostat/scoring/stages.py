@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from hemostat.engines.taps import TapResult
-from hemostat.ipc.messages import Capture
+from hemostat.ipc.messages import ID_BYTES, Capture
 from hemostat.metrics import names
 from hemostat.metrics.reasons import Unscored
 from hemostat.metrics.samples import Sample
@@ -32,7 +32,6 @@ from hemostat.scoring.capture_arrays import UnreadableLogprobsError, candidates,
 from hemostat.scoring.conditioning import ConditioningFailure, condition
 from hemostat.scoring.endings import NotScored
 from hemostat.scoring.engine_scores import EngineScorer
-from hemostat.scoring.intake import ID_BYTES
 from hemostat.scoring.limits import TokenBudget
 from hemostat.scoring.record_builder import (
     FeatureError,

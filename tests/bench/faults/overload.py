@@ -22,7 +22,7 @@ from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.memory import peak_mib, resident_mib
 from tests.support.stack import Stack, children, wait_for
 
-from hemostat.openai.form import Form
+from hemostat.openai.routes import Form
 
 NAME = "overload"
 TAKES = "3 minutes"

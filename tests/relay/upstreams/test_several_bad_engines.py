@@ -14,8 +14,7 @@ from typing import cast
 import pytest
 
 from hemostat.ipc.origin import parse_origin
-from hemostat.relay.upstreams.engine import Engine
-from hemostat.relay.upstreams.group import Upstreams
+from hemostat.relay.upstreams.group import Engine, Upstreams
 
 RATE = 100
 """Requests per second."""

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.openai.form import Form
+from hemostat.openai.routes import Form
 
 _PREFIX = "token_id:"
 _ID_PREFIX = len(_PREFIX)

@@ -18,11 +18,12 @@ import numpy.typing as npt
 
 from hemostat.checkpoints.output_embedding import EmbeddingError, floats
 from hemostat.reference import device, worker_messages
-from hemostat.reference.full_scores import Basis, ExactScores, Ids, check_request, chunks
+from hemostat.reference.full_scores import Basis, ExactScores, check_request, chunks
 from hemostat.reference.hidden.head import OutputHead, Rows, TorchHead, open_head
 from hemostat.reference.protocol import FailureReason
 from hemostat.reference.scoring import Codes, Comparisons, HeldFunctionals, RequestFailed, output_and_ids, scored
 from hemostat_calibration.allowed_sets import AllowedSets
+from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import InvalidArgumentError
 
 See = Callable[[slice, Any], None]

@@ -5,12 +5,8 @@ pool         the connections to one engine, and the requests that wait for one
 health       when an engine gets no requests, and when again (pure)
 comparison   which engine fails more requests than the others (pure)
 balancer     which engine gets a request (pure)
-engine       one engine: address, pool and health
-group        all engines: `Upstreams`
+group        one engine with its address, pool and health: `Engine`; all of them: `Upstreams`
 checker      asks every engine for GET /health
 resolver     the engines behind one name, by DNS
-
-Further modules:
-
-    settings  a relay's settings of the engines
+settings     a relay's settings of the engines
 """

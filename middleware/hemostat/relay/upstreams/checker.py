@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 
-from hemostat.relay.upstreams.engine import Engine
-from hemostat.relay.upstreams.group import Upstreams
+from hemostat.relay.upstreams.group import Engine, Upstreams
 
 CHECK_SECONDS = 5.0
 """The longest time for one answer; shorter where checks are more frequent."""

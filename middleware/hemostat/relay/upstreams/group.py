@@ -1,4 +1,4 @@
-"""All engines of one relay."""
+"""The engines of one relay: each with its address, its pool of connections and its health, and all together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from hemostat.ipc.messages import EngineHealth
 from hemostat.ipc.origin import Origin
 from hemostat.relay.upstreams.balancer import UNAVAILABLE, Balancer
 from hemostat.relay.upstreams.comparison import FailureComparison
-from hemostat.relay.upstreams.engine import Engine
 from hemostat.relay.upstreams.health import Health
 from hemostat.relay.upstreams.pool import Pool
 
@@ -24,6 +23,13 @@ RETRY_BURST: Final = 20.0
 """The number of retries that are allowed before any request has earned one: when an engine ends, other engines can
 answer its first failed requests. Of two engines, one that fails its requests is ejected after some twenty of them
 (`comparison.MAX_CHANCE`): no client sees an error until then.
+"""
+
+
+MAX_ENGINES: Final = 64
+UNAVAILABLE_STATUSES: Final = frozenset({502, 503})
+"""The statuses of a router before the engine, or of an engine that can answer nothing now. A 500 is not among them: it
+can be about one request alone.
 """
 
 
@@ -49,11 +55,26 @@ class RetryBudget:
         return True
 
 
-MAX_ENGINES: Final = 64
-UNAVAILABLE_STATUSES: Final = frozenset({502, 503})
-"""The statuses of a router before the engine, or of an engine that can answer nothing now. A 500 is not among them: it
-can be about one request alone.
-"""
+class Engine:
+    """One engine. It is composed by `Upstreams`; exchanges report to it how their requests ended."""
+
+    __slots__ = ("drained", "failing", "health", "name", "origin", "outstanding", "pool", "requests", "resent")
+
+    def __init__(self, origin: Origin, pool: Pool, health: Health) -> None:
+        self.name = origin.name
+        self.origin = origin
+        self.pool = pool
+        self.health = health
+        self.drained = False
+        """It is True if the engine gets no new requests, because an operator drains it."""
+        self.outstanding = 0
+        """The number of requests in progress, with the ones that wait for a connection."""
+        self.failing = False
+        """It is True if the engine has failed a request since the last sweep."""
+        self.requests = 0
+        """The number of requests that were sent to it since the start."""
+        self.resent = 0
+        """The number of these requests that were then sent once more, or to another engine."""
 
 
 class Upstreams:
