@@ -46,6 +46,7 @@ CHECKED_BY_CODE: dict[tuple[str, ...], dict[str, Any]] = {
     ("reference", "models", "*"): {"required": ["model"]},
     ("reference", "models", "*", "url"): {"pattern": URL},
     ("reference", "models", "*", "device"): {"pattern": r"^(auto|cpu|cuda(:\d+)?|xpu(:\d+)?|mps)$"},
+    ("gate", "candidate"): {"pattern": r"^https?://[^/@?#\s]+/?(#[^@\s]+)?$"},
     ("upstream", "api_key"): SECRET,
     ("tracing", "endpoint"): {"pattern": URL},
     ("store", "url"): {"pattern": STORE},

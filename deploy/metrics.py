@@ -13,6 +13,7 @@ from hemostat.adapters.serving.probes import AGREEMENT, ERROR, FAILED, ISOLATION
 from hemostat.canaries.engine import BASELINE, ENGINES
 from hemostat.canaries.judge import EQUAL, EXCEEDED
 from hemostat.canaries.judge import FAILED as COULD_NOT_TELL
+from hemostat.gate.live.measuring import BAD_ANSWERS, OWN_ANSWERS, STABLE_TOKENS
 from hemostat.ipc import ends
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, REST_GRAMMAR_KIND, REST_KIND
 from hemostat.measurement import figures
@@ -303,6 +304,8 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "encoded": "the answer is compressed in a way that cannot be read, and is generated twice",
         },
         names.CALIBRATION_REQUESTS: CALIBRATION_REASONS,
+        names.GATE_FAILURES: "why the candidate failed, as for `hemostat_noise_floor_requests_total`; behind `other_`: "
+        "why the reference failed, or the engine that serves; `internal_error`: a bug, see the log",
         names.ENGINE_EVENTS: ENGINE_EVENTS,
         names.ENGINE_ANSWERS: {
             "received": "answers that reached the control process",
@@ -391,6 +394,21 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "loaded": "the engine lists them; of several engines, the one that lists most",
             "ready": "the engine has them, and the probes have passed: requests use them; of several engines, the "
             "one with most",
+        },
+        names.GATE_STATE: {
+            "none": "no candidate is compared",
+            "running": "the candidate is compared, and there is no verdict yet",
+            "pass": "the candidate may replace what serves",
+            "fail": "the candidate may not replace what serves",
+            "undecided": "the gate has ended without a verdict: the candidate or the models are others now",
+        },
+    },
+    "question": {
+        "": {
+            STABLE_TOKENS: "on the tokens that were served: its distance from the reference, less the distance of the "
+            "model that serves (`expect: same`: its distance from that model)",
+            OWN_ANSWERS: "the same where each model answers by itself",
+            BAD_ANSWERS: "the difference of the shares of answers that are empty, errors, or end in a repetition",
         }
     },
     "strategy": {

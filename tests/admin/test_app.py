@@ -30,6 +30,8 @@ GUARDED = [
     ("POST", "/api/v1/profiles/release"),
     ("POST", "/api/v1/alarm/rebase"),
     ("POST", "/api/v1/canaries/accept"),
+    ("POST", "/api/v1/gate"),
+    ("DELETE", "/api/v1/gate"),
     ("POST", "/api/v1/engines/drain"),
     ("POST", "/api/v1/engines/undrain"),
 ]
@@ -290,6 +292,35 @@ async def test_status_has_the_reports_shape_and_is_json(plane: Control, client: 
         assert status["calibrated"] == status["raw"]
         plane.pipeline.update(*scored(str(n), prompt=n))
     assert status["tokens_scored"] == 6
+
+
+async def test_a_gate_is_begun_shown_asked_by_webhooks_and_ended(tmp_path: Path) -> None:
+    made = settings(reference={"backend": "vllm", "url": "http://127.0.0.1:1"})
+    async with control(tmp_path, made, loops=True) as plane, admin_client(plane) as client:
+        assert (await client.get("/api/v1/gate")).json()["state"] == "none"
+        for body in ({}, {"candidate": "http://127.0.0.1:1", "expect": "better"}, {"candidate": "x", "expect": "same"}):
+            answer = await client.post("/api/v1/gate", headers=AUTHORIZED, json=body)
+            assert answer.status_code in (400, 422), answer.text
+        body = {"candidate": "http://127.0.0.1:1", "expect": "other", "margin": 0.1, "waive_cycles": True}
+        answer = await client.post("/api/v1/gate", headers=AUTHORIZED, json=body)
+        assert (answer.status_code, answer.json()["state"]) == (200, "running")
+        shown = (await client.get("/api/v1/gate")).json()
+        assert (shown["candidate"], shown["expect"]) == ("http://127.0.0.1:1", "other")
+        assert shown["waived"]
+        flagger = {"name": "podinfo", "namespace": "test", "phase": "Progressing", "metadata": {}}
+        for state, confirmed, rolled_back in (("running", 409, 409), ("pass", 200, 409), ("fail", 409, 200)):
+            assert plane.gate._gate is not None
+            plane.gate._gate.stored.state, plane.gate._gate.decision = state, 0
+            for name, code in (("confirm-promotion", confirmed), ("rollback", rolled_back)):
+                answer = await client.post(f"/api/v1/gate/{name}", json=flagger)
+                assert (answer.status_code, answer.text.partition(":")[0].strip()) == (code, state)
+                assert answer.text.count("\n") == 1
+        text = (await client.get("/metrics")).text
+        assert 'hemostat_gate_state{state="fail"} 1.0' in text
+        ended = await client.delete("/api/v1/gate", headers=AUTHORIZED)
+        assert ended.json()["state"] == "none"
+        assert (await client.delete("/api/v1/gate", headers=AUTHORIZED)).status_code == 400
+        assert (await client.get("/api/v1/status")).json()["gate"]["state"] == "none"
 
 
 async def test_an_operator_accepts_what_the_canaries_find(tmp_path: Path) -> None:

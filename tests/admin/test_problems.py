@@ -409,6 +409,20 @@ async def test_an_engine_that_computes_something_else_is_a_problem_with_its_figu
         assert plane.found() == []
 
 
+async def test_a_gate_that_fails_or_cannot_decide_is_a_problem(tmp_path: Path) -> None:
+    async with bench(tmp_path, reference={"backend": "vllm", "url": "http://127.0.0.1:1"}) as plane:
+        gate = plane.one.gate
+        gate.begin("http://127.0.0.1:1", "other", None, None, waive_cycles=False)
+        assert "HemostatGateUndecided" not in [alert for alert, _ in plane.found()]
+        gate.forget("the stored evidence is about other models")
+        await plane.one.writer.write()
+        text = "undecided: the stored evidence is about other models: the candidate was compared with others"
+        assert ("HemostatGateUndecided", f"The live gate: {text}") in plane.found()
+        assert gate._gate is not None
+        gate._gate.stored.state = "fail"
+        assert "HemostatGateFailed" in [alert for alert, _ in plane.found()]
+
+
 # --- what measuring and calibrating does not do -----------------------------------------------------------------------
 
 

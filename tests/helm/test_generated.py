@@ -149,6 +149,7 @@ TRIED: list[object] = [
     None, True, False, -1, 0, 1, 0.5, 2, 7, 64, 2_000, 70_000, 10**12, 1e15, "", " ", "x", "0.5", "on", "a b", "é",
     "http://a:8000", "http://a/v1", "ftp://a", "http://u:p@a", "memory://", "memory:", "sqlite:///x", "sqlite://",
     "postgresql://a:5432/h", "postgres://a", "amqp://a", "cpu", "cuda:1", "cuda:x", "auto", "off", "none", "vllm",
+    "other",
     "bfloat16",
     "pooled", "route", "engine", "request", "INFO", "info", "json", [], ["a"], ["a", "a"], [""], ["a b"], [1],
     {}, {"a": 1}, "address", "stdout", "/var/log/access.log",

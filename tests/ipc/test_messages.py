@@ -11,7 +11,7 @@ import msgspec
 
 from hemostat.ipc import messages
 
-RECORDED = (2, "f5a2ad2dd96615b0")
+RECORDED = (2, "a98c04e17f14f785")
 """`PROTOCOL`, and the digest of its messages. Where they change, raise `PROTOCOL`, unless all that an older version
 would not understand is a new field with a default value, and record both anew."""
 

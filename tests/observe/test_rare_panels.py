@@ -1,5 +1,5 @@
 """The dashboards' panels that are empty in the live run (test_live.py): those about adapters, a reasoning model's
-thinking and an outlier engine. A real Prometheus scrapes what the metrics' catalogue exports."""
+thinking, a candidate and an outlier engine. A real Prometheus scrapes what the metrics' catalogue exports."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def samples() -> Iterator[Sample]:
     yield Sample(names.ADAPTER_BUILDS, ("proposed",), count)
     for engine, odd in (("a:8000", 0.0), ("b:8000", 1.0)):
         yield Sample(names.ENGINE_OUTLIER, (engine,), odd)
+    yield Sample(names.GATE_EXCESS, ("stable_tokens",), 0.02)
     for phase, nats in (("thinking", 0.25), ("answer", 0.5)):
         yield Sample(names.PLACE_KL_NATS, ("phase", phase), nats * count)
         yield Sample(names.PLACE_KL_TOKENS, ("phase", phase), count)
@@ -52,6 +53,7 @@ def samples() -> Iterator[Sample]:
 SCRAPES = itertools.count(1)
 EXPECTED = {
     "Evidence that an engine is an outlier (B)": {("b:8000",): 1.0},
+    "Excess of the candidate in the live gate (A)": {("stable_tokens",): 0.02},
     "KL by phase, last 30 minutes (A)": {("thinking",): 0.25, ("answer",): 0.5},
     "Thinking that does not end, by arm, last 30 minutes (A)": {("control",): 3 / 8, ("treated",): 3 / 8},
     "Tokens of thinking per answer, by arm, last 30 minutes (A)": {("control",): 40.0, ("treated",): 40.0},

@@ -17,6 +17,7 @@ ALL = {"namespace": ".*", "model": ".*", "route": ".*"}
 """What the variables stand for when a dashboard is opened: their `allValue`."""
 EMPTY_LIVE = {
     "Evidence that an engine is an outlier (B)": "there is one engine",
+    "Excess of the candidate in the live gate (A)": "no candidate is compared",
     "KL by phase, last 30 minutes (A)": "the model does not think",
     "Thinking that does not end, by arm, last 30 minutes (A)": "the model does not think",
     "Tokens of thinking per answer, by arm, last 30 minutes (A)": "the model does not think",

@@ -2,4 +2,5 @@
 
 distance       how far a candidate is from what it is compared with, token by token
 verdict        the tests of all questions and kinds, and what follows from them
+live           the same tests on live traffic, whose units depend on each other
 """

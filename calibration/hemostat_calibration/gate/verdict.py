@@ -114,8 +114,17 @@ class MeanTest:
         self.total += excess
         self._passing += _log_factors((self.margin - excess) / (1.0 - self.margin))
         self._failing += _log_factors((excess - self.margin) / (1.0 + self.margin))
-        self.log_pass = max(self.log_pass, _mixed(self._passing))
-        self.log_fail = _mixed(self._failing)
+        self.log_pass = max(self.log_pass, self.passing())
+        self.log_fail = self.failing()
+
+    def passing(self, inflation: float = 1.0) -> float:
+        """Returns the log evidence now that the mean is below the margin. inflation: v̂ of units that depend on each
+        other, 1 or more; the power is taken of each bet, before they are mixed (`statistics.dependence`)."""
+        return _mixed(self._passing / inflation)
+
+    def failing(self, inflation: float = 1.0) -> float:
+        """Returns the log evidence now that the mean is above the margin. inflation: as for `passing`."""
+        return _mixed(self._failing / inflation)
 
     @property
     def mean(self) -> float:

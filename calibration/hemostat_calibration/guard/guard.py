@@ -155,6 +155,11 @@ class Guard:
         """Returns what was noted of a kind, or of all kinds; None if nothing was."""
         return self._state.dependence.get(kind)
 
+    def noted_inflation(self, kind: str, units: int) -> float:
+        """Returns v̂ of sums of so many units of a kind, as far as what was noted says it: 1 or more. The tests of a
+        gate take at least this, too."""
+        return max([1.0, *(dependence.inflation_of_sums(units) for dependence in self._noted(kind))])
+
     @property
     def has_seen_cycles(self) -> bool:
         """It is True if what was noted spans `MIN_CYCLES`, or if nothing was noted. Nothing is promoted before."""
@@ -497,13 +502,16 @@ class Guard:
         """Returns v̂ of sums as long as the test, as far as it is known: the v̂ of what was noted, or of the
         test's own gains, the larger one. Where the traffic has no cycle, and for what serves, whose harm has to be
         found soon, units depend on each other over no longer times than many of them fit in."""
+        in_cycles = self._in_cycles(test)
+        known = [d.inflation_of_sums(test.units) if in_cycles else d.inflation for d in self._noted(kind)]
+        return max([*known, test.own_inflation(in_cycles)])
+
+    def _noted(self, kind: str) -> list[KindDependence]:
+        """Returns what was noted of a kind, and of all kinds until the kind's own is known."""
         own, pooled = self._state.dependence.get(kind), self._state.dependence.get(ALL_KINDS)
         if own is not None and (pooled is None or own.known_for(self._needed_seconds)):
             pooled = None
-        in_cycles = self._in_cycles(test)
-        noted = [dependence for dependence in (own, pooled) if dependence is not None]
-        known = [d.inflation_of_sums(test.units) if in_cycles else d.inflation for d in noted]
-        return max([*known, test.own_inflation(in_cycles)])
+        return [dependence for dependence in (own, pooled) if dependence is not None]
 
     def _log_e(self, kind: str, test: KindTest) -> float:
         return test.log_e(self._inflation(kind, test))

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 
 Severity = Literal["critical", "warning"]
 Area = Literal[
-    "vLLM", "relays", "errors", "reference", "store", "alarm", "canaries", "adapters", "profiles", "measurement",
-    "configuration",
+    "vLLM", "relays", "errors", "reference", "store", "alarm", "canaries", "gate", "adapters", "profiles",
+    "measurement", "configuration",
 ]  # fmt: skip
 """A part of the deployment, as the console's status line names it."""
 
@@ -80,6 +80,16 @@ ALERTS: dict[str, Alert] = {
             "Perhaps: no request fails, but one engine computes other answers. Whether they are worse is not known.",
             "Compare the engine's checkpoint, vLLM's version and its flags with before; accept the change if it is "
             "yours.", ("engines",),
+        ),
+        Alert(
+            "HemostatGateFailed", "warning", "gate",
+            "No: no client sees the candidate.",
+            "Do not roll the candidate out; the gate says which question it failed.", ("gate",),
+        ),
+        Alert(
+            "HemostatGateUndecided", "warning", "gate",
+            "No: no client sees the candidate.",
+            "Read why the gate cannot decide; end it if nobody waits for it.", ("gate",),
         ),
         Alert(
             "HemostatEngineOutlier", "warning", "vLLM",

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from importlib import resources
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
@@ -31,10 +31,23 @@ from hemostat_calibration.errors import HemostatError
 
 MAX_PROFILE_BYTES = 256 * 1024 * 1024
 MAX_SMALL_BYTES = 4096
+MAX_WEBHOOK_BYTES = 64 * 1024
 SCRIPT = "text/javascript; charset=utf-8"
 TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": SCRIPT, "mjs": SCRIPT}
 MODULES = (
-    *("alarm", "app", "canaries", "divergence", "engines", "events", "format", "kinds", "measurement", "overview"),
+    *(
+        "alarm",
+        "app",
+        "canaries",
+        "divergence",
+        "engines",
+        "events",
+        "format",
+        "gate",
+        "kinds",
+        "measurement",
+        "overview",
+    ),
     "parts",
 )
 ASSETS = {
@@ -100,6 +113,18 @@ class Actions(Protocol):
 
     async def accept_canaries(self) -> dict[str, Any]: ...
 
+    async def begin_gate(
+        self, candidate: str, expect: str, margin: float | None, kind_margin: float | None, *, waive_cycles: bool
+    ) -> dict[str, Any]: ...
+
+    async def end_gate(self) -> dict[str, Any]: ...
+
+
+class GateView(Protocol):
+    """The part of `hemostat.gate.live.keeper.ShadowGate` that the routes use."""
+
+    def report(self) -> dict[str, Any]: ...
+
 
 class AdminBackend(Protocol):
     """The parts that the admin port shows and operates."""
@@ -124,6 +149,9 @@ class AdminBackend(Protocol):
 
     @property
     def ownership(self) -> OwnershipView: ...
+
+    @property
+    def gate(self) -> GateView: ...
 
 
 class CalibrationRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -162,6 +190,19 @@ class DrainRequest(msgspec.Struct, forbid_unknown_fields=True):
     """The body of POST /api/v1/engines/drain and /undrain. engine: host:port, as the status names it."""
 
     engine: Annotated[str, msgspec.Meta(max_length=300)]
+
+
+Margin = Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
+
+
+class GateRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of POST /api/v1/gate. margin, kind_margin: null or left out: the defaults."""
+
+    candidate: Annotated[str, msgspec.Meta(max_length=600)]
+    expect: Literal["same", "other"]
+    margin: Margin | None = None
+    kind_margin: Margin | None = None
+    waive_cycles: bool = False
 
 
 class RebaseRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -353,6 +394,43 @@ def create_app(
         await read_body(request, MAX_SMALL_BYTES)
         return await backend.actions.accept_canaries()
 
+    @app.get("/api/v1/gate")
+    async def gate() -> dict[str, Any]:
+        """Returns the live gate: its state (`none`, `running`, `pass`, `fail`, `undecided`), and all that led to it."""
+        return backend.gate.report()
+
+    @app.post("/api/v1/gate")
+    async def begin_gate(request: Request) -> dict[str, Any]:
+        """Begins a live gate. Body: `{"candidate": "http://…", "expect": "other"}`; optional: `margin`, `kind_margin`,
+        and `waive_cycles` for a verdict about traffic like in the hours that were seen."""
+        expected = (
+            '{"candidate": "http://host:port", "expect": "same" or "other"}, and margins between 0 and 1 if meant'
+        )
+        wanted = await _read(request, GateRequest, expected)
+        return await backend.actions.begin_gate(
+            wanted.candidate, wanted.expect, wanted.margin, wanted.kind_margin, waive_cycles=wanted.waive_cycles
+        )
+
+    @app.delete("/api/v1/gate")
+    async def end_gate(request: Request) -> dict[str, Any]:
+        """Ends the live gate, and forgets its evidence. Body: none."""
+        await read_body(request, MAX_SMALL_BYTES)
+        return await backend.actions.end_gate()
+
+    @app.post("/api/v1/gate/confirm-promotion")
+    async def confirm_promotion(request: Request) -> PlainTextResponse:
+        """Answers 200 if the live gate has passed, else 409: a webhook for Flagger, which waits until it is 200. Body:
+        any."""
+        await read_body(request, MAX_WEBHOOK_BYTES)
+        return _webhook(backend.gate.report(), "pass")
+
+    @app.post("/api/v1/gate/rollback")
+    async def roll_back(request: Request) -> PlainTextResponse:
+        """Answers 200 if the live gate has failed, else 409: a webhook for Flagger, which rolls back at 200. Body:
+        any."""
+        await read_body(request, MAX_WEBHOOK_BYTES)
+        return _webhook(backend.gate.report(), "fail")
+
     @app.post("/api/v1/engines/drain")
     async def drain(request: Request) -> Response:
         """Send an engine no new requests. Body: `{"engine": "host:port"}`."""
@@ -373,6 +451,12 @@ def create_app(
     router = engine_router(backend.engines.reports, backend.profiles.profile_bytes, now)
     app.include_router(router, dependencies=[Depends(active)])
     return app
+
+
+def _webhook(gate: Mapping[str, Any], wanted: str) -> PlainTextResponse:
+    """Returns 200 if the gate is in the wanted state, else 409; with one line."""
+    line = f"{gate['state']}: {gate['why']}" if gate["why"] else str(gate["state"])
+    return PlainTextResponse(f"{line}\n", 200 if gate["state"] == wanted else 409)
 
 
 async def _read(request: Request, kind: type[T], expected: str, default: T | None = None) -> T:

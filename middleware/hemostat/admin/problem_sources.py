@@ -9,6 +9,7 @@ process         the store, the settings and the files of the control process
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 from hemostat import __version__
 from hemostat.adapters.live.client import AdapterLearner
@@ -61,6 +62,16 @@ REFERENCE = {
 
 UNDECIDED = ("reading", "suspended")
 """The states of `hemostat.control.ownership` in which something is wrong."""
+
+
+class GateProblem(Protocol):
+    """The part of `hemostat.gate.live.keeper.ShadowGate` that is read here."""
+
+    @property
+    def state(self) -> str: ...
+
+    def problem(self) -> tuple[str, float] | None:
+        """Returns what is wrong, in one line, and since when (Unix time)."""
 
 
 class ServingProblems:
@@ -137,10 +148,11 @@ class ServingProblems:
 class ModelProblems:
     """Finds the problems of the served model, its engines and its profiles."""
 
-    def __init__(self, measured: Measured, canaries: Canaries, events: EventLog) -> None:
+    def __init__(self, measured: Measured, canaries: Canaries, events: EventLog, gate: GateProblem) -> None:
         self._measured = measured
         self._canaries = canaries
         self._events = events
+        self._gate = gate
 
     def problems(self, now: float, wall: float) -> Iterator[Found]:
         raised = self._measured.alarms.raised()
@@ -184,6 +196,10 @@ class ModelProblems:
             more = f" (and {len(back) - 1} more in the last 30 minutes)" if len(back) > 1 else ""
             text = f"A profile was rolled back{f' in {place}' if place else ''}: {back[0]['why']}{more}"
             yield Found("HemostatCalibrationRolledBack", text, back[-1]["at"])
+
+        if (problem := self._gate.problem()) is not None:
+            alert = "HemostatGateFailed" if self._gate.state == "fail" else "HemostatGateUndecided"
+            yield Found(alert, f"The live gate: {problem[0]}", problem[1])
 
 
 class MeasuringProblems:

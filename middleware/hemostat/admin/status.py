@@ -146,6 +146,8 @@ class Status(msgspec.Struct, frozen=True):
     """The state of the comparison of engines, and why there is none: `measurement.by_engine`."""
     canaries: Report
     """The same sequences on every engine again: `canaries.keeper`; docs/engines.md#canaries."""
+    gate: Report
+    """The live gate: `gate.live.keeper`; docs/gate.md#live."""
     records_written: int
     relays: int
     data_port: int
@@ -259,6 +261,7 @@ class StatusSource:
             upstream=engines.upstream(measured.by_engine.report(), now),
             outlier_engine=measured.by_engine.status(),
             canaries=canaries,
+            gate=engines.gate.report(),
             records_written=scoring.records_written,
             relays=process.link.relays,
             data_port=process.data_port,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -198,12 +198,19 @@ class ScoringParts:
         return self.records.written if self.records is not None else 0
 
 
+class GateReport(Protocol):
+    """The part of `hemostat.gate.live.keeper.ShadowGate` that the status shows."""
+
+    def report(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class EngineParts:
     """The engines: those that report, and those that requests go to."""
 
     registry: EngineRegistry
     canaries: Canaries
+    gate: GateReport
 
     def engines(self, now: float) -> EnginesStatus:
         return EnginesStatus(

@@ -81,9 +81,10 @@ def _suggestion(key: Key) -> str:
     known = list(section_at(key[:-1]).model_fields)
     last = str(key[-1])
     prefix = dotted_key(key[:-1]) + "." if len(key) > 1 else ""
-    near = nearest(last, {name: prefix + name for name in known})
-    if near is None:  # the right name in the wrong section
-        near = next((leaf for leaf in LEAVES if leaf.rpartition(".")[2] == last), None)
+    # The right name in the wrong section is likelier than a name that is only alike.
+    near = next((leaf for leaf in LEAVES if leaf.rpartition(".")[2] == last), None)
+    if near is None:
+        near = nearest(last, {name: prefix + name for name in known})
     if near is None:
         near = nearest(prefix + last, {leaf: leaf for leaf in LEAVES})
     return f"; did you mean {near}?" if near else f"; the keys here are {', '.join(known)}"

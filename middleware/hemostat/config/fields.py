@@ -45,6 +45,13 @@ def server_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def candidate_url(value: str) -> str:
+    """Returns `URL[#NAME]` without a slash at the end of the URL. Raises ValueError."""
+    # A password, which is refused, may have a #.
+    url, _, name = (value, "", "") if "@" in value else value.partition("#")
+    return server_url(url) + (f"#{name}" if name else "")
+
+
 def _engines_url(value: str) -> str:
     scheme = "dns+" if value.startswith("dns+") else ""
     return scheme + server_url(value.removeprefix(scheme))
@@ -132,6 +139,7 @@ def yaml_off(value: object) -> object:
 
 EnginesUrl = Annotated[str, AfterValidator(_engines_url)]
 ServerUrl = Annotated[str, AfterValidator(server_url)]
+CandidateUrl = Annotated[str, AfterValidator(candidate_url)]
 Host = Annotated[str, AfterValidator(_host)]
 HostPort = Annotated[str, AfterValidator(_host_port)]
 Secret = Annotated[SecretStr, AfterValidator(_secret)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from hemostat.config.fields import (
+    CandidateUrl,
     ExistingFile,
     ExistingFolder,
     Fraction,
@@ -198,6 +199,22 @@ class Records(Section):
     s."""
 
 
+class Gate(Section):
+    """The live gate, which says if a candidate may replace what serves: docs/gate.md#live."""
+
+    candidate: CandidateUrl | None = None
+    """The vLLM server of a candidate: `http(s)://host:port`, with `#NAME` if it serves several models. The API key of
+    the upstream is sent to it. With none, a gate begins by `POST /api/v1/gate` only."""
+    expect: Literal["same", "other"] = "other"
+    """With other, the candidate has to be at least as near to the reference as the model that serves. With same, it
+    has to be the same model; then the engines that serve also score the tokens of the requests that are compared."""
+    own_answers: float = Field(default=0.2, ge=0, le=1)
+    """The fraction of the compared requests whose prompts the candidate also answers by itself. Without any, there is
+    no verdict."""
+    tokens_per_hour: int = Field(default=500_000, ge=1_000)
+    """The budget of the candidate: the largest number of tokens that it reads and writes in an hour."""
+
+
 class Alarm(Section):
     """The conditions under which the alarm fires."""
 
@@ -266,6 +283,7 @@ class Settings(Section):
     client_limits: ClientLimits = ClientLimits()
     alarm: Alarm = Alarm()
     canaries: Canaries = Canaries()
+    gate: Gate = Gate()
     log: Log = Log()
     tracing: Tracing = Tracing()
 

@@ -34,6 +34,7 @@ from hemostat.control.steady_clock import STATE_KEY, SteadyClock, boot_id, boot_
 from hemostat.control.stored_state import StoredState
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.reports import PluginReports, ServedWeights
+from hemostat.gate.live.keeper import ShadowGate
 from hemostat.ipc import relay_samples
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import OutcomeReport
@@ -178,7 +179,20 @@ class Control:
                 emit=NoiseFloorUsers(self.monitor, measured, other_models).update,
                 clock=clock,
             )
-        others: list[RecordConsumer] = []
+        self.gate = ShadowGate(
+            settings,
+            self.monitor,
+            EngineScorer(self.engines, settings.shadow.top_k),
+            budget,
+            self.writer,
+            noted=self.profile_manager.trials.noted_inflation,
+            active=lambda: self.ownership.active,
+            record_event=measured.alarms.record_event,
+            draw=draw,
+            clock=clock,
+            wall=self._wall,
+        )
+        others: list[RecordConsumer] = [self.gate]
         if floor is not None:
             others.append(NoiseFloorOffers(floor))
         if self.tracing is not None:
@@ -235,6 +249,7 @@ class Control:
             wall=self._wall,
         )
         self.stored_state = StoredState(self.writer, self.profile_manager, self.measured, self.engines)
+        self.stored_state.on_other_models = self.gate.forget
         self.policy = PolicyPublisher(
             settings,
             self.link,
@@ -266,6 +281,7 @@ class Control:
             profiles,
             self.measured.alarms,
             self.canaries,
+            self.gate,
             self.subject,
             self.engines,
             self.ownership,
@@ -276,7 +292,7 @@ class Control:
             self.ownership,
             [
                 ServingProblems(self.ownership, self.link, relays, self.engines, self.adapters.hosts),
-                ModelProblems(self.measured, self.canaries, profiles.events),
+                ModelProblems(self.measured, self.canaries, profiles.events, self.gate),
                 MeasuringProblems(
                     self.ownership, self.monitor, self.pipeline, relays, self.engines.reports, self.adapters.learner
                 ),
@@ -289,7 +305,7 @@ class Control:
             settings,
             ProcessParts(self.problems, self.ownership, self.link, relays, self.configuration, data_port),
             ScoringParts(self.monitor, self.pipeline, self.records),
-            EngineParts(self.engines, self.canaries),
+            EngineParts(self.engines, self.canaries, self.gate),
             self.measured,
             CalibrationParts(profiles, self.learner, self.adapters.status),
             clock,
@@ -317,6 +333,7 @@ class Control:
             self.measured.samples,
             self.engines.samples,
             self.canaries.samples,
+            self.gate.samples,
             self.profile_manager.samples,
             self.learner.samples,
             self.adapters.samples,
@@ -353,6 +370,7 @@ class Control:
         self.learned.restore(snapshot.blobs.get(learned_state.BLOB_KEY))
         self.templates.restore(snapshot.blobs.get(prompt_templates.BLOB_KEY), self.stored_state.salt)
         self.canaries.restore(snapshot.blobs)
+        self.gate.restore(snapshot.blobs)
         self._stored_learning.restore(snapshot.blobs.get(stored.BLOB_KEY))
         self._go_on_after(snapshot.states.get(STATE_KEY))
         self.ownership.activate()
@@ -370,7 +388,7 @@ class Control:
 
     def _pass(self, time_break: TimeBreak, why: str) -> None:
         """Passes on that the clock was set: whoever keeps times takes the difference out of them."""
-        for part in (self.measured, self.profile_manager, self.canaries):
+        for part in (self.measured, self.profile_manager, self.canaries, self.gate):
             part.after_break(time_break)
         if time_break.anew:
             self.measured.alarms.record_event(why)
@@ -400,7 +418,8 @@ class Control:
             self.canaries.run(),
         ]
         if self.references is not None:
-            loops += [self.monitor.run(), self.learner.run(), *self.pipeline.loops(), *self.adapters.loops()]
+            loops += [self.monitor.run(), self.learner.run(), self.gate.run()]
+            loops += [*self.pipeline.loops(), *self.adapters.loops()]
         return loops
 
     def do_periodic(self) -> None:
@@ -434,7 +453,7 @@ class Control:
         if self.ownership.active:
             await _within(SAVE_SECONDS, "what this process knows", self._save())
         await self.ownership.close()
-        for scorer in (self.references, self.compressed_scorer, self.engine_scorer):
+        for scorer in (self.references, self.compressed_scorer, self.engine_scorer, self.gate):
             if scorer is not None:
                 await _within(CLOSE_SECONDS, "a connection to a model", scorer.close())
         if self.records is not None:
@@ -445,6 +464,8 @@ class Control:
     async def _save(self) -> None:
         self.time.save(self.writer)
         self.measured.save()
+        if self.gate.state != "none":
+            self.gate.save()
         await self.learned.save()
         self.templates.save()
         self.profile_manager.writer.save()

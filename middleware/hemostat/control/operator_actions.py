@@ -10,6 +10,7 @@ from hemostat.canaries.keeper import Canaries
 from hemostat.control.learning import LearningSubject
 from hemostat.control.ownership import Ownership
 from hemostat.engines.registry import EngineRegistry
+from hemostat.gate.live.keeper import ShadowGate
 from hemostat.measurement.alarms import Alarms
 from hemostat.profiles.manager import ProfileManager
 from hemostat.store.protocol import NotKeptError
@@ -36,6 +37,7 @@ class OperatorActions:
         profiles: ProfileManager,
         alarms: Alarms,
         canaries: Canaries,
+        gate: ShadowGate,
         subject: LearningSubject,
         engines: EngineRegistry,
         ownership: Ownership,
@@ -44,6 +46,7 @@ class OperatorActions:
         self._profiles = profiles
         self._alarms = alarms
         self._canaries = canaries
+        self._gate = gate
         self._subject = subject
         self._engines = engines
         self._ownership = ownership
@@ -83,6 +86,18 @@ class OperatorActions:
         """Accepts what the engines compute now as right: a new set is taken. Returns the canaries' report."""
         await self._execute(self._canaries.accept)
         return self._canaries.report()
+
+    async def begin_gate(
+        self, candidate: str, expect: str, margin: float | None, kind_margin: float | None, *, waive_cycles: bool
+    ) -> dict[str, Any]:
+        """Begins a live gate. Returns its report."""
+        await self._execute(lambda: self._gate.begin(candidate, expect, margin, kind_margin, waive_cycles=waive_cycles))
+        return self._gate.report()
+
+    async def end_gate(self) -> dict[str, Any]:
+        """Ends the live gate, and forgets its evidence. Returns the report."""
+        await self._execute(self._gate.end)
+        return self._gate.report()
 
     async def set_mode(self, mode: str) -> None:
         def change() -> None:

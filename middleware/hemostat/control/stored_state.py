@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Callable
 from dataclasses import replace
 
 from hemostat.control.model_identity import ModelIdentity, from_json
@@ -43,6 +44,9 @@ class StoredState:
         self._measured = measured
         self._engines = engines
         self.salt = secrets.token_bytes(SALT_BYTES)
+        self.on_other_models: Callable[[str], None] = lambda why: None
+        """A function that is called with the reason when stored evidence is about other models than those that serve or
+        are compared now."""
         self._models: ModelIdentity | None = None
         """The models of this process; None until both are known."""
         self._stored_models: ModelIdentity | None = None
@@ -106,6 +110,7 @@ class StoredState:
             )
             self._profiles.forget_evidence(why)
             self._measured.forget()
+            self.on_other_models(why)
             self._measured.alarms.record_event(f"{why}: what was measured with the others is forgotten")
             self._stored_models = None
         # What is not known (yet), such as the weights of engines that have not reported, stays as it is stored.

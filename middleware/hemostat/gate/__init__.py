@@ -8,4 +8,5 @@ unit       measures one prompt: the excess of each question
 run        asks prompt after prompt until there is a verdict
 state      the evidence so far in a file, so that a rerun goes on with it
 summary    the verdict in words, as JSON and as a page
+live       the gate on live traffic, in the control process
 """

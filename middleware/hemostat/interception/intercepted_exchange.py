@@ -415,4 +415,5 @@ class InterceptedExchange:
             engine=engine,
             engine_drawn=self._engine_drawn and engine == self._engine,
             generated=-1 if tokens.usage is None else tokens.usage.completion_tokens,
+            decoding=requests.decoding_members(request),
         )

@@ -162,6 +162,8 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     """It is True if the response named ids only, and `top_k` is 0: the candidates are what the engine computes again,
     by prefill.
     """
+    decoding: bytes = b""
+    """The client's own decoding parameters, a JSON object (`requests.DECODING_KEYS`); empty if they are too long."""
 
 
 class OutcomeReport(msgspec.Struct, frozen=True, array_like=True):

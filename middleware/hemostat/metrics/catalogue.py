@@ -447,6 +447,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     ),
     "The engines": engines.UPSTREAM_METRICS,
     "Canaries": engines.CANARY_METRICS,
+    "The live gate": engines.GATE_METRICS,
     "The engine's plugin": engines.PLUGIN_METRICS,
     "What clients got, of all generations": (
         Metric(

@@ -60,6 +60,32 @@ CANARY_METRICS = (
     Metric(names.CANARY_REPLAYS, "counter", "replays", "Replays of canaries, by outcome.", ("outcome",)),
 )
 
+GATE_METRICS = (
+    Metric(
+        names.GATE_STATE,
+        "gauge",
+        "0 or 1",
+        "1 for the state of the live gate: if its candidate may replace what serves.",
+        ("state",),
+    ),
+    Metric(names.GATE_UNITS, "gauge", "requests", "Requests that have counted in the live gate."),
+    Metric(
+        names.GATE_EXCESS,
+        "gauge",
+        "ratio",
+        "The mean excess of the candidate over what serves, over all kinds of traffic; positive is against it.",
+        ("question",),
+    ),
+    Metric(names.GATE_CANDIDATE_TOKENS, "counter", "tokens", "Tokens that candidates have read and written."),
+    Metric(
+        names.GATE_FAILURES,
+        "counter",
+        "requests",
+        "Requests of the live gate that failed, by reason.",
+        ("reason",),
+    ),
+)
+
 PLUGIN_METRICS = (
     Metric(
         names.ENGINE_PLUGINS,

@@ -98,6 +98,13 @@ CANARY_CHANGED = "hemostat_canary_changed"
 CANARY_DISTANCE_NATS = "hemostat_canary_distance_nats"
 CANARY_REPLAYS = "hemostat_canary_replays_total"
 
+# The live gate
+GATE_STATE = "hemostat_gate_state"
+GATE_UNITS = "hemostat_gate_units"
+GATE_EXCESS = "hemostat_gate_excess_ratio"
+GATE_CANDIDATE_TOKENS = "hemostat_gate_candidate_tokens_total"
+GATE_FAILURES = "hemostat_gate_failures_total"
+
 # The engine's plugin
 ENGINE_PLUGINS = "hemostat_engine_plugins"
 ENGINE_EVENTS = "hemostat_engine_events_total"

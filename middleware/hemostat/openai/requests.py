@@ -64,6 +64,14 @@ _SAMPLING_KEYS = frozenset({"repetition_penalty", "temperature", "top_p", "top_k
 """The keys that `sampling_parameters` decodes."""
 _GIVEN_KEYS = frozenset({*LOGIT_EDITING_KEYS, "watermarking"})
 """The keys for which it only asks if they are given."""
+DECODING_KEYS = frozenset(
+    _LOGIT_KEYS
+    | {"temperature", "top_p", "top_k", "min_p", "ignore_eos", "stop", "stop_token_ids", "stop_sequences"}
+    | {"max_tokens", "max_completion_tokens", "max_output_tokens"}
+)
+"""The parameters that decide which tokens follow, and how many, in any form."""
+MAX_DECODING_BYTES = 4096
+"""The largest size of their values: a long `logit_bias` is not worth its copy."""
 _raw_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -202,6 +210,15 @@ def sampling_parameters(request: Request, changes: Mapping[str, bytes], openai_d
         top_k=max(0, int(_number(body.value("top_k"), 0.0))),
         min_p=_number(body.value("min_p"), 0.0),
     )
+
+
+def decoding_members(request: Request) -> bytes:
+    """Returns the client's own decoding parameters as a JSON object, so that another model can be asked the same; b""
+    if they are longer than `MAX_DECODING_BYTES`."""
+    body = request.body
+    members = {key: msgspec.Raw(body.raw(key)) for key in sorted(body.names & DECODING_KEYS) if body.has(key)}
+    encoded = encode(members)
+    return encoded if len(encoded) <= MAX_DECODING_BYTES else b""
 
 
 def _number(value: Any, default: float) -> float:

@@ -135,6 +135,10 @@ class Trials:
         """Writes the numbers of all tests and windows that have begun, if they are new."""
         self.numbers.spend(self.guard)
 
+    def noted_inflation(self, kind: str, units: int) -> float:
+        """See `Guard.noted_inflation`."""
+        return self.guard.noted_inflation(kind, units)
+
     def is_known(self, kind: str) -> bool:
         """See `Guard.is_known`."""
         return self.guard.is_known(kind)

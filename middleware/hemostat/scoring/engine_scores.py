@@ -42,13 +42,17 @@ class EngineScorer:
     async def with_candidates(self, capture: Capture) -> Capture:
         """Returns the capture with what the engine that answered says of its tokens. Raises ReferenceFailure."""
         prompt, output = prompt_ids(capture), output_ids(capture)
-        async with self._lock:
-            server = await self._server(capture.engine)
-            request = ScoreRequest(prompt, output, output[:, None])
-            scores = await top_ids(server, capture.adapter or capture.model, request, self._top_k)
+        request = ScoreRequest(prompt, output, output[:, None])
+        scores = await self.score(capture.engine, capture.adapter or capture.model, request)
         return with_scores(capture, output, scores)
 
-    async def _server(self, name: str) -> VllmServer:
+    async def score(self, engine: str, model: str, request: ScoreRequest) -> ReferenceScores:
+        """Returns what a model that the engine serves says of given tokens. Raises ReferenceFailure."""
+        async with self._lock:
+            return await top_ids(await self.server(engine), model, request, self._top_k)
+
+    async def server(self, name: str) -> VllmServer:
+        """Returns the connection to an engine. Raises ReferenceFailure if it is not one of the upstream."""
         for gone in self._servers.keys() - {name, *self._engines.current()}:
             await self._servers.pop(gone).close()
         if name not in self._servers:

@@ -7,6 +7,7 @@ import { Alarm } from "./alarm.js";
 import { Divergence } from "./divergence.js";
 import { Engine, Engines } from "./engines.js";
 import { Events } from "./events.js";
+import { Gate } from "./gate.js";
 import { Kind, Kinds } from "./kinds.js";
 import { Measurement } from "./measurement.js";
 import { Profile, Profiles } from "./profiles.js";
@@ -14,12 +15,12 @@ import { Profile, Profiles } from "./profiles.js";
 /** By the first part of the address: [title, page, page of one]. */
 const PAGES = {
   "": ["Overview", Overview], divergence: ["Divergence", Divergence], kinds: ["Kinds", Kinds, Kind], profiles: ["Profiles", Profiles, Profile], engines: ["Engines", Engines, Engine],
-  alarm: ["Alarm", Alarm], measurement: ["Measurement", Measurement], events: ["Events", Events],
+  alarm: ["Alarm", Alarm], gate: ["Gate", Gate], measurement: ["Measurement", Measurement], events: ["Events", Events],
 };
 /** Of a page, the matching panel in Grafana: dashboard, panel. */
 const PANELS = {
   "": ["hemostat-overview", 8], divergence: ["hemostat-overview", 8], kinds: ["hemostat-calibration", 19], profiles: ["hemostat-calibration", 2], engines: ["hemostat-overview", 22],
-  alarm: ["hemostat-overview", 11], measurement: ["hemostat-shadow", 16], events: ["hemostat-calibration", 9],
+  alarm: ["hemostat-overview", 11], gate: ["hemostat-overview", 36], measurement: ["hemostat-shadow", 16], events: ["hemostat-calibration", 9],
 };
 const RANGES = { "15m": ["15 min", 900], "1h": ["1 h", 3600], "6h": ["6 h", 21600] };
 const MAX_POINTS = 2160, RATE_STATES = 6, HISTORY_MS = 10000, RETRY_MS = 3000;

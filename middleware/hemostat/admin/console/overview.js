@@ -13,6 +13,7 @@ const AREAS = {
   store: (s) => s.control.state,
   alarm: (s) => (s.alarm.tests.some((t) => t.begun) ? "none" : "learning"),
   canaries: ({ canaries: c }) => (c.engines.length ? "unchanged" : c.set ? "no replay yet" : "no set"),
+  gate: ({ gate }) => (gate.state === "none" ? null : gate.state),
   adapters: (s) => s.adapter.state,
   profiles: () => null,
   measurement: (s) => (s.reference.state !== "ready" ? "waits for the reference" : s.requests.scored ? "running" : "no score yet"),

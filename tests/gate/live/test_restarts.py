@@ -1,0 +1,99 @@
+"""The evidence outlasts the control process: nothing of it is lost, and no unit counts twice."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from tests.support.fake_vllm import FakeVllm
+
+from hemostat.gate.live.stored import BLOB_KEY
+
+Worlds = Callable[..., Any]
+
+
+def shown(gate: Any) -> dict[str, Any]:
+    """All that a restart keeps."""
+    return {name: value for name, value in gate.report().items() if name != "why"}
+
+
+async def test_killed_at_random_moments_the_evidence_is_what_it_would_have_been(world: Worlds) -> None:
+    """A process is killed before or after a record, or while it is measured. All records are offered to each successor
+    again."""
+    draw = random.Random(4)
+    async with world(FakeVllm(noise=1.0), FakeVllm(noise=0.3)) as here:
+        gate = here.process()
+        gate.begin(here.candidate, "other", 0.01, 0.02, waive_cycles=False)
+        records = [await here.scored() for _ in range(40)]
+        for number, scored in enumerate(records):
+            here.now += 60.0
+            gate.update(scored)
+            moment = draw.random()
+            if moment < 0.3:  # it waits, or is being measured
+                gate = here.process()
+                gate.update(scored)
+            while gate.waiting:
+                await gate.step()
+            if moment > 0.7:
+                before = shown(gate)
+                gate = here.process()
+                assert shown(gate) == before
+            for earlier in records[: number + 1]:
+                gate.update(earlier)
+            assert gate.waiting == 0
+            assert gate.report()["units"] == number + 1
+        killed = gate.report()["questions"]
+    async with world(FakeVllm(noise=1.0), FakeVllm(noise=0.3)) as here:
+        gate = here.process()
+        gate.begin(here.candidate, "other", 0.01, 0.02, waive_cycles=False)
+        for _ in range(40):
+            here.now += 60.0
+            gate.update(await here.scored())
+            await gate.step()
+        assert gate.report()["questions"] == killed
+
+
+async def test_a_verdict_is_shown_once_the_store_has_it(world: Worlds) -> None:
+    async with world(FakeVllm(noise=1.0), FakeVllm(noise=0.3)) as here:
+        gate = here.process()
+        gate.begin(here.candidate, "other", None, None, waive_cycles=False)
+        here.writes.away = True
+        for _ in range(200):
+            here.now += 60.0
+            gate.update(await here.scored())
+            if not gate.waiting:
+                break
+            await gate.step()
+        report = gate.report()
+        assert report["state"] == "running"
+        assert report["why"] == "the verdict is there, and waits for the store"
+        assert here.process().report()["units"] == 0  # a successor knows what is stored
+        here.writes.away = False
+        gate.save()
+        assert gate.report()["state"] == "pass"
+        successor = here.process()
+        assert successor.report() == gate.report()
+
+
+async def test_what_cannot_be_read_is_lost_and_said(world: Worlds, caplog: Any) -> None:
+    async with world(FakeVllm(), FakeVllm()) as here:
+        here.writes.blobs[BLOB_KEY] = b"{"
+        assert here.process().report()["state"] == "none"
+        assert "the stored gate cannot be read" in caplog.text
+
+
+async def test_the_settings_begin_a_gate_once(world: Worlds) -> None:
+    async with world(FakeVllm(), FakeVllm()) as here:
+        named = {"gate": {"candidate": here.candidate, "own_answers": 1.0}}
+        gate = here.process(**named)
+        await here.feed(gate, 3)
+        gate = here.process(**named)
+        assert gate.report()["units"] == 3
+        gate.end()
+        assert here.process(**named).report()["state"] == "none"  # what the operator has ended stays ended
+        other = {"gate": {"candidate": f"{here.candidate}#fake", "own_answers": 1.0}}
+        assert here.process(**other).report()["state"] == "running"
+        gate = here.process()
+        assert gate.report()["state"] == "none"
+        assert "name no candidate any more" in gate.report()["why"]
