@@ -11,9 +11,9 @@ import numpy as np
 
 from hemostat.gate.asked import Asked
 from hemostat.gate.outcomes import CUT, ERRORS, JSON, LOOPS, TOOL_CALLS, Served
-from hemostat.openai.form import Form
 from hemostat.openai.json_splice import MALFORMED
 from hemostat.openai.logprobs.rows import read_rows
+from hemostat.openai.routes import Form
 from hemostat.reference.server import VllmServer
 from hemostat.reference.vllm import MAX_ENTRY_BYTES
 from hemostat.relay.answers import parse

@@ -10,8 +10,7 @@ import msgspec
 import numpy as np
 
 from hemostat.gate.live.candidate import Candidate, likeliest
-from hemostat.openai.form import Form
-from hemostat.openai.routes import FORMS
+from hemostat.openai.routes import FORMS, Form
 from hemostat.reference.own_answers import TOP_K, Answer, listed_by
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceScores, ScoreRequest
 from hemostat.scored_record import ScoredRecord
