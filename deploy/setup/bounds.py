@@ -2,14 +2,14 @@
 
 `make setup` installs the versions that vLLM pins; whoever installs the wheel without vLLM gets others. The wheel is
 installed with EXTRAS into an environment of its own, outside of the repository, and GROUPS of tests run there: all that
-needs no vLLM. newest: what pip resolves. oldest: exactly the lower bound of every direct dependency. When all have
+needs no vLLM. newest: what uv resolves. oldest: exactly the lower bound of every direct dependency. When all have
 passed, the list of what was installed is written to deploy/setup/passed/, to be committed.
 
     make test-newest ARGS="--python python3.13"     with another Python
     make test-newest ARGS="--keep"                  the environment stays, and is used again by the next run
     make test-oldest ARGS="--only doctor compress"  some of the groups; writes no list
 
-TORCH_INDEX_URL  PyTorch's index of CPU wheels, used only if pip does not find a torch otherwise.
+TORCH_INDEX_URL  PyTorch's index of CPU wheels, used only if uv does not find a torch otherwise.
 """
 
 from __future__ import annotations
@@ -203,27 +203,16 @@ class Runner:
             self._report(f"[1/3] an environment in {self.environment}")
             environment.create(self.environment, self._python)
 
-        def pip(*arguments: str) -> bool:
-            return environment.run([self.python, "-m", "pip", *arguments], self._logs, log, self._report)
-
         self._report("[2/3] the wheels and their dependencies; several GB where torch is not a CPU build")
-        for old in self._logs.glob("*.whl"):
-            old.unlink()
         constraints = self._logs / "constraints.txt"
         exact = [f"{r.name}=={bound(r, '>=')}\n" for r in self.wanted] if self._end == "oldest" else []
         constraints.write_text("".join(exact))
-        folders = [str(ROOT / folder) for folder in environment.FOLDERS]
-        if not pip("install", "--upgrade", "pip") or not pip("wheel", "--no-deps", "--wheel-dir", ".", *folders):
-            raise SetupError(f"pip could not build the wheels: see {log}")
-        (wheel,) = self._logs.glob("hemostat-*.whl")
-        others = [str(path) for path in self._logs.glob("hemostat_*.whl")]
-        packages = [*others, *self._tools, "--constraint", str(constraints), "--upgrade", "--upgrade-strategy", "eager"]
-        index = os.environ.get("TORCH_INDEX_URL")
-        # A wheel of the same version is not installed again.
-        pip("uninstall", "-y", "hemostat", "hemostat-lab", "hemostat-vllm")
-        environment.install(pip, f"{wheel}[{','.join(EXTRAS)}]", index, log, self._report, packages)
-        if not pip("install", "--no-deps", *environment.WITHOUT_DEPENDENCIES):
-            raise SetupError(f"pip could not install {environment.WITHOUT_DEPENDENCIES[0]}: see {log}")
+        # Not editable: uv builds the three wheels, again at each run.
+        own, *others = [str((ROOT / folder).resolve()) for folder in environment.FOLDERS]
+        options = ["--constraint", str(constraints), "--upgrade"]
+        options += [f"--reinstall-package={project['name']}" for project in projects()]
+        wanted = [f"{own}[{','.join(EXTRAS)}]", *others, *self._tools, environment.DEMO_MODEL, *options]
+        environment.install(self.environment, wanted, os.environ.get("TORCH_INDEX_URL"), log, self._report)
 
     def beyond(self) -> list[str]:
         command = [self.python, "-m", "pip", "list", "--outdated", "--format=json"]

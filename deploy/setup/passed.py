@@ -18,7 +18,7 @@ from packaging.version import Version
 FOLDER = Path(__file__).with_name("passed")
 ENGINE = "engine"
 """The list of the environment that `make setup` makes. The others: `bounds.py`."""
-NOT_LISTED = {"hemostat", "hemostat-lab", "hemostat-vllm", "pip"}
+NOT_LISTED = {"hemostat", "hemostat-lab", "hemostat-vllm", "pip", "uv"}
 
 
 def installed(python: str = sys.executable) -> dict[str, str]:

