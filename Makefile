@@ -1,7 +1,7 @@
 # Every target works in a fresh clone: it first creates .venv if that is missing or out of date.
 #   make demo ARGS="--requests 60 --report report.json"
 #   HEMOSTAT_VLLM=vllm make setup     on a machine with a CUDA GPU
-#   TORCH_INDEX_URL=... make setup    if pip does not find PyTorch's CPU build
+#   TORCH_INDEX_URL=... make setup    if uv does not find PyTorch's CPU build
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)

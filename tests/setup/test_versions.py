@@ -44,7 +44,7 @@ class Commands:
     def __init__(self) -> None:
         self.ran: list[list[str]] = []
         self.fails = ""
-        """What uv says if it cannot install; empty if it can."""
+        """The output of uv if it cannot install. If this is empty, it can."""
         self.junit: str | None = JUNIT
 
     def __call__(self, command: list[str], folder: Path, log: Path, *_: object, **__: object) -> bool:
