@@ -10,6 +10,7 @@ _FILE = re.compile(r"sqlite:///[^@]*|memory://")
 _PLACE = re.compile(r"((?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::\d{1,5})?(?:/\d{0,3})?)(?:[/?#].*)?", re.DOTALL)
 """A host with its port and the number of a database; then what is not shown."""
 MAX_CHARACTERS = 300
+MAX_LINE_CHARACTERS = 500
 _ERROR_NUMBER = re.compile(r"^\[(Errno -?\d+|SSL: \w+)\] | \(_ssl\.c:\d+\)$")
 _CLASS_WORDS = re.compile(r"[A-Z]+(?=[A-Z][a-z]|$)|[A-Z]?[a-z]+")
 
@@ -42,6 +43,16 @@ def with_detail(state: str, detail: str) -> str:
     ('building: reading the checkpoints', 'idle')
     """
     return f"{state}: {detail}" if detail else state
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the text of an error in one line, at most `MAX_LINE_CHARACTERS` of it. It is the name of the error's
+    class if the error says nothing.
+
+    >>> one_line(ValueError("two\\nlines")), one_line(ValueError())
+    ('two lines', 'ValueError')
+    """
+    return " ".join(str(error).split())[:MAX_LINE_CHARACTERS] or type(error).__name__
 
 
 def in_words(error: BaseException) -> str:

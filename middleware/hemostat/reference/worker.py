@@ -25,6 +25,7 @@ from hemostat.reference.hidden.products import Head
 from hemostat.reference.protocol import FailureReason
 from hemostat.reference.scoring import Comparisons, HeldFunctionals, RequestFailed, output_and_ids, scored
 from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.messages import one_line
 
 NICENESS = 10
 """The niceness of the worker: scoring yields the processor to whatever serves clients on this machine."""
@@ -147,7 +148,7 @@ def _nonlinearity(model: Any) -> str:
     try:
         return nonlinearity(model)
     except Exception as error:  # noqa: BLE001  whatever an unusual model raises here, it can still be scored
-        return f"its output embedding could not be read ({_one_line(error)})"
+        return f"its output embedding could not be read ({one_line(error)})"
 
 
 def _folder(model: str) -> str:
@@ -157,10 +158,6 @@ def _folder(model: str) -> str:
     from transformers.utils import cached_file  # noqa: PLC0415
 
     return str(Path(cached_file(model, "config.json")).parent)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def main(parent: int) -> int:
@@ -191,7 +188,7 @@ def main(parent: int) -> int:
         except Exception as error:  # noqa: BLE001  a process boundary: whatever a model raises becomes an answer
             out_of_memory = "memory" in str(error).lower()
             reason = FailureReason.OUT_OF_MEMORY if out_of_memory else FailureReason.MODEL_ERROR
-            reply(worker_messages.Failed(number, reason, f"{type(error).__name__}: {_one_line(error)}"))
+            reply(worker_messages.Failed(number, reason, f"{type(error).__name__}: {one_line(error)}"))
         if model is None:
             return 1
     return 0

@@ -14,6 +14,7 @@ import numpy as np
 from hemostat.checkpoints.errors import AdaptError
 from hemostat.commands.arguments import UsageError
 from hemostat.report.progress import Reporter
+from hemostat_calibration.messages import one_line
 from hemostat_lab.doctor.prompts import Prompt
 from hemostat_lab.models.work_folder import WorkFolder
 
@@ -118,9 +119,8 @@ class Writer:
             with quiet_transformers():
                 return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         except Exception as error:  # noqa: BLE001  any library may fail here
-            text = " ".join(str(error).split())[:200]
             raise AdaptError(
-                f"{self.label}: the tokenizer of {self.folder} cannot be loaded ({text}); use --records"
+                f"{self.label}: the tokenizer of {self.folder} cannot be loaded ({one_line(error)}); use --records"
             ) from None
 
     def _encode(self, tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -131,8 +131,7 @@ class Writer:
         try:
             return list(tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=False))
         except Exception as error:  # noqa: BLE001  a template is code of the checkpoint and may raise anything
-            text = " ".join(str(error).split())[:200]
-            raise UsageError(f"{prompt.where}: the chat template rejects the messages: {text}") from None
+            raise UsageError(f"{prompt.where}: the chat template rejects the messages: {one_line(error)}") from None
 
 
 def within_positions(texts: Sequence[Text], max_positions: int | None, reporter: Reporter) -> list[Text]:

@@ -16,8 +16,9 @@ from hemostat.checkpoints.errors import AdaptError
 from hemostat.checkpoints.piecewise import PiecewiseReader, StatelessModelError
 from hemostat.config import packages
 from hemostat.reference.match import PROBE_CHAT, PROBE_TEXT
+from hemostat_calibration.messages import one_line
 from hemostat_lab.doctor.options import DoctorError, DoctorOptions
-from hemostat_lab.doctor.pair import FLOOR, Floats, Ids, Job, Scored, Side, one_line
+from hemostat_lab.doctor.pair import FLOOR, Floats, Ids, Job, Scored, Side
 from hemostat_lab.doctor.prompts import Prompt
 from hemostat_lab.models.copies import Copy
 from hemostat_lab.models.experts import has_experts, split_experts

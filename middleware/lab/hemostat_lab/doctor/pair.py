@@ -167,11 +167,6 @@ def unpack(data: bytes) -> list[Scored]:
     ]
 
 
-def one_line(error: BaseException) -> str:
-    """The text of an error in one line of at most 400 characters."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
-
-
 def json_number(value: Any) -> float | None:
     """The value, or None for NaN and infinity, which JSON does not have."""
     number = float(value)

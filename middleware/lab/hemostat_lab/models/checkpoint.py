@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
-from hemostat.checkpoints.errors import AdaptError, one_line
+from hemostat.checkpoints.errors import AdaptError
+from hemostat_calibration.messages import one_line
 from hemostat_lab.models.quiet import quiet_transformers
 from hemostat_lab.models.skeleton import EXACT, Inputs
 from hemostat_lab.models.stored_formats.reading import (

@@ -14,6 +14,7 @@ import torch
 
 from hemostat.checkpoints.errors import AdaptError
 from hemostat_calibration.adapters.factors import LowRank
+from hemostat_calibration.messages import one_line
 from hemostat_lab.models.checkpoint import Checkpoint
 from hemostat_lab.models.skeleton import CopyLinear, Skeleton, WeightSource, set_factors
 
@@ -160,8 +161,9 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise AdaptError(f"device {name} cannot be used ({text}); use cpu, or cuda where torch has it") from None
+        raise AdaptError(
+            f"device {name} cannot be used ({one_line(error)}); use cpu, or cuda where torch has it"
+        ) from None
     return device
 
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 
 from hemostat.checkpoints.architectures import UnsupportedModelError, check_causal
-from hemostat.checkpoints.errors import AdaptError, one_line
+from hemostat.checkpoints.errors import AdaptError
+from hemostat_calibration.messages import one_line
 from hemostat_lab.models.experts import is_expert, split_experts
 from hemostat_lab.models.quiet import quiet_transformers
 

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 
-from hemostat.checkpoints.errors import AdaptError, one_line
+from hemostat.checkpoints.errors import AdaptError
 from hemostat.config import packages
+from hemostat_calibration.messages import one_line
 from hemostat_lab.models.skeleton import EXACT, Inputs
 from hemostat_lab.models.stored_formats.fp4 import MXFP4_GROUP, NVFP4_GROUP, mxfp4_weight, nvfp4_weight
 from hemostat_lab.models.stored_formats.stored_layer import StoredLayer
