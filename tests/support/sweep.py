@@ -58,7 +58,7 @@ def results(texts: int = 16, points: list[Point] | None = None) -> Results:
 
 
 def shares(points: list[Point] = POINTS) -> dict[Point, float]:
-    """As `alterations.stored_share` counts, without scales."""
+    """Returns what `alterations.stored_share` counts, without scales."""
     result = {}
     for point in points:
         kept, index = 1.0 - point.sparsity, 0.0

@@ -1,5 +1,5 @@
-"""What connects the profiles with other parts: what the learner learns about, what records must contain for it and for
-the profiles under test, and what the comparison of outcomes reads of them and does to them.
+"""The parts between the profiles and others: they tell the learner what to learn about, decide what records must
+contain for it and for the profiles under test, and show the profiles to the comparison of outcomes.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Prompt(msgspec.Struct, frozen=True):
 
 
 def load(path: Path | None, max_prompts: int | None) -> list[Prompt]:
-    """The first `max_prompts` prompts of a file (None: all); without `path` those of the demo. Raises
+    """Returns the first `max_prompts` prompts of a file (None: all); without `path`, the demo's prompts. Raises
     PromptFileError."""
     if path is None:
         name = "prompts.jsonl"

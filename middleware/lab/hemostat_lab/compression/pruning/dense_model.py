@@ -1,5 +1,4 @@
-"""What pruning measures of the dense model: gradients, predicted losses, and inputs together with those behind pruned
-layers.
+"""The measurements of the dense model that pruning needs: gradients, predicted losses, and the layers' inputs.
 
 The second moments of the gradients at the layers' outputs, and the loss that is predicted for each layer, take one walk
 backwards, with the memory of one layer. Finished layers are stored in the run's parts.

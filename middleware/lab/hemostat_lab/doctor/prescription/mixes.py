@@ -1,5 +1,5 @@
-"""Which candidate each layer gets: prescribed for a budget, or the same for all. And such mixes carried out in a model:
-its weights as `hemostat compress --plan` would round them. Torch."""
+"""The mixes of candidates: one for each layer, prescribed for a budget, or the same for all. A mix is carried out in a
+model: its weights are as `hemostat compress --plan` would round them. Torch."""
 
 from __future__ import annotations
 

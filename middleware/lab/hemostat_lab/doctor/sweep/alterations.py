@@ -1,4 +1,4 @@
-"""What a point of the sweep does to a model in memory, for a while. Torch.
+"""The changes that a point of the sweep makes to a model in memory, for a while. Torch.
 
 Its weights are pruned and rounded: only the linear layers inside of the decoder layers change, and scores are
 magnitudes, so that no text is needed. Or it answers with the distribution that a decoding strategy draws from, or some

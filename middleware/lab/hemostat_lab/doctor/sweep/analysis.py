@@ -1,6 +1,6 @@
 """Thresholds, the paper's statements and the Pareto front, from what has been measured, and what is measured next.
 
-The statements are those of the tables in arXiv 2503.23924 ("Model Hemorrhage and the Robustness Limits of Large
+The statements are the ones in the tables of arXiv 2503.23924 ("Model Hemorrhage and the Robustness Limits of Large
 Language Models"), which are of larger models.
 
 Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): all points are measured on a few texts; then at most half
