@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hemostat_calibration.arrays import Bools, Ids
-from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.reasoning import thinking_mask
 from hemostat_calibration.records import TokenRecord
@@ -103,8 +102,9 @@ def _masks(first: int, tokens: int, edges: tuple[int, ...]) -> dict[str, Bools]:
     return {names[n]: numbers == n for n in np.unique(numbers).tolist()}
 
 
-def select(figures: TokenDivergence, at: Bools) -> TokenDivergence:
-    """Returns the figures of the chosen tokens alone. at: bool [T].
+def select(figures: _T, at: Bools) -> _T:
+    """Returns the figures of the chosen tokens alone: the rows at `at` of every array, also in what is nested. Every
+    array has one row for each token. at: bool [T].
 
     >>> from hemostat_calibration.divergence.per_token import divergence
     >>> from hemostat_calibration.records import Candidates
@@ -116,16 +116,11 @@ def select(figures: TokenDivergence, at: Bools) -> TokenDivergence:
     >>> select(divergence(record), np.array([False, True])).kl_rc.tolist()
     [0.0]
     """
-    return _select(figures, at)
-
-
-def _select(value: _T, at: Bools) -> _T:
-    """Returns the rows at `at` of every array. Every array, also in what is nested, has one row for each token."""
     changes: dict[str, Any] = {}
-    for field in fields(value):  # type: ignore[arg-type]
-        part = getattr(value, field.name)
+    for field in fields(figures):  # type: ignore[arg-type]
+        part = getattr(figures, field.name)
         if isinstance(part, np.ndarray):
             changes[field.name] = part[at]
         elif is_dataclass(part) and not isinstance(part, type):
-            changes[field.name] = _select(part, at)
-    return replace(value, **changes)  # type: ignore[type-var]
+            changes[field.name] = select(part, at)
+    return replace(figures, **changes)  # type: ignore[type-var]
