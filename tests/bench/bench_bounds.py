@@ -42,7 +42,7 @@ from hemostat_lab.demo.checkpoints import cached_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"
-PROMPTS = ROOT / "middleware" / "lab" / "hemostat_lab" / "demo" / "prompts.jsonl"
+PROMPTS = ROOT / "middleware" / "hemostat" / "gate" / "prompts.jsonl"
 LISTS = (5, 10, 20, 50, 100, 1000)
 K_BY_KNOWLEDGE = 20
 REQUESTS_BY_KNOWLEDGE = 16

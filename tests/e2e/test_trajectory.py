@@ -51,7 +51,7 @@ class Pair:
 def prompts_of(checkpoints):
     """int [2 × REQUESTS, PROMPT]: the beginnings of what the demo's users say."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoints.reference)
-    lines = (resources.files("hemostat_lab.demo") / "prompts.jsonl").read_text().splitlines()
+    lines = (resources.files("hemostat.gate") / "prompts.jsonl").read_text().splitlines()
     texts = [json.loads(line)["messages"][-1]["content"] for line in lines]
     ids = [ids[:PROMPT] for ids in tokenizer(texts).input_ids if len(ids) >= PROMPT]
     return torch.tensor(ids[: 2 * REQUESTS])

@@ -34,8 +34,13 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_gate)
-    parser.add_argument("--stable", required=True, metavar="URL", help=f"The model that serves now: {SERVER}")
-    parser.add_argument("--candidate", required=True, metavar="URL", help=f"The model that may replace it: {SERVER}")
+    parser.add_argument(
+        "--stable",
+        required=True,
+        metavar="URL|FOLDER",
+        help=f"The model that serves now: {SERVER} With the folder of a checkpoint, vLLM is started here with it.",
+    )
+    parser.add_argument("--candidate", required=True, metavar="URL|FOLDER", help="The model that may replace it.")
     parser.add_argument(
         "--expect",
         required=True,
@@ -50,11 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prompts",
-        required=True,
+        "--captures",
         type=Path,
         metavar="FILE",
         help='A file with one prompt per line, best of your own traffic: text, {"prompt": "..."} or {"messages": '
-        '[...]}, with "kind", "max_tokens", "response_format" and "tools" if you like.',
+        '[...]}, with "kind", "max_tokens", "response_format" and "tools" if you like; or what records.path has '
+        "written; or a folder of such files (default: prompts that come with Hemostat).",
     )
     parser.add_argument(
         "--within", type=_duration, default=3600.0, metavar="TIME", help="Longest time, like 30m (default: 1h)."
@@ -159,9 +165,12 @@ async def _asked(options: argparse.Namespace) -> tuple[Result, Subject]:
     reference_name = options.reference or ""
     served = outcomes.Outcomes(_margins(options.outcome_margin))
     with Reporter() as reporter:
+        if options.prompts is None:
+            reporter.log(f"--prompts is not given: {len(prompts)} prompts that come with Hemostat are asked")
+        on_this_machine = [model for model in (options.stable, options.candidate) if "://" not in model]
         async with (
-            _endpoint("--stable", options.stable, options.timeout) as stable,
-            _endpoint("--candidate", options.candidate, options.timeout) as candidate,
+            _endpoint("--stable", options, len(on_this_machine), reporter) as stable,
+            _endpoint("--candidate", options, len(on_this_machine), reporter) as candidate,
             _reference(options, reporter) as reference,
         ):
 
@@ -204,14 +213,22 @@ async def _asked(options: argparse.Namespace) -> tuple[Result, Subject]:
 
 
 @asynccontextmanager
-async def _endpoint(flag: str, server: str, seconds: float) -> AsyncIterator[Endpoint]:
+async def _endpoint(
+    flag: str, options: argparse.Namespace, on_this_machine: int, reporter: Reporter
+) -> AsyncIterator[Endpoint]:
+    """Yields the model that the flag names. on_this_machine: the number of vLLM servers that are started here."""
     from hemostat.gate.endpoint import Endpoint  # noqa: PLC0415
+    from hemostat.gate.folders import serving  # noqa: PLC0415
 
-    vllm, name = vllm_server(flag, server, seconds)
-    try:
-        yield await Endpoint.of(vllm, name)
-    finally:
-        await vllm.close()
+    name = flag.removeprefix("--")
+    address: str = getattr(options, name)
+    async with AsyncExitStack() as opened:
+        if "://" not in address:
+            started = serving(name, Path(address), on_this_machine, reporter.log)
+            address = await opened.enter_async_context(started)
+        vllm, model = vllm_server(flag, address, options.timeout)
+        opened.push_async_callback(vllm.close)
+        yield await Endpoint.of(vllm, model)
 
 
 @asynccontextmanager

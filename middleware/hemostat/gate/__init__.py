@@ -2,6 +2,7 @@
 
 asked      the prompts of a file, and which of them are asked in which order
 endpoint   one vLLM server as the gate asks it: prompt ids, answers, scores of given tokens
+folders    starts a vLLM server with the checkpoint of a folder
 served     asks a prompt as a client does, and judges the answer
 outcomes   the questions about what clients get, each with its margin
 unit       measures one prompt: the excess of each question

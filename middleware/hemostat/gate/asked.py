@@ -1,4 +1,4 @@
-"""The prompts of a file, one in each line, as text or as JSON."""
+"""The prompts of a file, one in each line, as text or as JSON; or requests that `records.path` has recorded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ class _Message(msgspec.Struct, frozen=True):
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """One line of the file. Either `prompt` or `messages` is given. response_format, tools: as in a request."""
+    """One line of the file. Either `prompt`, `messages` or, in a file of records, `prompt_token_ids` is given.
+    response_format, tools: as in a request."""
 
     prompt: str = ""
     messages: tuple[_Message, ...] = ()
@@ -37,6 +39,7 @@ class Prompt(msgspec.Struct, frozen=True):
     max_tokens: int = MAX_TOKENS
     response_format: dict[str, Any] | None = None
     tools: tuple[dict[str, Any], ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -44,6 +47,8 @@ class Prompt(msgspec.Struct, frozen=True):
         what: list[Any] = [self.prompt, self.messages, self.max_tokens]
         if self.response_format or self.tools:
             what += [self.response_format, self.tools]
+        if self.prompt_token_ids:
+            what.append(self.prompt_token_ids)
         return hashlib.sha256(msgspec.json.encode(what)).hexdigest()[:32]
 
     @property
@@ -51,24 +56,34 @@ class Prompt(msgspec.Struct, frozen=True):
         return [{"role": message.role, "content": message.content} for message in self.messages]
 
 
-def load(path: Path) -> list[Prompt]:
-    """Returns the prompts of a file, each once. Raises PromptFileError."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise PromptFileError(f"--prompts: {path} cannot be read ({error.strerror}); name a text file") from None
+def load(path: Path | None) -> list[Prompt]:
+    """Returns the prompts of a file, or of the files of a folder, each once. None: the prompts that come with Hemostat.
+    Raises PromptFileError."""
     prompts: dict[str, Prompt] = {}
-    for number, line in lines_of(data):
-        prompt = _parse(line, f"{path}:{number}")
-        prompts.setdefault(prompt.digest, prompt)
+    for name, data in _read(path):
+        for number, line in lines_of(data):
+            prompt = _parse(line, f"{name}:{number}")
+            prompts.setdefault(prompt.digest, prompt)
     if not prompts:
         raise PromptFileError(f"--prompts: {path} has no prompt; write one in each line, as text or {SHAPE}")
     return list(prompts.values())
 
 
+def _read(path: Path | None) -> list[tuple[str, bytes]]:
+    """Returns the name and the content of each file."""
+    if path is None:
+        packages = "hemostat.gate", "hemostat.canaries"
+        return [(package, resources.files(package).joinpath("prompts.jsonl").read_bytes()) for package in packages]
+    try:
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        return [(str(file), file.read_bytes()) for file in files]
+    except OSError as error:
+        raise PromptFileError(f"--prompts: {path} cannot be read ({error.strerror}); name a text file") from None
+
+
 def _parse(line: bytes, where: str) -> Prompt:
     prompt = parse_line(line, where, Prompt, SHAPE)
-    if bool(prompt.prompt.strip()) == bool(prompt.messages):
+    if sum(map(bool, (prompt.prompt.strip(), prompt.messages, prompt.prompt_token_ids))) != 1:
         raise PromptFileError(f"{where}: give either prompt or messages, with a text in it: {SHAPE}")
     if not 1 <= prompt.max_tokens <= 4096:
         raise PromptFileError(f"{where}: max_tokens is {prompt.max_tokens}; give 1 to 4096")

@@ -40,6 +40,8 @@ class Endpoint:
 
     async def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Returns the ids of the prompt under the server's tokenizer and chat template."""
+        if prompt.prompt_token_ids:
+            return prompt.prompt_token_ids
         if prompt.messages:
             return tuple(await self._server.render(self._card.id, prompt.chat, prompt.tools))
         return tuple(await self._server.tokenize(self._card.id, prompt.prompt, special=True))

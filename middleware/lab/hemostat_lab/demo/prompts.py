@@ -30,10 +30,11 @@ class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def load(path: Path | None = None) -> list[Prompt]:
-    """The prompts of a file, by default those of this package. Blank lines are skipped. Raises PromptFileError."""
+    """Returns the prompts of a file, by default the ones that the gate asks. Blank lines are skipped. Raises
+    PromptFileError."""
     if path is None:
         name = "prompts.jsonl"
-        data = resources.files(__package__).joinpath(name).read_bytes()
+        data = resources.files("hemostat.gate").joinpath(name).read_bytes()
     else:
         name = str(path)
         try:

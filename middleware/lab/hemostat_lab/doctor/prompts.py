@@ -50,7 +50,7 @@ def load(path: Path | None, max_prompts: int | None) -> list[Prompt]:
     PromptFileError."""
     if path is None:
         name = "prompts.jsonl"
-        data = resources.files("hemostat_lab.demo").joinpath(name).read_bytes()
+        data = resources.files("hemostat.gate").joinpath(name).read_bytes()
     else:
         name = str(path)
         try:
