@@ -54,6 +54,6 @@ def _laboratory(flag: str) -> Any:
         return importlib.import_module(MODULE)
     except ModuleNotFoundError:
         raise FolderError(
-            f"--{flag}: the laboratory serves a folder, and is not installed; {install_command('lab')}, or name the URL "
-            "of a vLLM server"
+            f"--{flag}: the laboratory serves a folder, and is not installed; {install_command('lab')}, or name "
+            "the URL of a vLLM server"
         ) from None
