@@ -52,6 +52,7 @@ SEE = {
     "store": "[what is kept](../operations.md#what-is-kept-over-a-restart), [PostgreSQL](../postgresql.md)",
     "limits": "[what clients share](../configuration.md#what-clients-share)",
     "client_limits": "[limits for each client](../configuration.md#limits-for-each-client)",
+    "gate": "[the live gate](../gate.md#live)",
     "alarm": "[what an alarm means](../reading-the-figures.md#what-an-alarm-means)",
     "log": "[logs and traces](../operations.md#logs-and-traces)",
     "tracing": "[logs and traces](../operations.md#logs-and-traces)",

@@ -29,7 +29,7 @@ from tests.support.console_page import (
     rows,
     show,
 )
-from tests.support.console_states import CHANGES, SERVING, State, make
+from tests.support.console_states import CHANGES, SERVING, State, failed_gate, make
 from tests.support.console_text import interval, nats
 from tests.support.dashboards import load
 from tests.support.paths import ROOT
@@ -211,6 +211,23 @@ def test_after_a_restart_there_is_no_history_and_everything_else(
     assert len(rows(page, "By kind of traffic")) == len(KINDS)
 
 
+@needs_chromium
+def test_a_gate_that_fails_is_said_and_its_page_says_why(
+    page: Page, instance: Served, state: Callable[[str], State]
+) -> None:
+    at = state("healthy")
+    failed_gate(at)
+    show(page, instance, at=at)
+    expect(page.locator(".headline")).to_contain_text(
+        "The live gate: fail: the candidate is farther from the reference"
+    )
+    expect(page.locator(".chips")).to_contain_text("gate: problem")
+    show(page, instance, "gate")
+    expect(page.locator("main")).to_contain_text("in the kind 'completions text sampled'")
+    expect(page.locator("main")).to_contain_text("3 times: the candidate failed: it answered 500")
+    assert len(rows(page, "Excess of the candidate")) == 9
+
+
 # --- every page ------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +241,7 @@ def test_every_page_is_accessible_and_fits_a_phone(
     long = "word" * 50
     at.status["learner"]["detail"] = at.status["configuration"]["error"] = long
     at.status["compressed"]["models"] = [long]
+    failed_gate(at)
     at.answer(page)
     for path in PAGES:
         page.set_viewport_size(SCREEN)  # type: ignore[arg-type]

@@ -7,6 +7,9 @@ fails    the same for failing and "the mean is at most the margin"
 units    the median until the right one, and the units of a log-optimal bet that knows the distribution
 
 What is wrong where the mean is the margin: both may happen in at most alpha of the lives.
+
+A second table is of live traffic, whose units depend on each other (`gate.live_worlds`): the verdict waits for two of
+the eight cycles of each life.
 """
 
 from __future__ import annotations
@@ -22,11 +25,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.gate.verdict import FRACTIONS, PRIOR
+from hemostat_calibration.gate.verdict import FRACTIONS, PRIOR, Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from tests.bench.gate import live_worlds  # noqa: E402  the root is no package
+
 ALPHA = 0.05
 BATCH = 250
+LIVE_UNITS = 3200
+"""Eight cycles of the worlds of live traffic."""
 
 Floats = npt.NDArray[np.float64]
 Draw = Callable[[np.random.Generator, tuple[int, int], float], Floats]
@@ -116,6 +126,36 @@ def row(world: World, mean: float, margin: float, lives: int, units: int) -> dic
     }
 
 
+def live_rows(lives: int, margin: float) -> list[dict[str, object]]:
+    """Prints and returns the same for live traffic, whose units depend on each other. units: the median until a verdict
+    of the right kind, at least two cycles; independent: both errors together if units counted as independent."""
+    rows: list[dict[str, object]] = []
+    print(f"{'live world':20}{'mean':>7}{'passes':>9}{'fails':>9}{'units':>8}{'independent':>13}")
+    for world in live_worlds.WORLDS:
+        for mean in (margin, 0.0, 2.0 * margin):
+            passes = fails = wrong = 0.0
+            units: list[float] = []
+            for batch in range(0, lives, BATCH):
+                size = min(BATCH, lives - batch)
+                values = live_worlds.drawn(world, size, LIVE_UNITS, mean, seed=batch)
+                found = live_worlds.verdicts(values)
+                passes += size * found.share(Outcome.PASS)
+                fails += size * found.share(Outcome.FAIL)
+                units += np.where(found.outcomes == "", np.inf, found.units).tolist()
+                if mean == margin:
+                    before = live_worlds.verdicts(values, dependent=False)
+                    wrong += size * (before.share(Outcome.PASS) + before.share(Outcome.FAIL))
+            middle = float(np.median(units))
+            row = {"world": world.name, "mean": mean, "passes": passes / lives, "fails": fails / lives}
+            row |= {"units": middle if math.isfinite(middle) else None}
+            row |= {"independent": wrong / lives if mean == margin else None}
+            rows.append(row)
+            shown = f"{middle:8.0f}" if math.isfinite(middle) else f"{'none':>8}"
+            tail = f"{wrong / lives:13.3f}" if mean == margin else ""
+            print(f"{world.name:20}{mean:7.2f}{passes / lives:9.4f}{fails / lives:9.4f}{shown}{tail}", flush=True)
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lives", type=int, default=2000)
@@ -131,9 +171,10 @@ def main(argv: list[str] | None = None) -> int:
             units, best = result["units"], result["optimal"]
             tail = f"{units:8.0f}{best:9.0f}{units / best:7.2f}" if units is not None and best else ""
             print(f"{world.name:14}{mean:7.2f}{result['passes']:9.4f}{result['fails']:9.4f}{tail}", flush=True)
+    live = live_rows(options.lives, options.margin)
     path = ROOT / "build" / "bench" / "gate.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"alpha": ALPHA, "lives": options.lives, "rows": rows}, indent=2) + "\n")
+    path.write_text(json.dumps({"alpha": ALPHA, "lives": options.lives, "rows": rows, "live": live}, indent=2) + "\n")
     return 0
 
 

@@ -17,7 +17,7 @@ PHONE = {"width": 400, "height": 800}
 FITS_PHONE = "innerWidth === 400 && document.documentElement.scrollWidth <= innerWidth"
 """Charts take their width when the browser has told them its new size."""
 PAGES = ("", "divergence", "kinds", f"kinds/{KINDS[0]}", "profiles", f"profiles/{SERVING[:8]}", "engines",
-         "engines/10.0.0.1:8000", "alarm", "measurement", "events")  # fmt: skip
+         "engines/10.0.0.1:8000", "gate", "alarm", "measurement", "events")  # fmt: skip
 expect.set_options(timeout=1000 * HANG_SECONDS)
 
 

@@ -20,8 +20,12 @@ from hemostat.admin.alerts import ALERTS
 from hemostat.admin.history import MAX_POINTS, POINT_SECONDS, History
 from hemostat.admin.problems import Found, problem
 from hemostat.admin.status_parts import UpstreamStatus
-from hemostat.config.schema import Settings
+from hemostat.config.schema import Gate, Settings
 from hemostat.config.waiting_times import waiting_times
+from hemostat.gate.live.measuring import questions
+from hemostat.gate.live.report import as_json, of_verdict
+from hemostat.gate.live.stored import FAIL, StoredGate, Subject
+from hemostat_calibration.gate.live import LiveGate, LiveRules, LiveState
 
 Json = dict[str, Any]
 WAITING = waiting_times(
@@ -393,6 +397,29 @@ def many_engines(state: State) -> None:
     state.problem("HemostatEngineOutlier", outlier_text, 4000, ("engines", named[5]))
     state.shows = [ejected, "Repair the engine that gets no requests", outlier_text, f"Open {named[5]}",
                    "canaries: problem"]  # fmt: skip
+
+
+def failed_gate(state: State) -> None:
+    """A candidate that is bad in one kind of traffic, and has failed some requests."""
+    rules = LiveRules(questions("other", 0.05, 0.15), 0.05, 0.0, 26)
+    stored = StoredGate(Subject("http://10.0.0.99:8000", "other", state.at - 90_000), LiveState(rules))
+    tests = LiveGate(stored.evidence)
+    for unit in range(400):
+        kind, excess = ("completions text sampled", 0.4) if unit % 4 == 3 else ("chat text sampled", -0.1)
+        tests.update_met(kind)
+        own = {"own_answers": excess, "bad_answers": 0.0} if unit % 5 == 0 else {}
+        tests.update(kind, {"stable_tokens": excess + 0.01 * (unit % 3)} | own, state.at - 90_000 + 200 * unit)
+    tests.update_met("chat json greedy")
+    verdict = tests.verdict(lambda kind, units: 1.0)
+    stored.state, stored.notes, stored.failures = (
+        FAIL,
+        {"the candidate failed: it answered 500: out of memory": 3},
+        {"http_error": 3},
+    )
+    stored.why, stored.decided = of_verdict(verdict, stored), state.at - 600
+    state.status["gate"] = msgspec.to_builtins(as_json(FAIL, stored.why, stored, verdict, Gate()))
+    state.says = f"The live gate: fail: {stored.why}"
+    state.problem("HemostatGateFailed", state.says, 600, ("gate",))
 
 
 CHANGES: dict[str, Callable[[State], None]] = {

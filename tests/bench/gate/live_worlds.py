@@ -5,6 +5,7 @@ Each has the long-run mean that it is asked for. The time between two units is 1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.gate.live import LiveGate, LiveRules, LiveState
-from hemostat_calibration.gate.verdict import Outcome, Question
+from hemostat_calibration.gate.verdict import ALL, FRACTIONS, PRIOR, Outcome, Question
+from hemostat_calibration.statistics.dependence import BatchMeans
 
 CYCLE = 400.0
 """The length of the cycle, seconds, which is as many units."""
 EVERY = 20
 """The number of units between two looks."""
-KINDS = ("chat", "code", "rare")
 
 Floats = npt.NDArray[np.float64]
 Draw = Callable[[np.random.Generator, int, float], Floats]
@@ -55,6 +56,10 @@ def day_and_night(random: np.random.Generator, units: int, mean: float) -> Float
     return mean + np.where(phase < 0.5 * CYCLE, 0.1, -0.1) + random.normal(0.0, 0.08, units)
 
 
+def mild_day_and_night(random: np.random.Generator, units: int, mean: float) -> Floats:
+    return mean + 0.2 * (day_and_night(random, units, 0.0)) + random.normal(0.0, 0.05, units)
+
+
 def days(random: np.random.Generator, units: int, mean: float) -> Floats:
     """Each cycle has something of its own, and night differs from day."""
     each = np.repeat(random.normal(0.0, 0.04, units // int(CYCLE) + 2), int(CYCLE))
@@ -79,25 +84,74 @@ WORLDS = [
     World("runs", runs),
     World("autoregression", autoregression),
     World("day and night", day_and_night),
+    World("mild day and night", mild_day_and_night),
     World("days", days),
     World("drift", drift),
     World("seldom, in runs", seldom),
 ]
 
 
-def life(
-    world: World, seed: list[int], units: int, mean: float, margin: float, *, waived: bool = False
-) -> tuple[str, int]:
-    """Returns the outcome of one life, and the unit at which it came: the outcome is the first one, as in a gate. All
-    units are of one kind, whose margin is wide."""
-    random = np.random.default_rng(seed)
-    values = np.clip(world.draw(random, units, mean), -1.0, 1.0)
-    rules = LiveRules((Question("near", "farther", margin, 0.9),), 0.05, CYCLE, 26, waived)
-    gate = LiveGate(LiveState(rules))
+RULES = LiveRules((Question("near", "farther", 0.05, 0.9),), 0.05, CYCLE, 26)
+"""One question, and a margin of the only kind that decides nothing."""
+
+
+@dataclass(frozen=True)
+class Lives:
+    """The first verdict of each life, and the unit at which it came; "" and the last unit where none did."""
+
+    outcomes: npt.NDArray[np.str_]
+    units: npt.NDArray[np.int64]
+
+    def share(self, outcome: Outcome) -> float:
+        return float((self.outcomes == outcome.value).mean())
+
+
+def drawn(world: World, lives: int, units: int, mean: float, seed: int) -> Floats:
+    """Returns D of each life, [lives, units]."""
+    random = np.random.default_rng([seed, round(1000 * mean), WORLDS.index(world)])
+    return np.clip(np.stack([world.draw(random, units, mean) for _ in range(lives)]), -1.0, 1.0)
+
+
+def verdicts(values: Floats, *, dependent: bool = True) -> Lives:
+    """Returns the verdicts of all lives at a time, as `LiveGate` gives them. dependent: False: as if units were
+    independent, and no cycle had to be seen."""
+    lives, units = values.shape
+    margin, needed = RULES.questions[0].margin, -math.log(RULES.alpha)
+    passing, failing = np.zeros((2, lives, len(PRIOR)))
+    batches = BatchMeans.of(lives)
+    outcomes, at = np.full(lives, "", "<U9"), np.full(lives, units)
+    first = RULES.needed_seconds(ALL) if dependent else 0.0
+    for unit, value in enumerate(values.T):
+        passing += np.log1p(FRACTIONS * ((margin - value) / (1.0 - margin))[:, None])
+        failing += np.log1p(FRACTIONS * ((value - margin) / (1.0 + margin))[:, None])
+        if dependent:
+            batches = batches.update(value)
+        if unit % EVERY < EVERY - 1 or unit < first:
+            continue
+        v = batches.inflation_of_sums(unit + 1) if dependent else np.ones(lives)
+        known = (batches.enough() if dependent else np.ones(lives, bool)) & (outcomes == "")
+        # The closed test: half of the weight is not of this mean, and has nothing to say.
+        failed = known & (np.log(0.5 * np.exp(_mixed(failing, v)) + 0.48) >= needed)
+        passed = known & ~failed & (_mixed(passing, v) >= needed)
+        outcomes[failed], outcomes[passed] = Outcome.FAIL.value, Outcome.PASS.value
+        at[failed | passed] = unit + 1
+    return Lives(outcomes, at)
+
+
+def life(values: Floats) -> tuple[str, int]:
+    """Returns the verdict of one life by the code that is landed, and the unit at which it came."""
+    gate = LiveGate(LiveState(RULES))
     for unit, value in enumerate(values.tolist()):
         gate.update("chat", {"near": value}, now=1.0 + unit)
         if unit % EVERY == EVERY - 1:
             outcome = gate.verdict(lambda kind, units: 1.0).outcome
             if outcome is not Outcome.UNDECIDED:
                 return outcome.value, unit + 1
-    return Outcome.UNDECIDED.value, units
+    return "", len(values)
+
+
+def _mixed(log_k: Floats, v: Floats) -> Floats:
+    scaled = log_k / v[:, None]
+    top = scaled.max(axis=1)
+    result: Floats = top + np.log(np.exp(scaled - top[:, None]) @ PRIOR)
+    return result
