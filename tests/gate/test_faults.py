@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.fake_vllm import FakeVllm, serving
+from tests.support.fake_vllm import FakeVllm
+from tests.support.gate_servers import Change, Changed, emptied, servers
 
 from hemostat.reference.own_answers import listed_by
 from hemostat.reference.protocol import ReferenceScores
@@ -20,48 +19,7 @@ from hemostat_calibration.records import Candidates
 
 PASS, FAIL, UNDECIDED = 0, 1, 2
 
-Change = Callable[[dict[str, Any]], None]
-
-
-@dataclass
-class Changed(FakeVllm):
-    """A server whose answers to the gate are changed. change: it gets the choice of each such answer."""
-
-    change: Change = lambda choice: None
-
-    async def _generate(self, path: str, headers: Any, body: bytes, receive: Any, send: Any) -> None:
-        asked = json.loads(body)
-        if "return_token_ids" not in asked:
-            await super()._generate(path, headers, body, receive, send)
-            return
-
-        async def changed(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                headers = [(key, value) for key, value in message["headers"] if key.lower() != b"content-length"]
-                await send({**message, "headers": headers})
-                return
-            answer = json.loads(message["body"])
-            for choice in answer["choices"]:
-                self.change(choice)
-            await send({**message, "body": json.dumps(answer).encode()})
-
-        await super()._generate(path, headers, body, receive, changed)
-
-
-@contextmanager
-def servers(*fakes: FakeVllm) -> Iterator[list[str]]:
-    if not fakes:
-        yield []
-        return
-    with serving(fakes[0]) as url, servers(*fakes[1:]) as others:
-        yield [url, *others]
-
-
 Gate = Callable[..., tuple[int, str]]
-
-
-def emptied(choice: dict[str, Any]) -> None:
-    choice["token_ids"] = []
 
 
 @pytest.mark.parametrize("lost", ["token_ids", "all tokens"])

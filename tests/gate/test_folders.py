@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.gate.test_faults import servers
 from tests.support.fake_vllm import FakeVllm
+from tests.support.gate_servers import servers
 from tests.support.paths import ROOT, SOURCES
 
 from hemostat.cli import main

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_letters
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.gate import test_faults
-from tests.gate.test_faults import emptied, servers
 from tests.support.fake_vllm import FakeVllm
+from tests.support.gate_servers import Changed, emptied, servers
 
 from hemostat.gate.asked import Prompt
 from hemostat.gate.outcomes import OUTCOMES, Outcomes, Served
@@ -25,29 +23,6 @@ TOOL = {
     "type": "function",
     "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
 }
-
-
-@dataclass
-class Changed(FakeVllm):
-    """A server that gives clients another answer. change: it gets the choice of each answer to a client's request."""
-
-    change: Callable[[dict[str, Any]], None] = lambda choice: None
-
-    async def _generate(self, path: str, headers: Any, body: bytes, receive: Any, send: Any) -> None:
-        asked = json.loads(body)
-
-        async def changed(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                headers = [(key, value) for key, value in message["headers"] if key.lower() != b"content-length"]
-                await send({**message, "headers": headers})
-                return
-            answer = json.loads(message["body"])
-            for choice in answer["choices"]:
-                self.change(choice)
-            await send({**message, "body": json.dumps(answer).encode()})
-
-        by_client = "temperature" not in asked
-        await super()._generate(path, headers, body, receive, changed if by_client else send)
 
 
 def write(path: Path, said: str, more: dict[str, Any], count: int = 90) -> None:
@@ -101,7 +76,7 @@ def test_an_outcome_that_is_worse_fails_although_all_distances_are_zero(
     gate: Gate, prompts: Path, said: str, more: dict[str, Any], change: Any, says: str
 ) -> None:
     write(prompts, said, more)
-    with servers(FakeVllm(), Changed(change=change)) as (stable, worse):
+    with servers(FakeVllm(), Changed(change=change, by_clients=True)) as (stable, worse):
         code, text = gate(stable, worse)
     assert code == FAIL, text
     assert text.startswith("fail: the candidate is worse in")
@@ -143,7 +118,7 @@ def test_a_stable_server_that_hangs_fails_no_candidate(gate: Gate) -> None:
 
 
 def test_empty_answers_with_status_200_fail(gate: Gate) -> None:
-    with servers(FakeVllm(), test_faults.Changed(change=emptied)) as (stable, candidate):
+    with servers(FakeVllm(), Changed(change=emptied)) as (stable, candidate):
         code, text = gate(stable, candidate)
     assert code == FAIL, text
     assert " times: the candidate's answer has no token" in text.splitlines()[0]
