@@ -25,7 +25,6 @@ from hemostat_calibration.profiles import transform as numpy_transform
 from hemostat_calibration.profiles.adapter import ADAPTER
 from hemostat_calibration.profiles.contextual import CONTEXTUAL
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import TEMPERATURE_BIAS
 from hemostat_engine.product import Matrix, Product, upload
 
 CPU = torch.device("cpu")
@@ -58,14 +57,6 @@ class Shift:
     limited: torch.Tensor | None = None
 
 
-def _temperature_bias(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor | None) -> Shift:
-    z = (logits if rows is None else logits.index_select(0, rows)).float()
-    masked = ~torch.isfinite(z)
-    top = z.masked_fill(masked, -torch.inf).amax(dim=-1, keepdim=True)
-    delta = (z - top).mul_(parameters["inverse_temperature"] - 1.0).add_(parameters["bias"])
-    return Shift(delta.masked_fill_(masked, 0.0))
-
-
 def _contextual(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor | None) -> Shift:
     x = centred(logits, rows, parameters["anchors"])[:, : parameters["linear"].shape[0]]
     y = torch.addmm(parameters["offset"], x, parameters["linear"])
@@ -96,7 +87,6 @@ def _nothing(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor | 
 
 
 FAMILIES: dict[str, Family] = {
-    TEMPERATURE_BIAS: Family(_temperature_bias),
     CONTEXTUAL: Family(_contextual, frozenset({"linear"}), frozenset({"up"})),
     ADAPTER: Family(_nothing),
 }

@@ -60,9 +60,7 @@ from tests.bench.recovery.learning import (  # noqa: E402
     Learned,
     first_tokens,
     judged,
-    learn_bias,
     learn_from_lists,
-    learn_temperature,
 )
 from tests.bench.recovery.log import say  # noqa: E402
 from tests.bench.recovery.served_reference import with_states_of_server  # noqa: E402
@@ -89,7 +87,7 @@ class Plan:
     references: bool = False
     """Also learn from a reference on vLLM: hidden states of a pooling server, lists of a generating one."""
     baselines: int = 15_000
-    """Tokens that temperature, bias and the variants learn from."""
+    """Tokens that the variants learn from."""
     tokens_a_text: int = 72
     """On average: how many prompts are asked follows from it."""
 
@@ -209,7 +207,6 @@ class Bench:
         self, scheme: str, plan: Plan, learning: list[Written], recovery: Recovery, made_from: Any
     ) -> dict[str, tuple[dict[str, Any], Learned]]:
         """By label: the row's first fields, and what was learned."""
-        clamp = self.options.clamp_nats
         key = [made_from, source_digest(), asdict(self.options) | {"plans": None, "runs": None}]
         result: dict[str, tuple[dict[str, Any], Learned]] = {}
 
@@ -228,22 +225,6 @@ class Bench:
             result[label] = fields | {"reference": reference}, learned
 
         few_tokens = first_tokens(learning, plan.baselines)
-        add(
-            "temperature",
-            "one number",
-            0,
-            plan.baselines,
-            lambda: learn_temperature(self.weight, recovery, few_tokens, clamp),
-            False,
-        )
-        add(
-            "bias",
-            "with temperature",
-            0,
-            plan.baselines,
-            lambda: learn_bias(self.weight, recovery, few_tokens, clamp),
-            False,
-        )
         settings = [(rank, (plan.baselines,)) for rank in plan.ranks if rank != self.options.rank]
         for rank, counts in [*settings, (self.options.rank, plan.counts)]:
             taker: GrowingRun | None = None

@@ -104,7 +104,8 @@ async def skipped_and_dropped(pipeline: Pipeline, relay: Relay) -> None:
 
 
 async def promoted_by_evidence(pipeline: Pipeline, relay: Relay) -> None:
-    """A profile is imported, held by the engine, proven and served; one for a label, by the operator."""
+    """A profile is imported, held by the engine, proven and served; another one is proposed; one serves a label, by the
+    operator."""
     await pipeline.import_profile(driver.helpful())
     for n in range(60, 660):
         if pipeline.selected is not None:
@@ -112,6 +113,7 @@ async def promoted_by_evidence(pipeline: Pipeline, relay: Relay) -> None:
         await pipeline.captures(relay, await pipeline.tap(n, usual(pipeline, 1000 + n), None))
         pipeline.housekeeping(0.1)
     assert pipeline.selected is not None
+    await pipeline.propose(driver.harmful(), 300)
     hold = await pipeline.engine_reports([pipeline.selected], {"rows_clamped": 3, "rows_masked": 1})
     assert hold["hold"][0] == pipeline.selected
     for n in range(60, 80):

@@ -48,13 +48,12 @@ class Log:
 
 
 def evidence(log: Log) -> None:
-    """Learn, propose, test, promote, replace, roll back for harm, learn again; a restart; another model."""
+    """Propose, test, promote, replace, roll back for harm, learn again; a restart; another model."""
     life = Life(alpha=0.2)
     weak = life.import_profile(driver.partial(0.3))
     fed = life.feed(BIASED, JUDGED, lambda: life.selected == weak)
     log.step("import a weak one and judge until it is promoted", life, fed)
-    life.feed(BIASED, LEARNED[:40])
-    log.step("learn from 40 requests", life)
+    log.step("propose a learned one", life, life.propose(helpful(), 1000))
     life.feed(BIASED, JUDGED[200:210], exact=False)
     log.step("judge by bounds alone: nothing is proven", life)
     fed = life.feed(BIASED, JUDGED[210:700], lambda: life.selected != weak)
@@ -62,8 +61,7 @@ def evidence(log: Log) -> None:
     life.import_profile(harmful())
     fed = life.feed(OPPOSITE, JUDGED[:400], lambda: life.selected is None)
     log.step("the model changes: judge until what serves is rolled back", life, fed)
-    life.feed(OPPOSITE, LEARNED[200:400])
-    log.step("learn again", life)
+    log.step("propose again", life, life.propose(helpful(1, OPPOSITE), 6000))
     fed = life.feed(OPPOSITE, JUDGED[400:800], lambda: life.selected is not None)
     log.step("judge until one is promoted", life, fed)
     again = Life(life.store, known=False, at=life.now)
@@ -75,8 +73,8 @@ def evidence(log: Log) -> None:
     log.step("judge what serves", again)
     again.know("another", V)
     log.step("another model", again)
-    again.feed(EVEN, LEARNED[:40])
-    log.step("it is learned from anew, and proposals come as early as the first time", again)
+    answer = again.propose(helpful(2, model="another"), 1000)
+    log.step("proposals come as early as the first time", again, answer)
     log.step("decisions", again, [life.decisions(), again.decisions()])
     log.step("status and listing", life, {"status": life.status(), "events": len(life.listing()["events"])})
 
@@ -105,12 +103,11 @@ def unproven(log: Log) -> None:
 
 
 def contextual_learner(log: Log) -> None:
-    """A probe, proposals of the contextual learner, those that are not due, and one in place of an older one."""
+    """A probe, proposals of two learners, those that are not due, and one in place of an older one."""
     life = Life()
     life.probe(driver.learners_probe())
     log.step("a learner begins", life)
-    life.feed(BIASED, LEARNED[:60])
-    log.step("learn: temperature and bias let the contextual proposal go first", life)
+    log.step("propose one of a family that goes last", life, life.propose(helpful(), 1344))
     answers = [life.propose(contextual(0.1 * n), tokens) for n, tokens in ((1, 1000), (2, 1500), (3, 4000))]
     log.step("propose at 1000, 1500 and 4000 tokens", life, answers)
     life.import_profile(contextual(0.5, first_anchor=2))
@@ -194,7 +191,8 @@ def kinds(log: Log) -> None:
     for n in range(60):
         life.feed(BIASED, LEARNED[2 * n : 2 * n + 1], **a)
         life.feed(OPPOSITE, LEARNED[2 * n + 1 : 2 * n + 2], **b)
-    log.step("two labels whose models err in opposite directions", life)
+    answer = life.propose(helpful(), 1000)
+    log.step("two labels whose models err in opposite directions; propose what helps the one", life, answer)
     fed = 0
     for n, key in enumerate(JUDGED):
         if "chat label a" in life.by_kind:

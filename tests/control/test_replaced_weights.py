@@ -57,14 +57,10 @@ class Life:
             self.one.pipeline.update(*support.scored(f"r{prompt}", prompt))
 
     @property
-    def known(self) -> tuple[bool, bool, bool]:
-        """A profile serves, the alarm has evidence, something was learned."""
-        result = self.one.profile_manager
-        return (
-            result.serving.version is not None,
-            bool(self.one.measured.alarms._state.kinds),
-            result.proposals.learned()[0] > 0,
-        )
+    def known(self) -> tuple[bool, bool]:
+        """A profile serves, the alarm has evidence."""
+        serving = self.one.profile_manager.serving
+        return serving.version is not None, bool(self.one.measured.alarms._state.kinds)
 
 
 @asynccontextmanager
@@ -79,10 +75,10 @@ async def first_life(folder: Path, made: Settings, **engines: str) -> None:
         operator = first.one.profile_manager.operator
         operator.promote(operator.import_profile(support.profile(1)))
         first.use(range(40))
-        assert first.known == (True, True, True)
+        assert first.known == KNOWN
 
 
-KNOWN, NOTHING = (True, True, True), (False, False, False)
+KNOWN, NOTHING = (True, True), (False, False)
 
 
 async def test_while_it_runs(settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -101,7 +97,7 @@ async def test_while_it_runs(settings: Settings, tmp_path: Path, caplog: pytest.
         assert "the stored evidence is about other models" in caplog.text
         plane.use(range(40, 80))
         plane.reports(b="new", c="new")
-        assert plane.known == (False, True, True)
+        assert plane.known == (False, True)
 
 
 async def test_while_it_did_not_run(settings: Settings, tmp_path: Path) -> None:
@@ -112,7 +108,6 @@ async def test_while_it_did_not_run(settings: Settings, tmp_path: Path) -> None:
         async with life(tmp_path, settings) as plane:
             assert plane.known == KNOWN
             plane.use(range(100, 120))
-            await plane.one.learned.save()
     async with life(tmp_path, settings) as plane:
         plane.reports(a="old")
         assert plane.known == KNOWN
@@ -141,7 +136,7 @@ async def test_evidence_about_unreadable_models_is_forgotten(settings: Settings,
     put(settings.store.url, SetState(MODELS_KEY, damaged))
     async with life(tmp_path, settings) as plane:
         plane.reports(a="x")
-        assert plane.known[:2] == (False, False)
+        assert plane.known == NOTHING
 
 
 async def test_copies_at_two_engines_are_one_checkpoint(settings: Settings, tmp_path: Path) -> None:
@@ -187,8 +182,7 @@ async def test_a_reference_that_was_replaced_while_it_did_not_run(settings: Sett
         assert plane.known == KNOWN
     async with life(tmp_path, settings) as plane:
         refers_to(plane, OTHER)
-        serves, alarm, _ = plane.known
-        assert (serves, alarm) == (False, False)
+        assert plane.known == NOTHING
 
 
 def figures(plane: Life) -> tuple[int, int, int, int]:

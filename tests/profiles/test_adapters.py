@@ -171,23 +171,6 @@ def test_a_gain_is_that_of_the_whole_distributions() -> None:
 # --- learning --------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_learned_from_the_answers_of_an_adapter() -> None:
-    """Temperature and bias learn what the compressed model lacks; the adapted one lacks little of it."""
-    alone, mixed = Bench(), Bench()
-    version = adapter(1).version
-    for number, key in enumerate(LEARNED[:40]):
-        for bench in (alone, mixed):
-            bench.observe(bench.record(BIASED.truth(number), key))
-        for turn in range(9):
-            other = LEARNED[100 + 9 * number + turn]
-            record = adapted_record(BIASED.truth(number), version, 0.95, prompt_key=other)
-            mixed.observe(record)
-            assert not mixed.profiles.learns_from(record)
-    assert mixed.profiles.proposals.learned() == alone.profiles.proposals.learned()
-    assert [c.version for c in mixed.profiles.trials.queue] == [c.version for c in alone.profiles.trials.queue]
-    assert alone.profiles.trials.queue
-
-
 def test_an_adapter_is_proposed_at_its_own_number_of_tokens_and_at_each_doubling() -> None:
     judging = Judging({})
     proposals = judging.profiles.proposals
@@ -208,7 +191,7 @@ def test_an_adapter_is_proposed_at_its_own_number_of_tokens_and_at_each_doubling
 
 def test_an_adapter_is_tested_before_all_others() -> None:
     bench = Bench()
-    bench.feed(BIASED, LEARNED[:40])
+    bench.learn()
     assert bench.profiles.proposals.propose(contextual(), "", {"tokens": 1000})
     made = adapter(1)
     assert bench.profiles.proposals.propose(made, "", {"tokens": TOKENS})

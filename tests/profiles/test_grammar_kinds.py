@@ -84,13 +84,10 @@ def test_one_that_harms_it_is_rolled_back_there_and_serves_the_others() -> None:
 
 def test_nothing_is_learned_from_it_and_a_harmful_profile_is_not_promoted() -> None:
     bench = Bench()
-    feed(bench, BIASED, LEARNED[:200])
-    feed(bench, BIASED, JUDGED[300:310])
-    assert bench.profiles.trials.tested == []
-    unrestricted = Bench()
-    unrestricted.feed(BIASED, LEARNED[:200], kind=FREE)
-    unrestricted.feed(BIASED, JUDGED[300:310], kind=FREE)
-    assert unrestricted.profiles.trials.tested != [], "of as many others, one is learned and tested"
+    truth = BIASED.truth(0)
+    restricted, free = (bench.record(truth, LEARNED[0], mask) for mask in (allowed(truth), None))
+    assert not bench.profiles.learns_from(restricted)
+    assert bench.profiles.learns_from(free)
     bench.profiles.operator.import_profile(harmful())
     feed(bench, BIASED, JUDGED[:300])
     assert bench.profiles.serving.version_by_kind == {}

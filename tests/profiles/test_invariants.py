@@ -6,7 +6,7 @@ import json
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.profile_bench import ANCHORS, BIASED, JUDGED, LEARNED, MODEL, Bench, contextual
+from tests.support.profile_bench import ANCHORS, BIASED, JUDGED, LEARNED, MODEL, Bench, contextual, helpful
 from tests.support.slow import examples
 from tests.support.world import V
 
@@ -30,7 +30,7 @@ EVIDENCE = Evidence(kinds=2)
 @given(st.data())
 def test_after_any_sequence_of_actions_the_invariants_hold(data: st.DataObject) -> None:
     bench = Bench(min_tokens=100, evidence=EVIDENCE)
-    made = [contextual(0.1 * n - 0.3) for n in range(12)]
+    made = [*(contextual(0.1 * n - 0.3) for n in range(8)), *map(helpful, range(4))]
     labels, kinds = st.sampled_from(["", "a", "b"]), st.sampled_from(["", "x", "y", "z"])
     spent = 0
     for n in range(data.draw(st.integers(1, 30))):

@@ -59,12 +59,12 @@ def in_context(vocabulary: int, seed: int) -> CalibrationProfile:
 def test_bounds_alone_promote_nothing() -> None:
     """Without the engine's and the reference's exact terms the tail may hold anything."""
     bench = Bench()
-    bench.feed(BIASED, LEARNED[:40])
+    bench.learn()
     for n, key in enumerate(JUDGED[:60]):
         truth = BIASED.truth(n)
         bench.observe(make_record(truth, 2, reference_k=2, key=key))
     assert bench.profiles.serving.selected is None
-    assert [c["requests"] for c in bench.status()["candidates"]] == [60, 60]
+    assert [c["requests"] for c in bench.status()["candidates"]] == [60]
 
 
 def test_what_a_client_sends_beyond_its_share_is_noted_against_a_promotion(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +112,7 @@ def test_every_gain_is_within_the_width_given_to_the_guard(data: st.DataObject) 
 def test_a_prompt_counts_once_in_a_test() -> None:
     """Ten recurring prompts are ten observations: repetition proves nothing."""
     bench = Bench()
-    bench.feed(BIASED, LEARNED[:40])
-    assert bench.profiles.trials.tested_versions
+    bench.learn()
     bench.feed(BIASED, JUDGED[:10] * 60)
     assert bench.profiles.serving.selected is None
     assert {candidate["requests"] for candidate in bench.status()["candidates"]} == {10}
@@ -132,13 +131,12 @@ def test_an_unproven_candidate_is_dropped_where_others_wait(monkeypatch: pytest.
     assert (event["version"], event["reason"], event["evidence"]["units"]) == (first, "unproven", 30)
     bench.feed(EVEN, JUDGED[31:80])
     assert bench.profiles.trials.tested_versions == [second, third], "no candidate waits any more"
-    bench.feed(EVEN, LEARNED[:40])
-    bias = bench.status()["waiting"][0]["version"]
+    learned = bench.learn()
     monkeypatch.setattr(futility, "MAX_UNPROVEN_UNITS_BEFORE_LOWER", 110)
     bench.feed(EVEN, JUDGED[80:109])
-    assert bench.profiles.trials.tested_versions == [second, third], "temperature and bias wait longer"
+    assert bench.profiles.trials.tested_versions == [second, third], "a family that is tested last waits longer"
     bench.feed(EVEN, JUDGED[109:112])
-    assert bench.profiles.trials.tested_versions == [third, bias]
+    assert bench.profiles.trials.tested_versions == [third, learned]
 
 
 def test_no_candidate_gives_way_before_a_cycle_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from tests.support.profile_bench import BIASED, EVEN, JUDGED, LEARNED, MODEL, Bench, contextual, harmful
+from tests.support.temperature_bias import TEMPERATURE_BIAS
 from tests.support.world import V, World
 
 from hemostat.ipc.messages import REST_KIND
@@ -21,17 +22,15 @@ def halved() -> World:
 
 def test_a_record_is_learned_from_or_judged_by_never_both() -> None:
     bench = Bench()
-    bench.feed(BIASED, JUDGED[:60])
-    status = bench.status()
-    assert (status["learned_requests"], status["candidates"]) == (0, [])
-    bench.feed(BIASED, LEARNED[:40])
-    status = bench.status()
-    assert status["learned_requests"] == 40
-    assert [c["requests"] for c in status["candidates"]] == [0, 0], "what was learned from is no evidence"
+    bench.learn()
+    for learned in LEARNED[:5]:
+        record = bench.record(BIASED.truth(0), learned)
+        assert bench.profiles.learns_from(record)
+        bench.observe(record)
+    assert [c["requests"] for c in bench.status()["candidates"]] == [0], "what is learned from is no evidence"
+    assert not any(bench.profiles.learns_from(bench.record(BIASED.truth(0), judged)) for judged in JUDGED[:5])
     bench.feed(BIASED, JUDGED[:5])
-    status = bench.status()
-    assert status["learned_requests"] == 40
-    assert [c["requests"] for c in status["candidates"]] == [5, 5]
+    assert [c["requests"] for c in bench.status()["candidates"]] == [5]
 
 
 def test_a_helpful_candidate_is_promoted_with_its_evidence_and_stored() -> None:
@@ -39,7 +38,7 @@ def test_a_helpful_candidate_is_promoted_with_its_evidence_and_stored() -> None:
     version = bench.promote()
     profiles = bench.profiles
     assert profiles.serving.version == version
-    assert bench.decisions() == ["propose", "propose", "promote"]
+    assert bench.decisions() == ["propose", "promote"]
     event = bench.last("promote")
     assert event["version"] == version
     assert event["at"] == bench.time
@@ -54,7 +53,7 @@ def test_a_helpful_candidate_is_promoted_with_its_evidence_and_stored() -> None:
     kept = bench.store.get_profile(version)
     assert kept is not None
     assert CalibrationProfile.from_bytes(kept.data, version).version == version
-    assert sorted(p["state"] for p in profiles.report.listing()["profiles"]) == ["retired", "selected"]
+    assert sorted(p["state"] for p in profiles.report.listing()["profiles"]) == ["selected"]
 
 
 def test_in_observe_nothing_serves() -> None:
@@ -69,7 +68,6 @@ def test_in_observe_nothing_serves() -> None:
 def test_a_useless_or_harmful_profile_is_not_promoted() -> None:
     bench = Bench()
     bench.profiles.operator.import_profile(harmful())
-    bench.feed(EVEN, LEARNED[:40])
     bench.feed(EVEN, JUDGED[:250])
     assert bench.profiles.serving.selected is None
     assert "promote" not in bench.decisions()
@@ -113,14 +111,13 @@ def test_a_profile_that_no_longer_helps_is_rolled_back_as_unsupported() -> None:
 def test_off_ends_serving_learning_and_judging_at_once() -> None:
     bench = Bench()
     bench.promote()
-    learned = bench.status()["learned_requests"]
     judged = bench.status()["selected"]["requests"]
     bench.profiles.operator.set_mode("off")
     assert bench.profiles.serving.version is None
     assert bench.profiles.serving.reported is None
     assert bench.profiles.evaluated_profiles() == ()
-    bench.feed(BIASED, [*LEARNED[:40], *JUDGED[:20]])
-    assert bench.status()["learned_requests"] == learned
+    bench.feed(BIASED, JUDGED[:20])
+    assert not bench.profiles.learns_from(bench.record(BIASED.truth(0), LEARNED[0]))
     assert bench.status()["selected"]["requests"] == judged
     assert bench.last("mode")["why"] == "set to off by the operator"
 
@@ -133,21 +130,19 @@ def test_a_forced_profile_is_applied_to_every_request_and_nothing_is_learned() -
     assert bench.profiles.serving.forced == bench.profiles.serving.reported == profile.version
     assert bench.profiles.serving.version is None
     assert bench.profiles.engine_versions() == [profile.version]
-    bench.feed(BIASED, [*LEARNED[:40], *JUDGED[:10]])
-    assert bench.status()["learned_requests"] == 0
+    bench.feed(BIASED, JUDGED[:10])
+    assert not bench.profiles.learns_from(bench.record(BIASED.truth(0), LEARNED[0]))
     bench.profiles.set_model_pair(MODEL, V + 1)
     assert bench.profiles.serving.forced is None, "it does not fit the model"
 
 
-def test_another_model_restarts_learning_and_proposals() -> None:
+def test_another_model_restarts_proposals() -> None:
     bench = Bench()
-    bench.feed(BIASED, LEARNED[:43])
-    assert len(bench.profiles.trials.tested_versions) == 2
+    bench.learn(tokens=10_000)
+    assert not bench.profiles.proposals.accepts(TEMPERATURE_BIAS, 1_000)
     bench.profiles.set_model_pair("another", V)
     assert bench.profiles.trials.tested_versions == []
-    assert bench.status()["learned_requests"] == 0
-    bench.feed(BIASED, LEARNED[:32])
-    assert len(bench.profiles.trials.tested_versions) == 2
+    assert bench.profiles.proposals.accepts(TEMPERATURE_BIAS, 1_000)
 
 
 @pytest.mark.parametrize(("model", "vocabulary"), [("another", V), (MODEL, V + 1)])
@@ -176,7 +171,8 @@ def test_what_the_engine_does_not_apply_as_it_should_is_neither_tested_nor_serve
     assert bench.profiles.serving.version is None
     assert (bench.last("roll_back")["reason"], bench.last("roll_back")["why"]) == ("probe", "another model")
     bench = Bench()
-    bench.feed(BIASED, LEARNED[:40])
+    bench.learn()
+    bench.profiles.operator.import_profile(harmful())
     tested = [candidate.version for candidate in bench.profiles.trials.queue]
     bench.profiles.lifecycle.reject(tested[0], "another model")
     assert [candidate.version for candidate in bench.profiles.trials.queue] == tested[1:]

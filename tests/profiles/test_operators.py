@@ -11,7 +11,6 @@ from tests.support.profile_bench import (
     BIASED,
     EVEN,
     JUDGED,
-    LEARNED,
     MODEL,
     Bench,
     contextual,
@@ -34,9 +33,8 @@ def test_an_import_is_tested_and_stays_beside_new_proposals() -> None:
     assert bench.profiles.operator.import_profile(profile) == profile.version
     assert bench.decisions() == ["import"]
     assert bench.profiles.serving.version is None
-    bench.feed(EVEN, LEARNED[:40])
-    assert bench.profiles.trials.tested_versions[0] == profile.version
-    assert len(bench.profiles.trials.tested_versions) > 1
+    learned = bench.learn(seed=1)
+    assert bench.profiles.trials.tested_versions == [profile.version, learned]
     bench.feed(BIASED, JUDGED, bench.serves)
     assert bench.profiles.serving.version == profile.version
 

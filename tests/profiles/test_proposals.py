@@ -1,4 +1,4 @@
-"""When temperature-and-bias and contextual profiles are proposed."""
+"""Tests of when contextual profiles are proposed."""
 
 from __future__ import annotations
 
@@ -7,66 +7,30 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.oracle import shift
 from tests.support.profile_bench import ANCHORS, BIASED, EVEN, JUDGED, LEARNED, MODEL, Bench, contextual
 from tests.support.records import Truth, log_softmax, make_record
-from tests.support.world import V, World
+from tests.support.world import V
 
-from hemostat.config.schema import Calibration
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles import futility
 from hemostat.profiles.decisions import Reason
 from hemostat.profiles.proposals import (
-    CONTEXTUAL_FIRST_FACTOR,
     MAX_TOKENS_BETWEEN_PROPOSALS,
     MIN_TOKEN_GROWTH,
     MIN_TOKEN_GROWTH_UNDER_TEST,
 )
-from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
-from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
+from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.profiles.contextual import CONTEXTUAL, probe_profile
-
-
-def test_a_batch_that_raises_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench()
-    bench.feed(BIASED, LEARNED[:7])
-
-    def refuse(*_: object) -> None:
-        raise InvalidArgumentError("no")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TemperatureBiasLearner, "update", refuse)
-        with pytest.raises(InvalidArgumentError):
-            bench.feed(BIASED, LEARNED[7:8])
-    bench.feed(BIASED, LEARNED[:8])
-    assert bench.status()["learned_requests"] == 8
 
 
 def test_records_of_another_vocabulary_are_ignored() -> None:
     bench = Bench()
-    record = make_record(Truth(*(log_softmax(np.zeros((3, 9))),) * 2, np.zeros(3, int)), 4, key=LEARNED[0])
-    bench.observe(record)
-    bench.feed(BIASED, LEARNED[1:8])
-    assert bench.status()["learned_requests"] == 0
-    bench.feed(BIASED, LEARNED[8:9])
-    assert bench.status()["learned_requests"] == 8, "a batch of others only"
-
-
-def test_temperature_and_bias_stay_within_clamp_kl_nats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Calibration, "clamp_kl_nats", 0.02)
-    bench = Bench(clamp_nats=2.0)
-    bench.feed(World(beta=0.6, bias=1.5), LEARNED[:40])
-    result = [bench.profiles.catalogue.get(version) for version in bench.profiles.trials.tested_versions]
-    assert result
-    worst = 0.0
-    for profile in result:
-        assert profile is not None
-        for n in range(40):
-            truth = World(bias=0.5, seed=n).truth(n)
-            after = log_softmax(truth.compressed + shift(profile, truth.compressed))
-            kl = (np.exp(after) * (after - truth.compressed)).sum(-1)
-            worst = max(worst, float(kl.max()))
-    assert 0.01 < worst <= 0.02, "it binds, and is kept"
+    ours, foreign = (
+        make_record(Truth(*(log_softmax(np.zeros((3, size))),) * 2, np.zeros(3, int)), 4, key=LEARNED[0])
+        for size in (V, 9)
+    )
+    assert bench.profiles.learns_from(ours)
+    assert not bench.profiles.learns_from(foreign)
 
 
 def test_a_contextual_proposal_is_tested_and_promoted() -> None:
@@ -212,31 +176,6 @@ def test_after_a_learner_restart_only_what_serves_must_be_surpassed(caplog: pyte
     assert not bench.profiles.proposals.accepts(CONTEXTUAL, 1_000)
     bench.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS, 1.0))
     assert bench.profiles.proposals.accepts(CONTEXTUAL, 1_000)
-
-
-def test_temperature_and_bias_wait_for_the_first_contextual_proposal() -> None:
-    bench = Bench()
-    bench.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS, 1.0))
-    bench.feed(BIASED, LEARNED, lambda: bench.status()["learned_tokens"] >= 2 * bench.settings.min_tokens)
-    assert bench.profiles.trials.tested_versions == [], "temperature and bias wait"
-    profile = contextual()
-    assert bench.profiles.proposals.propose(profile, "", {"tokens": 1000})
-    bench.feed(BIASED, LEARNED, lambda: len(bench.profiles.trials.tested_versions) > 1)
-    assert bench.profiles.trials.tested_versions[0] == profile.version
-    bench.feed(BIASED, JUDGED[:1])
-    [kind] = bench.status()["kinds"]
-    assert [candidate["test"] for candidate in kind["candidates"]] == [1, 2]
-
-
-def test_temperature_and_bias_wait_for_a_bounded_number_of_tokens() -> None:
-    bench = Bench()
-    bench.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS, 1.0))
-    bench.feed(BIASED, LEARNED, lambda: bool(bench.profiles.trials.tested_versions))
-    learned, least = (
-        bench.status()["learned_tokens"],
-        CONTEXTUAL_FIRST_FACTOR * bench.settings.min_tokens,
-    )
-    assert least <= learned < least + 1000
 
 
 @pytest.mark.parametrize("made", [{"mode": "off"}, {"known": False}], ids=["off", "not known"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.support.profile_bench import BIASED, JUDGED, LEARNED, Bench, contextual, harmful
+from tests.support.profile_bench import BIASED, JUDGED, Bench, contextual, harmful
 from tests.support.records import make_record
 from tests.support.stores import DirectWrites
 from tests.support.temperature_bias import TEMPERATURE_BIAS
@@ -32,17 +32,18 @@ def test_a_test_begins_anew_when_its_baseline_changes() -> None:
     assert bench.status()["candidates"][0]["requests"] == 0
 
 
-def test_a_contextual_candidate_is_tested_before_temperature_and_bias() -> None:
+def test_a_contextual_candidate_is_tested_before_a_family_that_goes_last() -> None:
     bench = Bench()
-    bench.feed(BIASED, LEARNED[:40])
-    bias, both = bench.profiles.trials.tested_versions
+    last = bench.learn()
+    bench.feed(BIASED, JUDGED[:1])
+    later = bench.learn(seed=1, tokens=10_000)
     profile = contextual()
     assert bench.profiles.proposals.propose(profile, "", {"tokens": 1000})
-    assert bench.profiles.trials.tested_versions == [profile.version, bias]
+    assert bench.profiles.trials.tested_versions == [profile.version, last]
     status = bench.status()
-    assert [waiting["version"] for waiting in status["waiting"]] == [both]
+    assert [waiting["version"] for waiting in status["waiting"]] == [later]
     bench.feed(BIASED, JUDGED, bench.serves)
-    assert bench.profiles.trials.tested_versions == []
+    assert bench.profiles.serving.selected in (profile.version, last)
 
 
 RECORD = make_record(World().truth(0), 20)

@@ -116,9 +116,16 @@ class Bench:
         """Whether a profile is selected for all requests."""
         return self.profiles.serving.selected is not None
 
+    def learn(self, seed: int = 0, tokens: int = 1_000) -> str:
+        """Proposes what helps on the biased world, as a learner that has learned from so many tokens of it; returns its
+        version."""
+        profile = helpful(seed)
+        assert self.profiles.proposals.propose(profile, f"learned from {tokens} tokens", {"tokens": tokens})
+        return profile.version
+
     def promote(self) -> str:
-        """Learn and judge on a biased world until something serves; its version."""
-        self.feed(BIASED, LEARNED[:40])
+        """Learns and judges on a biased world until something serves; returns its version."""
+        self.learn()
         self.feed(BIASED, JUDGED, self.serves)
         assert self.profiles.serving.selected is not None
         return self.profiles.serving.selected

@@ -1,4 +1,4 @@
-"""What the engine computes of the tests' family; it is registered where this module is imported."""
+"""Applies the tests' family to logits, as an engine does; it is registered where this module is imported."""
 
 from __future__ import annotations
 

@@ -3,10 +3,7 @@
 from functools import lru_cache
 
 import numpy as np
-from tests.support.oracle import apply
-from tests.support.records import Truth, log_softmax, make_record
-
-from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
+from tests.support.records import Truth, log_softmax
 
 V, D, T = 60, 8, 40
 """Size of the vocabulary, of the hidden states, and tokens of a request."""
@@ -30,20 +27,3 @@ class World:
         cut = rng.random((T, 1))
         emitted = np.minimum((np.exp(log_c).cumsum(1) < cut).sum(1), V - 1)
         return Truth(log_softmax(z), log_c, emitted)
-
-    def learn(self, requests, k=20, learner=None):
-        learner = learner or TemperatureBiasLearner(min_requests=1, min_tokens=1)
-        state = learner.init("m", V)
-        for seed in range(0, requests, 4):
-            batch = [make_record(self.truth(at), k) for at in range(seed, min(seed + 4, requests))]
-            state = learner.update(state, batch)
-        return learner, state
-
-    def divergence(self, profile=None):
-        """KL(r‖c) over the whole vocabulary, on requests that were not learned from."""
-        values = []
-        for seed in range(10_000, 10_040):
-            truth = self.truth(seed)
-            log_c = truth.compressed if profile is None else log_softmax(apply(profile, truth.compressed))
-            values.append((np.exp(truth.reference) * (truth.reference - log_c)).sum(-1).mean())
-        return np.mean(values)

@@ -38,16 +38,25 @@ def gain(record: TokenRecord, profile: CalibrationProfile) -> Gain:
     """Returns what `profile` gains at each position of a validated record, within ± the width of its Δz (at most 2
     clamp).
 
-    >>> from hemostat_calibration.profiles.temperature_bias import temperature_bias
-    >>> from hemostat_calibration.records import Candidates
+    >>> from hemostat_calibration.profiles.contextual import contextual_profile
+    >>> from hemostat_calibration.profiles.transform import anchor_set
+    >>> from hemostat_calibration.records import Candidates, Features
     >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
-    >>> record = TokenRecord(
-    ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    >>> towards_r = contextual_profile(
+    ...     model="",
+    ...     anchors=np.array([0]),
+    ...     linear=np.zeros((1, 1)),
+    ...     offset=np.ones(1),
+    ...     up=(log_r - log_c).T,
+    ...     clamp_nats=1.0,
     ... )
-    >>> towards_r = temperature_bias("", 3, 1.0, (log_r - log_c)[0], clamp_nats=1.0)
+    >>> record = TokenRecord(
+    ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0],
+    ...     features=Features(anchor_set(towards_r), np.zeros((1, 1), np.float32))
+    ... )
     >>> result = gain(record, towards_r)
-    >>> result.lower.round(6).tolist(), result.exact.tolist()
-    ([0.109023], [True])
+    >>> result.lower.round(4).tolist(), result.exact.tolist()
+    ([0.109], [True])
     """
     view = view_of(record)
     delta = profile_shift(record, profile, view)

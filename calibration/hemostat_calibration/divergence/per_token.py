@@ -194,15 +194,24 @@ def calibrated(
     From a recovered distribution, KL(r‖c') is estimated as KL(r‖ĉ) less what the profile gains, where that is exact
     (`gain`).
 
-    >>> from hemostat_calibration.profiles.temperature_bias import temperature_bias
-    >>> from hemostat_calibration.records import Candidates
+    >>> from hemostat_calibration.profiles.contextual import contextual_profile
+    >>> from hemostat_calibration.profiles.transform import anchor_set
+    >>> from hemostat_calibration.records import Candidates, Features
     >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
-    >>> record = TokenRecord(
-    ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    >>> halfway = contextual_profile(
+    ...     model="",
+    ...     anchors=np.array([0]),
+    ...     linear=np.zeros((1, 1)),
+    ...     offset=np.ones(1),
+    ...     up=0.5 * (log_r - log_c).T,
+    ...     clamp_nats=1.0,
     ... )
-    >>> halfway = temperature_bias("", 3, 1.0, 0.5 * (log_r - log_c)[0], clamp_nats=1.0)
-    >>> calibrated(record, halfway).kl_rc.round(6).tolist(), divergence(record).kl_rc.round(6).tolist()
-    ([0.02863], [0.109023])
+    >>> record = TokenRecord(
+    ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0],
+    ...     features=Features(anchor_set(halfway), np.zeros((1, 1), np.float32))
+    ... )
+    >>> calibrated(record, halfway).kl_rc.round(4).tolist(), divergence(record).kl_rc.round(4).tolist()
+    ([0.0286], [0.109])
     """
     view = view_of(record)
     delta = profile_shift(record, profile, view)

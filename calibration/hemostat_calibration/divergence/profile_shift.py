@@ -19,15 +19,24 @@ def profile_shift(record: TokenRecord, profile: CalibrationProfile, view: View) 
     in the record.
 
     >>> from hemostat_calibration.divergence.view import view_of
-    >>> from hemostat_calibration.profiles.temperature_bias import temperature_bias
-    >>> from hemostat_calibration.records import Candidates
+    >>> from hemostat_calibration.profiles.contextual import contextual_profile
+    >>> from hemostat_calibration.profiles.transform import anchor_set
+    >>> from hemostat_calibration.records import Candidates, Features
     >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
-    >>> record = TokenRecord(
-    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    >>> profile = contextual_profile(
+    ...     model="",
+    ...     anchors=np.array([0]),
+    ...     linear=np.zeros((1, 1)),
+    ...     offset=np.ones(1),
+    ...     up=np.arange(9)[:, None] / 8.0,
+    ...     clamp_nats=1.0,
     ... )
-    >>> profile = temperature_bias("", 9, 1.0, np.arange(9) / 10.0, clamp_nats=1.0)
+    >>> record = TokenRecord(
+    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0],
+    ...     features=Features(anchor_set(profile), np.zeros((1, 1), np.float32))
+    ... )
     >>> profile_shift(record, profile, view_of(record)).round(6).tolist()
-    [[0.0, 0.1]]
+    [[0.0, 0.125]]
     """
     ids = anchors(profile)
     if ids is None:
@@ -73,16 +82,25 @@ def max_unlisted_relative(record: TokenRecord) -> Floats:
 def unlisted_shift_range(record: TokenRecord, profile: CalibrationProfile, most: Floats) -> tuple[Floats, Floats]:
     """Returns (low, high), each [T]: range of Δz over ids whose z − max z is at most `most` [T].
 
-    >>> from hemostat_calibration.profiles.temperature_bias import temperature_bias
-    >>> from hemostat_calibration.records import Candidates
+    >>> from hemostat_calibration.profiles.contextual import contextual_profile
+    >>> from hemostat_calibration.profiles.transform import anchor_set
+    >>> from hemostat_calibration.records import Candidates, Features
     >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
-    >>> record = TokenRecord(
-    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    >>> profile = contextual_profile(
+    ...     model="",
+    ...     anchors=np.array([0]),
+    ...     linear=np.zeros((1, 1)),
+    ...     offset=np.ones(1),
+    ...     up=np.arange(9)[:, None] / 8.0,
+    ...     clamp_nats=1.0,
     ... )
-    >>> profile = temperature_bias("", 9, 1.0, np.arange(9) / 10.0, clamp_nats=1.0)
+    >>> record = TokenRecord(
+    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0],
+    ...     features=Features(anchor_set(profile), np.zeros((1, 1), np.float32))
+    ... )
     >>> low, high = unlisted_shift_range(record, profile, max_unlisted_relative(record))
-    >>> low.round(6).tolist(), high.round(6).tolist()
-    ([0.0], [0.8])
+    >>> low.tolist(), high.tolist()
+    ([-1.0], [1.0])
     """
     low, high = shift_range(profile, most)
     return np.broadcast_to(low, record.tokens), np.broadcast_to(high, record.tokens)
@@ -97,17 +115,26 @@ def log_normalizer_range(
     leave; elsewhere it belongs to another distribution (a mask, an error) and the range stays.
 
     >>> from hemostat_calibration.divergence.view import view_of
-    >>> from hemostat_calibration.profiles.temperature_bias import temperature_bias
-    >>> from hemostat_calibration.records import Candidates
+    >>> from hemostat_calibration.profiles.contextual import contextual_profile
+    >>> from hemostat_calibration.profiles.transform import anchor_set
+    >>> from hemostat_calibration.records import Candidates, Features
     >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
-    >>> record = TokenRecord(
-    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    >>> profile = contextual_profile(
+    ...     model="",
+    ...     anchors=np.array([0]),
+    ...     linear=np.zeros((1, 1)),
+    ...     offset=np.ones(1),
+    ...     up=np.arange(9)[:, None] / 8.0,
+    ...     clamp_nats=1.0,
     ... )
-    >>> profile = temperature_bias("", 9, 1.0, np.arange(9) / 10.0, clamp_nats=1.0)
+    >>> record = TokenRecord(
+    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0],
+    ...     features=Features(anchor_set(profile), np.zeros((1, 1), np.float32))
+    ... )
     >>> view = view_of(record)
     >>> low, high = log_normalizer_range(record, profile, view, profile_shift(record, profile, view))
     >>> low.round(6).tolist(), high.round(6).tolist()
-    ([0.020816], [0.134171])
+    ([-0.037268], [0.181036])
     """
     low, high = unlisted_shift_range(record, profile, max_unlisted_relative(record))
     candidates = np.exp(view.log_candidates)

@@ -87,10 +87,18 @@ def shift_at(
     -inf) gets 0. row_code: the row's code, [..., r]; a family with anchors requires it, another ignores it. Raises
     InvalidArgumentError if shapes or ids do not fit, or row_code is missing.
 
-    >>> from hemostat_calibration.profiles.temperature_bias import temperature_bias
-    >>> profile = temperature_bias("m", 3, 2.0, np.array([0.0, 0.1, 0.2]), clamp_nats=1.0)
-    >>> shift_at(profile, np.array([0, 2]), np.log([0.5, 0.25])).round(6).tolist()
-    [0.0, 0.546574]
+    >>> from hemostat_calibration.profiles.contextual import contextual_profile
+    >>> profile = contextual_profile(
+    ...     model="m",
+    ...     anchors=np.array([0]),
+    ...     linear=np.zeros((1, 1)),
+    ...     offset=np.ones(1),
+    ...     up=np.array([[0.0], [0.25], [2.0]]),
+    ...     clamp_nats=1.0,
+    ... )
+    >>> ids, logprobs = np.array([1, 2]), np.log([0.5, 0.25])
+    >>> shift_at(profile, ids, logprobs, code(profile, np.zeros(1))).tolist()
+    [0.25, 1.0]
     """
     if ids.shape != logprobs.shape or ids.ndim < 1:
         raise InvalidArgumentError(f"ids has shape {ids.shape}, logprobs {logprobs.shape}: they must be the same")
@@ -109,11 +117,18 @@ def shift_at(
 def shift_range(profile: CalibrationProfile, most: Floats | float = 0.0) -> tuple[Floats, Floats]:
     """Returns (low, high), each [...] in nats: bounds of the Δz of every id, in any row, with z − max z ≤ `most` [...].
 
-    >>> from hemostat_calibration.profiles.temperature_bias import temperature_bias
-    >>> profile = temperature_bias("m", 3, 2.0, np.array([0.0, 0.1, 0.2]), clamp_nats=1.0)
+    >>> from hemostat_calibration.profiles.contextual import contextual_profile
+    >>> profile = contextual_profile(
+    ...     model="m",
+    ...     anchors=np.array([0]),
+    ...     linear=np.zeros((1, 1)),
+    ...     offset=np.ones(1),
+    ...     up=np.array([[0.0], [0.25], [2.0]]),
+    ...     clamp_nats=1.0,
+    ... )
     >>> low, high = shift_range(profile)
-    >>> low.round(6).item(), high.round(6).item()
-    (0.0, 1.0)
+    >>> low.item(), high.item()
+    (-1.0, 1.0)
     """
     low, high = profile.spec.range(profile.parameters, np.asarray(most, dtype=np.float64))
     clamp = profile.clamp_nats

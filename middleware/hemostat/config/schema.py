@@ -84,8 +84,8 @@ class Calibration(Section):
     clamp_nats: float = Field(default=1.0, gt=0, le=20)
     """The largest change of a logit. A smaller one allows less gain, and needs fewer held-out requests to prove it."""
     clamp_kl_nats: ClassVar[float] = 2.0
-    """The largest KL divergence from identity that a profile may cause in the distribution of one token (to second
-    order, for a contextual profile). If `clamp_nats` is 2 or less, that limit is reached first."""
+    """The largest KL divergence from identity that a contextual profile may cause in the distribution of one token, to
+    second order. If `clamp_nats` is 2 or less, that limit is reached first."""
     alpha: Fraction = 0.05
     """The probability that a profile that does not help is ever promoted, over the lifetime of the store."""
     min_tokens: int = Field(default=20_000, ge=1)

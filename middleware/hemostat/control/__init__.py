@@ -2,7 +2,6 @@
 
 compared_models   the models that are compared now: who is told when they change, and what is forgotten then
 composition       the parts of the control process, made and connected
-learned_state     keeps what temperature and bias have learned over restarts
 learning          tells the learner what to learn about; what scoring and outcomes need of the profiles
 model_identity    the identity of the models that stored evidence is about
 operator_actions  the actions of operators through the admin port

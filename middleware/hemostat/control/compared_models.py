@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import LearningSubject
 from hemostat.control.model_identity import ModelIdentity, model_identity
 from hemostat.control.stored_state import StoredState
@@ -32,7 +31,6 @@ class CalibratedModel:
         weights: ServedWeights,
         profiles: ProfileManager,
         stored_state: StoredState,
-        learned: LearnedState,
         learner: Learner,
         subject: LearningSubject,
         clock: Callable[[], float],
@@ -41,10 +39,11 @@ class CalibratedModel:
         self._weights = weights
         self._profiles = profiles
         self._stored_state = stored_state
-        self._learned = learned
         self._learner = learner
         self._subject = subject
         self._clock = clock
+        self._models: ModelIdentity | None = None
+        """The models as they were passed on last; None while they are not known."""
 
     def update(self) -> None:
         """Passes the model on, once its reference is known. Call it after any change of the models."""
@@ -53,18 +52,17 @@ class CalibratedModel:
             return
         self._profiles.set_model_pair(pair.name, pair.reference.vocab_size, pair.scorable)
         self._stored_state.set_models(self._identity(pair))
-        models = self._stored_state.models
-        self._learned.set_models(models)
-        self._learner.set_weights(models.weights)
+        self._models = self._stored_state.models
+        self._learner.set_weights(self._models.weights)
         self._subject.update()
 
     def look_at_weights(self) -> bool:
         """Looks at the weights: engines may have loaded other weights under the same name and path. Returns True if
         they have."""
         pair = self._monitor.served.calibrated
-        if pair is None or pair.reference is None or self._learned.models is None:
+        if pair is None or pair.reference is None or self._models is None:
             return False
-        return self._stored_state.models_with(self._identity(pair)) != self._learned.models
+        return self._stored_state.models_with(self._identity(pair)) != self._models
 
     def _identity(self, pair: ModelPair) -> ModelIdentity:
         return model_identity(pair, self._weights.of(pair.name, pair.names, self._clock()))

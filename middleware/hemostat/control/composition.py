@@ -23,9 +23,7 @@ from hemostat.admin.status import ProcessParts, StatusSource
 from hemostat.admin.status_parts import CalibrationParts, EngineParts, ScoringParts
 from hemostat.canaries.keeper import Canaries
 from hemostat.config.schema import Settings
-from hemostat.control import learned_state
 from hemostat.control.compared_models import CalibratedModel, OtherModels
-from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import CalibrationNeeds, LearningSubject, ServedKinds
 from hemostat.control.operator_actions import OperatorActions
 from hemostat.control.ownership import Ownership
@@ -161,7 +159,6 @@ class Control:
         clock, notify = self._clock, self.changes.notify
         self._stored_learning = StoredLearning(self.writer)
         self.learner = Learner(settings.calibration, proposals, notify, storage=self._stored_learning, clock=clock)
-        self.learned = LearnedState(proposals, self.writer, clock)
         self.adapters = Adapters(settings, profiles, self.monitor, self.engines, notify, clock=clock)
         self.subject = LearningSubject(profiles, self.monitor, self.learner, self.adapters)
 
@@ -266,7 +263,6 @@ class Control:
             self.weights,
             self.profile_manager,
             self.stored_state,
-            self.learned,
             self.learner,
             self.subject,
             self._clock,
@@ -367,7 +363,6 @@ class Control:
         """Goes on from all that is stored, and becomes active."""
         self.time.look()
         self.stored_state.restore(snapshot)
-        self.learned.restore(snapshot.blobs.get(learned_state.BLOB_KEY))
         self.templates.restore(snapshot.blobs.get(prompt_templates.BLOB_KEY), self.stored_state.salt)
         self.canaries.restore(snapshot.blobs)
         self.gate.restore(snapshot.blobs)
@@ -412,7 +407,6 @@ class Control:
             self.link.run(),
             self.ownership.watch(),
             self.writer.run(),
-            self.learned.run(),
             self.engines.configured.run(),
             self.engines.run(),
             self.canaries.run(),
@@ -466,7 +460,6 @@ class Control:
         self.measured.save()
         if self.gate.state != "none":
             self.gate.save()
-        await self.learned.save()
         self.templates.save()
         self.profile_manager.writer.save()
         try:

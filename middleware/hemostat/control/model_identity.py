@@ -52,10 +52,6 @@ class ModelIdentity:
         # The first probe of the same weights stays, as in `VllmReference.start`.
         return replace(known, probe=other.probe) if other.probe and same_weights(other.probe, known.probe) else known
 
-    @property
-    def without_weights(self) -> ModelIdentity:
-        return replace(self, weights="", probe=())
-
     def to_json(self) -> str:
         fields = asdict(self)
         if not self.probe:

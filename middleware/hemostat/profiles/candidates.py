@@ -50,7 +50,7 @@ def read_source(stored: str) -> Source:
 class Candidate:
     """A profile that is to be tested.
 
-    proposal: the number of its proposal, of which it may be one of several variants. A later one has a larger number.
+    proposal: the number of its proposal. A later one has a larger number.
     """
 
     version: str

@@ -7,7 +7,7 @@ What serves changes only here, in one kind of traffic at a time. `judging` (evid
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from hemostat.ipc.messages import rest_of
@@ -104,37 +104,30 @@ class Lifecycle:
 
     # --- candidates ------------------------------------------------------------------------------------------------
 
-    def test(self, profiles: Sequence[CalibrationProfile], source: Source) -> None:
-        """Makes them candidates; several are variants of one proposal. If the queue is full, the first
-        of those that wait is dropped, if possible one whose test has not begun.
+    def test(self, profile: CalibrationProfile, source: Source) -> None:
+        """Makes it a candidate. If the queue is full, the first of those that wait is dropped, if possible one whose
+        test has not begun.
 
-        They are stored, so that their tests go on after a restart.
+        It is stored, so that its test goes on after a restart.
         """
-        for _ in range(len(self._trials.queue) + len(profiles) - MAX_QUEUED_CANDIDATES):
+        if len(self._trials.queue) >= MAX_QUEUED_CANDIDATES:
             first = min(self._trials.waiting, key=self._trials.has_begun)
             self.drop(first, Reason.NEWER, "the queue is full")
         proposal = 1 + max((candidate.proposal for candidate in self._trials.queue), default=0)
-        for profile in profiles:
-            self.hold(profile)
-            self._trials.add(Candidate(profile.version, source, proposal))
-            self._writer.put_profile(self._catalogue.stored(profile.version))
+        self.hold(profile)
+        self._trials.add(Candidate(profile.version, source, proposal))
+        self._writer.put_profile(self._catalogue.stored(profile.version))
         self._writer.write_serving()
 
-    def replace_proposals(
-        self,
-        profiles: Iterable[CalibrationProfile],
-        why: str,
-        evidence: dict[str, Any],
-    ) -> bool:
-        """Tests learned profiles of one family. They wait until the tests of its earlier proposals have ended, and
-        take the place of those whose tests have not begun.
+    def replace_proposals(self, profile: CalibrationProfile, why: str, evidence: dict[str, Any]) -> bool:
+        """Tests a learned profile. It waits until the tests of earlier proposals of its family have ended, and takes
+        the place of those whose tests have not begun.
 
-        Returns False if all of them are in use already: then nothing changes.
+        Returns False if it is in use already: then nothing changes.
         """
-        fresh = [profile for profile in profiles if profile.version not in self.in_use()]
-        if not fresh:
+        if profile.version in self.in_use():
             return False
-        source = Proposed(fresh[0].family)
+        source = Proposed(profile.family)
         earlier = [c for c in self._trials.queue if c.source == source]
         for old in earlier:
             if self._trials.has_begun(old):
@@ -143,9 +136,8 @@ class Lifecycle:
             if old.version not in self.in_use():
                 self.forget(old.version)
                 self._writer.delete_profile(old.version)
-        for profile in fresh:
-            self._events.record(Decision.PROPOSE, Reason.LEARNED, profile.version, why, evidence)
-        self.test(fresh, source)
+        self._events.record(Decision.PROPOSE, Reason.LEARNED, profile.version, why, evidence)
+        self.test(profile, source)
         return True
 
     def drop(self, candidate: Candidate, reason: Reason, why: str) -> None:

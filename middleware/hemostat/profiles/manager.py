@@ -110,7 +110,6 @@ class ProfileManager:
             serving=self.serving,
             trials=self.trials,
             lifecycle=self.lifecycle,
-            proposals=self.proposals,
             events=self.events,
             writer=self.writer,
         )
@@ -130,12 +129,11 @@ class ProfileManager:
             kinds=self.kinds,
             trials=self.trials,
             events=self.events,
-            proposals=self.proposals,
         )
 
     def set_model_pair(self, model: str, vocab_size: int, names: frozenset[str] | None = None) -> None:
-        """Takes the pair once both models are known and have the same token ids: learning can begin. It begins anew if
-        the models are others than before.
+        """Takes the pair once both models are known and have the same token ids: profiles can be proposed and tested.
+        Proposals begin anew if the models are others than before.
 
         model: the served name of the compressed one. names: all of its names, and the names of its adapters that the
         reference can score.
@@ -203,8 +201,8 @@ class ProfileManager:
         return self.catalogue.get(version)
 
     def update(self, scored: ScoredRecord) -> None:
-        """Learns from a record, or judges by it; if its kind is not followed, it counts as one of the rest. Only a
-        fresh record is learned from. Tests know by themselves which units they have counted.
+        """Judges by a record, if it is held out; if its kind is not followed, it counts as one of the rest. Tests know
+        by themselves which units they have counted.
         """
         record = scored.record
         if not self.serving.uses(record):
@@ -216,8 +214,6 @@ class ProfileManager:
             self.trials.update_dependence(kind, record.client, scored.figures.kl_rc, self._wall())
         if self.is_held_out(record):
             self.judge.update(replace(scored, record=replace(record, kind=kind)))
-        elif scored.fresh and record.adapter is None and not record.constraint:
-            self.proposals.learn(record)
 
     def _place(self, record: TokenRecord) -> str | None:
         """Counts a record, and returns the kind that it counts in; None if it counts in none."""

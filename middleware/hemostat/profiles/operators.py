@@ -9,7 +9,6 @@ from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import Decision, EventLog, Reason
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import StateWriter
-from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import Trials
 from hemostat_calibration.errors import HemostatError
@@ -30,7 +29,6 @@ class Operator:
         serving: ServingState,
         trials: Trials,
         lifecycle: Lifecycle,
-        proposals: Proposals,
         events: EventLog,
         writer: StateWriter,
     ) -> None:
@@ -38,7 +36,6 @@ class Operator:
         self._serving = serving
         self._trials = trials
         self._lifecycle = lifecycle
-        self._proposals = proposals
         self._events = events
         self._writer = writer
 
@@ -49,7 +46,6 @@ class Operator:
         if mode == self._serving.mode:
             return
         self._serving.mode = mode
-        self._proposals.discard_batch()
         self._writer.write_mode()
         self._record(Decision.MODE, self._serving.selected or IDENTITY, f"set to {mode} by the operator")
 
@@ -70,7 +66,7 @@ class Operator:
         self._events.record(Decision.IMPORT, Reason.OPERATOR, version, why, {})
         for state in (*self._serving.kinds.values(), *self._serving.former.values()):
             state.tried = [other for other in state.tried if other != version]
-        self._lifecycle.test([profile], Origin.IMPORT)
+        self._lifecycle.test(profile, Origin.IMPORT)
         return version
 
     def promote(self, version: str, kind: str | None = None) -> None:

@@ -1,13 +1,11 @@
 """Decides which profiles are proposed, and when: whoever learns a family asks `accepts`, and hands a profile to
-`propose`. Temperature and bias are learned here.
+`propose`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from hemostat.config.schema import Calibration
@@ -18,13 +16,8 @@ from hemostat.profiles.persistence import PROPOSED_KEY, StateWriter, stored_prop
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import Trials
 from hemostat.store.protocol import StateKey
-from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.learning import temperature_bias_storage as storage
-from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner, TemperatureBiasState
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.temperature_bias import TEMPERATURE_BIAS, temperature_bias
 from hemostat_calibration.profiles.transform import anchor_set
-from hemostat_calibration.records import TokenRecord
 
 log = logging.getLogger("hemostat.calibration")
 
@@ -34,24 +27,10 @@ MIN_TOKEN_GROWTH_UNDER_TEST = 4
 """The same while the last proposal is still in the queue: the new one would only wait for the end of its test."""
 MAX_TOKENS_BETWEEN_PROPOSALS = 500_000
 """The largest number of tokens between two proposals: more are never waited for."""
-CONTEXTUAL_FIRST_FACTOR = 4
-"""The factor of `min_tokens` up to which temperature and bias wait for the first proposal of a contextual learner, if
-there is one at work: earlier tests have more of alpha, and temperature and bias rarely win much.
-"""
-BATCH_RECORDS = 8
-"""The number of records that are gathered before one update of temperature and bias."""
-
-
-_WEIGHTS = "weights"
-"""The key of an export's notes."""
-_ALL = ""
-"""The key of what was learned of all traffic in what is stored. Earlier versions also learned of parts of it, under the
-names of these.
-"""
 
 
 class Proposals:
-    """Owns what was learned."""
+    """Owns the numbers of tokens that the last proposals were learned from."""
 
     def __init__(
         self,
@@ -74,61 +53,15 @@ class Proposals:
         self._trials = trials
         self._lifecycle = lifecycle
         self._writer = writer
-        self._temperature_bias = TemperatureBiasLearner(
-            # With |Δz| ≤ a, KL from identity is at most a²/2: Var Δz ≤ a² under every c e^{sΔz}, and KL is ∫ s Var ds.
-            clamp_nats=min(settings.clamp_nats, math.sqrt(2.0 * settings.clamp_kl_nats)),
-            min_tokens=settings.min_tokens,
-            half_life_tokens=settings.half_life_tokens,
-        )
-        self._state: TemperatureBiasState | None = None
-        """The state of what temperature and bias have learned; None before the first record."""
-        self._batch: list[TokenRecord] = []
-        """The records of their next update."""
         self._proposed_at: dict[str, int] = {}
         """The number of tokens that the last proposal was learned from, by family."""
-        self.proposed = 0
-        """The number of proposals of temperature and bias by this process."""
-
-    # --- what was learned ------------------------------------------------------------------------------------------
-
-    def learned(self) -> tuple[int, int]:
-        """Returns the numbers of requests and tokens that temperature and bias were learned from."""
-        return (self._state.requests, self._state.tokens) if self._state is not None else (0, 0)
-
-    def export(self, models: str, weights: str = "") -> Callable[[], bytes]:
-        """Returns a function that makes bytes of what was learned until now; it may be called in a thread.
-
-        models: a name of both models, for `restore`. weights: the weights that it was learned from; "" if they are not
-        known.
-        """
-        states = {} if self._state is None else {_ALL: self._state}
-        notes = json.dumps({_WEIGHTS: weights})
-        return lambda: storage.save(states, self._temperature_bias, models, notes)
-
-    def restore(self, data: bytes, models: str) -> str:
-        """Goes on from an export; returns its weights. Raises InvalidArgumentError if it is damaged, or about other
-        models or settings."""
-        states, text = storage.load(data, self._temperature_bias, models)
-        model, state = self._serving.model, states.get(_ALL)
-        about = None if state is None else (state.model, state.vocab_size)
-        if model is not None and about == (model.name, model.vocab_size):
-            self._state = state
-        try:
-            return str(json.loads(text).get(_WEIGHTS) or "")
-        except (ValueError, AttributeError):
-            raise InvalidArgumentError("the weights that it was learned from cannot be read") from None
-
-    def forget_learned(self) -> None:
-        """Forgets what temperature and bias have learned."""
-        self._state, self._batch = None, []
 
     def restart(self) -> None:
-        """Forgets what was learned, since the model is another.
+        """Begins anew, since the model is another: the next proposals may come early.
 
         A profile that still serves or is tested was kept from an earlier run, which had learned more than this one will
         have for a while: only more than that is worth a test.
         """
-        self.forget_learned()
         self._set_proposed(self._tokens_in_use())
 
     def restore_proposed(self, states: Mapping[StateKey, str | None], earlier: bytes | None) -> None:
@@ -165,41 +98,7 @@ class Proposals:
             self._proposed_at = tokens
             self._writer.write_proposed(tokens)
 
-    def discard_batch(self) -> None:
-        """Forgets the records that wait for an update, since the mode has changed."""
-        self._batch = []
-
-    # --- temperature and bias --------------------------------------------------------------------------------------
-
-    def learn(self, record: TokenRecord) -> None:
-        """Learns from a record of the learning side, and proposes what is due."""
-        model = self._serving.model
-        if self._state is None and model is not None:
-            self._state = self._temperature_bias.init(model.name, model.vocab_size)
-        self._batch.append(record)
-        if len(self._batch) < BATCH_RECORDS or self._state is None:
-            return
-        # The batch is emptied first: records that raise here must not come back with the next one.
-        batch, self._batch = self._batch, []
-        self._state = self._temperature_bias.update(self._state, batch)
-        self._propose_if_due(self._state)
-
-    def _propose_if_due(self, state: TemperatureBiasState) -> None:
-        min_tokens = self._settings.min_tokens
-        probe = self._catalogue.get(self._catalogue.probe)
-        if probe is not None and probe.family not in self._proposed_at:
-            min_tokens *= CONTEXTUAL_FIRST_FACTOR
-        if state.tokens < min_tokens or state.requests < self._temperature_bias.min_requests:
-            return
-        if not self._due(TEMPERATURE_BIAS, state.tokens):
-            return
-        proposal = self._temperature_bias.propose(state)
-        if proposal is not None:
-            self._set_proposed(self._proposed_at | {TEMPERATURE_BIAS: state.tokens})
-            self.proposed += 1
-            self._lifecycle.replace_proposals(_variants(proposal), f"learned from {state.tokens} tokens", {})
-
-    # --- learners of other processes -------------------------------------------------------------------------------
+    # --- what learners call ----------------------------------------------------------------------------------------
 
     def accepts(self, family: str, tokens: int) -> bool:
         """Returns True if a profile of a family that was learned from `tokens` tokens in all would be tested now: the
@@ -220,7 +119,7 @@ class Proposals:
             return False
         self._lifecycle.require_fit(profile)
         self._set_proposed(self._proposed_at | {profile.family: tokens})
-        return self._lifecycle.replace_proposals([profile], why, dict(report))
+        return self._lifecycle.replace_proposals(profile, why, dict(report))
 
     # --- the probe -------------------------------------------------------------------------------------------------
 
@@ -259,16 +158,3 @@ class Proposals:
         else:
             enough = MIN_TOKEN_GROWTH * last
         return tokens >= min(enough, last + MAX_TOKENS_BETWEEN_PROPOSALS)
-
-
-def _variants(proposal: CalibrationProfile) -> list[CalibrationProfile]:
-    """Returns the forms of a temperature-and-bias proposal that are tested, each for itself, in this order.
-
-    They are the proposal without the temperature, and as learned: E_r[Δz] of a bias is known exactly, but of a
-    temperature only as a bound (it takes the compressed model's logits at every id), so the bias alone can often prove
-    what both cannot. It comes first, since an earlier test has more of alpha.
-    """
-    alone = temperature_bias(
-        proposal.model, proposal.vocab_size, 1.0, proposal.parameters["bias"], proposal.clamp_nats, proposal.metadata
-    )
-    return list({profile.version: profile for profile in (alone, proposal)}.values())

@@ -13,7 +13,6 @@ from hemostat.profiles.candidates import Candidate, stored_source
 from hemostat.profiles.catalogue import Catalogue, parameter_bytes
 from hemostat.profiles.decisions import EventLog, evidence_json, pooled_gain
 from hemostat.profiles.followed_kinds import FollowedKinds
-from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Trials
 from hemostat_calibration.errors import HemostatError
@@ -35,23 +34,18 @@ class Report:
         kinds: FollowedKinds,
         trials: Trials,
         events: EventLog,
-        proposals: Proposals,
     ) -> None:
         self._catalogue = catalogue
         self._serving = serving
         self._kinds = kinds
         self._trials = trials
         self._events = events
-        self._proposals = proposals
 
     def status(self) -> dict[str, Any]:
-        requests, tokens = self._proposals.learned()
         trials = self._trials
         return {
             "mode": self._serving.mode,
             "pinned": self._serving.pinned,
-            "learned_requests": requests,
-            "learned_tokens": tokens,
             "candidates": [self._candidate(candidate) for candidate in trials.tested],
             "waiting": [self._waiting(candidate) for candidate in trials.waiting],
             "selected": self._selected(),

@@ -1,4 +1,4 @@
-"""What changes logits only, on the checkpoints of `adapters`: temperature and bias, and a contextual profile.
+"""A contextual profile, which changes logits only, on the checkpoints of `adapters`.
 
 Learned as by `make bench-recovery`, from live texts: of other prompts than those of the calibration, written by the
 compressed checkpoint itself; with copies of both models in place of an engine.
@@ -6,15 +6,14 @@ compressed checkpoint itself; with copies of both models in place of an engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tests.bench.bench_recovery import FULL, RECENT_TOKENS, VOCABULARY
 from tests.bench.recovery.engine import Ask, Written
-from tests.bench.recovery.figures import Recovery
-from tests.bench.recovery.learning import GrowingRun, Learned, learn_bias
+from tests.bench.recovery.learning import GrowingRun
 from tests.bench.recovery.log import say
 from tests.bench.recovery.stages import Stages
 
@@ -33,18 +32,14 @@ from .figures import LOGITS_FILE
 NAME = "profiles"
 STARTS = (*adapters.STARTS, adapters.FIVE_BITS)
 
-Learn = Callable[[ContextualLearner, Sequence[Written]], Learned]
-
 
 def cases(bench: Bench) -> Sequence[Case]:
     known = {case.name: case for case in (*quantization.cases(bench), *pruning.cases(bench))}
-    learners: dict[str, Learn] = {"temperature and bias": _bias, "contextual profile": _contextual}
     result = []
     for start in (known[name] for name in STARTS):
         result.append(Case(start.name, start.size, partial(bench.copied, start)))
-        for name, learn in learners.items():
-            make = partial(_profiled, bench, start, learn)
-            result.append(Case(f"{start.name}, {name}", start.size, make, of=start.name, live=bench.live))
+        make = partial(_profiled, bench, start)
+        result.append(Case(f"{start.name}, contextual profile", start.size, make, of=start.name, live=bench.live))
     return result
 
 
@@ -53,7 +48,7 @@ def musts() -> Sequence[Must]:
     return []
 
 
-def _profiled(bench: Bench, start: Case, learn: Learn, folder: Path) -> None:
+def _profiled(bench: Bench, start: Case, folder: Path) -> None:
     """The checkpoint with a profile beside it, where one is proposed."""
     base = bench.made(start)
     texts = bench.live_texts(start.name, base)
@@ -70,7 +65,7 @@ def _profiled(bench: Bench, start: Case, learn: Learn, folder: Path) -> None:
         [base.name, [text.ids.tolist() for text in texts]],
         lambda: _tapped(Copy.load(bench.reference), Copy.load(base), family, texts),
     )
-    learned = learn(family, tapped)
+    learned = GrowingRun(family).learn(tapped, "contextual")
     tokens = sum(len(text.output) for text in texts)
     say(f"{folder.name}: from {tokens} tokens of {len(texts)} texts, {learned.seconds:.0f} s: {learned.said}")
     profile = learned.profile
@@ -87,11 +82,3 @@ def _tapped(reference: Copy, compressed: Copy, family: ContextualLearner, texts:
         ask = Ask("", len(text.output), 1.0, 0)
         result.append(Written(ask, text.prompt, text.output, "", features, hidden=h_r.astype(np.float16)))
     return result
-
-
-def _bias(family: ContextualLearner, texts: Sequence[Written]) -> Learned:
-    return learn_bias(family.weight, Recovery(family.weight, family.anchors, texts), texts, FULL.clamp_nats)
-
-
-def _contextual(family: ContextualLearner, texts: Sequence[Written]) -> Learned:
-    return GrowingRun(family).learn(texts, "contextual")

@@ -10,24 +10,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tests.support.temperature_bias import temperature_bias
 
 from hemostat_calibration.guard.decisions import Action
 from hemostat_calibration.guard.guard import Guard
 from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
-from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors_digest, shift_range
 from hemostat_calibration.records import Candidates, Features, TokenRecord
 from hemostat_calibration.statistics.split import prompt_key
 
 from .engine import Written
-from .figures import IDENTITY, Figures, Recovery, measure, stacked
+from .figures import Figures, Recovery, stacked
 from .log import say
 
 TOP_K = 20
-TEMPERATURES = tuple(np.round(np.arange(0.7, 1.35, 0.05), 2))
-TEMPERATURE_TOKENS = 2_000
 ALPHA = 0.05
 
 Singles = npt.NDArray[np.float32]
@@ -80,7 +76,7 @@ def contextual_records(texts: Sequence[Written], anchors: npt.NDArray[np.int32],
 
 
 def listed_records(weight: Singles, recovery: Recovery, texts: Sequence[Written]) -> Iterator[TokenRecord]:
-    """What the temperature-and-bias family reads: the compressed model's top 20 with both models' log-probabilities.
+    """Yields records of the compressed model's top 20 with both models' log-probabilities.
 
     They are computed from both hidden states, that of the compressed model from the engine's logits."""
     embedding = torch.from_numpy(weight).T
@@ -100,35 +96,6 @@ def listed_records(weight: Singles, recovery: Recovery, texts: Sequence[Written]
             compressed_emitted=log_c[rows, output].double().numpy(),
             reference_emitted=log_r[rows, output].double().numpy(),
         )
-
-
-def learn_temperature(weight: Singles, recovery: Recovery, texts: Sequence[Written], clamp_nats: float) -> Learned:
-    """The temperature of least KL(r‖c') on the first tokens: one number needs no more."""
-    began = time.monotonic()
-    some = first_tokens(texts, TEMPERATURE_TOKENS)
-    none = np.zeros(len(weight), np.float32)
-    tried = {
-        str(t): temperature_bias("bench", len(weight), float(t), none, clamp_nats) for t in TEMPERATURES if t != 1.0
-    }
-    figures = measure(weight, recovery, some, tried, "temperature")
-    best = min(tried, key=lambda label: figures[label].kl.mean())
-    gain = float((figures[IDENTITY].kl - figures[best].kl).mean())
-    said = {"temperature": float(best), "learning_gain": gain}
-    return Learned(tried[best] if gain > 0.0 else None, said, time.monotonic() - began)
-
-
-def learn_bias(weight: Singles, recovery: Recovery, texts: Sequence[Written], clamp_nats: float) -> Learned:
-    family = TemperatureBiasLearner(clamp_nats=clamp_nats)
-    state = family.init("bench", len(weight))
-    spent = 0.0
-    for record in listed_records(weight, recovery, texts):
-        began = time.monotonic()
-        state = family.update(state, [record])
-        spent += time.monotonic() - began
-    began = time.monotonic()
-    profile = family.propose(state)
-    said = {} if profile is None else {"temperature": 1.0 / float(profile.parameters["inverse_temperature"])}
-    return Learned(profile, said, time.monotonic() - began, spent)
 
 
 def learn_from_lists(

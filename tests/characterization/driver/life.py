@@ -227,8 +227,8 @@ class Life:
         return self._asked(lambda: self._profiles.proposals.set_probe(profile))
 
     def propose(self, profile: CalibrationProfile, tokens: int) -> str:
-        """By the contextual learner."""
-        why, report = f"learned in context from {tokens} tokens", {"tokens": tokens, "won_back": 0.25}
+        """By the learner of the profile's family."""
+        why, report = f"learned from {tokens} tokens", {"tokens": tokens, "won_back": 0.25}
         return self._asked(lambda: self._profiles.proposals.propose(profile, why, report))
 
     def _asked(self, act: Callable[[], object]) -> str:
@@ -271,7 +271,6 @@ class Life:
             "evaluated": "as wanted" if evaluated == manager.engine_versions() else evaluated,
             "candidates": candidates,
             "waiting": [f"{c['version']} {c['source']}" for c in told["waiting"]],
-            "learned": [told["learned_requests"], told["learned_tokens"]],
             "tests_begun": told["tests_begun"],
             "promotions": sum(n for (decision, _), n in manager.events.counts.items() if decision == "promote"),
             "rollbacks": sum(n for (decision, _), n in manager.events.counts.items() if decision == "roll_back"),

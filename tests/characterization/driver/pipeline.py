@@ -325,6 +325,12 @@ class Pipeline:
         assert answer.status_code == 200, answer.text
         return str(answer.json()["version"])
 
+    async def propose(self, profile: CalibrationProfile, tokens: int) -> None:
+        """What a learner does."""
+        async with self._writing():
+            proposals = self._control.profile_manager.proposals
+            assert proposals.propose(profile, f"learned from {tokens} tokens", {"tokens": tokens})
+
     async def post(self, path: str, body: Any) -> Any:
         async with self._writing():
             answer = await self._http.post(path, json=body)

@@ -33,10 +33,10 @@ def keys(*, judged: bool) -> tuple[bytes, ...]:
     return tuple(key for key in (b"%d" % n for n in range(10_000)) if held_out(key, HELD_OUT) is judged)
 
 
-def helpful(seed: int = 0) -> CalibrationProfile:
-    """Takes back what the biased world adds, but for a little noise."""
+def helpful(seed: int = 0, world: World = BIASED, model: str = MODEL) -> CalibrationProfile:
+    """Takes back what a world adds, but for a little noise."""
     noise = 0.1 * np.random.default_rng(seed).normal(size=V)
-    return temperature_bias(MODEL, V, 1.0, noise - BIASED.bias, CLAMP)
+    return temperature_bias(model, V, 1.0, noise - world.bias, CLAMP)
 
 
 def partial(part: float) -> CalibrationProfile:

@@ -31,7 +31,6 @@ def status() -> dict[str, Any]:
         "queue": {"depth": 2, "lag_seconds": 1.5},
         "reference": {"state": "ready", "detail": "smollm2 [bfloat16]"},
         "calibration": {
-            "learned_tokens": 900,
             "kinds": [
                 {
                     "kind": "chat text",

@@ -70,7 +70,11 @@ class ContextualState:
 
 
 class ContextualLearner:
-    """Implements `learning.protocol.Learner`.
+    """Learns profiles from records.
+
+    `init`, `update` and `propose` are pure. States are frozen values: no method changes one that it was given. `update`
+    takes a batch of records of the learning side of the split, of whatever arm: records hold the compressed model's own
+    distribution, before any profile.
 
     Sums are exact, constant in size, and add up in any order (up to rounding) as long as nothing is forgotten. The
     most recent rows are also kept, for what needs rows: the covariance of hidden states, the metric, the held-out

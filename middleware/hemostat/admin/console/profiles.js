@@ -46,7 +46,7 @@ export function Profiles({ s, p }) {
       ["evidence", (f) => { const [[kind, e] = []] = testsOf(s, f.version).sort(([, a], [, b]) => b.units - a.units); return e?.units ? `${kind}: ${proof(e)}` : NONE; }]]} />
     <${Facts} of=${[
       ["recovered part of the KL", known(won.ratio) ? `${percent(won.ratio)}, 95 % ${range(won.ci95, percent, won.no_interval)}, by ${brief(s.profile.version)}` : "no profile has been measured on held-out conversations"],
-      ["learned from", `${plural(s.learner.tokens || s.calibration.learned_tokens, "token")}; learner ${s.learner.state}${s.learner.detail ? `: ${s.learner.detail}` : ""}`]]} />
+      ["learned from", `${plural(s.learner.tokens, "token")}; learner ${s.learner.state}${s.learner.detail ? `: ${s.learner.detail}` : ""}`]]} />
     <${Table} caption="How answers end, all traffic, by arm" rows=${arms} columns=${[
       ["arm", ([arm]) => arm], ["answers", ([, e]) => whole(total(e.finished))], ["cut at the length limit", ([, e]) => percent((e.finished.length || 0) / total(e.finished))],
       ["tokens per answer", ([, e]) => fixed(e.output_tokens / total(e.finished), 1)], ["repetition loops", ([, e]) => whole(e.loops)],
