@@ -227,7 +227,7 @@ class Life:
         return self._asked(lambda: self._profiles.proposals.set_probe(profile))
 
     def propose(self, profile: CalibrationProfile, tokens: int) -> str:
-        """By the learner of the profile's family."""
+        """Proposes a profile, as the learner of its family does."""
         why, report = f"learned from {tokens} tokens", {"tokens": tokens, "won_back": 0.25}
         return self._asked(lambda: self._profiles.proposals.propose(profile, why, report))
 

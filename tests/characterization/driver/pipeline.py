@@ -326,7 +326,7 @@ class Pipeline:
         return str(answer.json()["version"])
 
     async def propose(self, profile: CalibrationProfile, tokens: int) -> None:
-        """What a learner does."""
+        """Proposes a profile, as a learner does."""
         async with self._writing():
             proposals = self._control.profile_manager.proposals
             assert proposals.propose(profile, f"learned from {tokens} tokens", {"tokens": tokens})
