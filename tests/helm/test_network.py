@@ -43,6 +43,14 @@ def test_the_pod_may_reach_the_models_dns_and_the_store_and_nothing_else(helm: H
     ]
 
 
+def test_the_candidate_of_the_live_gate_may_be_reached(helm: Helm) -> None:
+    on = ("--set", "upstream.url=http://vllm:8000", "--set", "networkPolicy.enabled=true")
+    rendered = helm.render(*on, "--set-string", "config.gate.candidate=http://next.models.svc:8000#name")
+    assert egress(rendered)[-1] == (namespace("models"), {("TCP", 8000)})
+    named = helm.render(*on, "--set", "networkPolicy.candidate.ports={8000}")  # by the API
+    assert egress(named)[-1] == (None, {("TCP", 8000)})
+
+
 @pytest.mark.parametrize(
     ("url", "to", "port"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from typing import Any, ClassVar
@@ -108,6 +109,8 @@ def test_a_capture_has_the_requests_parameters(wire: Wire) -> None:
     assert (capture.temperature, capture.top_p, capture.sampling_top_k, capture.min_p) == (0.5, 0.9, 0, 0.1)
     assert (capture.stream, capture.finish_reason, capture.arm, capture.requested) == (True, "length", "none", None)
     assert (capture.nonce, capture.top_k) == ("", 8)
+    asked = {name: body[name] for name in ("temperature", "top_p", "top_k", "min_p", "max_tokens")}
+    assert json.loads(capture.decoding) == asked
     assert capture.kind == "chat label batch text cut brief"
     assert (len(capture.conversation), capture.client) == (16, b"")
 
