@@ -33,7 +33,7 @@ from hemostat_lab.doctor.sweep.analysis import (
     threshold,
 )
 from hemostat_lab.doctor.sweep.outcomes import Task, json_object, judge, tasks
-from hemostat_lab.doctor.sweep.plots import Mark, Scatter, curve_plot, scatter_plot
+from hemostat_lab.doctor.sweep.page import Mark, Scatter, curve_plot, scatter_plot
 from hemostat_lab.doctor.sweep.points import (
     PLAIN,
     STRUCTURED,
