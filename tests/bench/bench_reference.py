@@ -72,7 +72,7 @@ def head_child(vocab_size: int, width: int, library: str, tokens: int) -> None:
         for start in range(0, vocab_size, 1024):
             weight[start : start + 1024] = block[: vocab_size - start]
         weight.flush()
-        head = OutputHead(Path(), np.memmap(file.name, "<u2", "c", 0, (vocab_size, width)), None, FinalMap())
+        head = OutputHead(np.memmap(file.name, "<u2", "c", 0, (vocab_size, width)), None, FinalMap())
         load = worker_messages.LoadHead("", "cpu", 1)
         products = TorchProducts(head, load) if library == "torch" else NumpyProducts(head)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -20,10 +20,9 @@ from hemostat.config.schema import Settings
 from hemostat.ipc.addresses import ControlAddresses
 from hemostat.ipc.messages import NOT_ACTIVE, Stats
 from hemostat.ipc.relay_end import ControlLink
-from hemostat.reference.engines import other_engines
 from hemostat.reference.hidden.folders import find_checkpoint
 from hemostat.reference.listing import served_pairs, without_own
-from hemostat.reference.match import compare, served_as_reference
+from hemostat.reference.match import compare, other_engines, served_as_reference
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.probes import SPECULATES, Finding, State, plugin_of, probe_shadowing, speculates
 from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure, ReferenceInfo, ScoreRequest

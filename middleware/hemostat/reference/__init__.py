@@ -1,14 +1,13 @@
 """Reference models behind one protocol. It imports nothing: workers, which need no configuration, start sooner.
 
 device            the device of a reference where `reference.device` is auto
-engines           checks if all engines serve the same models, for `hemostat check`
 exact             scores of given tokens by a causal language model of transformers, at full vocabulary
 full_scores       scores over the full vocabulary, and what they are asked for
 hidden            a reference on a vLLM pooling server
 identity          the marks that tell one served model from another behind the same address
 listing           reads a server's list of models into its base models
-match             finds out if the two models use the same token ids, if they are one model, and if the weights
-                  behind a served name are still the same
+match             finds out if the two models use the same token ids, if they are one model, if the weights behind a
+                  served name are still the same, and if all engines serve the same models
 monitor           starts the references, compares each served base model with its own
 on_server         a reference on a vLLM server, by whatever it offers
 own_answers       the answers of a server's model, with its own list of likely ids at each token

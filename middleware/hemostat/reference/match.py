@@ -3,7 +3,7 @@
 Do the two models use the same token ids? Scores over another vocabulary would be meaningless. Is the reference the
 served model itself? Then every divergence would be of a model from itself. Are the weights behind a served name still
 the same? A generating server says nothing of its weights but a name and a path, and both stay when another checkpoint
-is loaded. So fixed texts are scored, and compared with what they gave before.
+is loaded. So fixed texts are scored, and compared with what they gave before. Do all engines serve the same models?
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ import numpy as np
 
 from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.config.models import Upstream
+from hemostat.config.schema import Settings
 from hemostat.reference.hidden.probe import TEXT
+from hemostat.reference.probes import Finding, State, plugin_of, probe_shadowing
 from hemostat.reference.protocol import FailureReason, Offer, Reference, ReferenceFailure, ReferenceInfo, ScoreRequest
 from hemostat.reference.server import ModelCard, Refused, VllmServer
+from hemostat_calibration.plugin_version import INSTALL, misfit
 
 MAX_LESS_LIKELY_NATS = 0.5
 """The largest amount, per token on average, by which a plain text may be less likely under a reference than under its
@@ -41,6 +44,12 @@ PROBE_CHAT = [
     {"role": "assistant", "content": "4"},
     {"role": "user", "content": "And 3 + 3?"},
 ]
+
+PROBE_SECONDS = 300.0
+"""The time between two probes, while requests are scored."""
+MAX_PROBE_TOKENS = 64
+"""The largest number of tokens of each text that are scored."""
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +157,6 @@ def _difference(ours: list[int], theirs: list[int]) -> str:
     return f"differ from token {at} on ({a} against {b})"
 
 
-DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
 async def served_as_reference(info: ReferenceInfo, url: str | None, server: VllmServer, served: str) -> str:
     """Returns how it is known that `served` on the upstream `server` is the reference `info`; "" if nothing says so.
 
@@ -184,12 +190,6 @@ def _addresses(url: str) -> set[object]:
     return {address[:2] for *_, address in result}
 
 
-PROBE_SECONDS = 300.0
-"""The time between two probes, while requests are scored."""
-MAX_PROBE_TOKENS = 64
-"""The largest number of tokens of each text that are scored."""
-
-
 async def probed_scores(server: VllmServer, card: ModelCard) -> tuple[float, ...]:
     """Returns the log-probabilities of the tokens of both texts, nats. Raises ReferenceFailure."""
     limit = min(MAX_PROBE_TOKENS, (card.max_model_len or MAX_PROBE_TOKENS) - 1)
@@ -216,3 +216,60 @@ def same_weights(before: Sequence[float], now: Sequence[float]) -> bool:
     (True, False)
     """
     return mean_difference(before, now) <= MAX_SAME_NATS
+
+
+async def other_engines(first: VllmServer, settings: Settings) -> list[Finding]:
+    """Returns a finding for each engine after the first, which has been checked: it has to serve the same base models
+    with the same vocabulary and token ids, and to answer what sampled requests ask for.
+
+    It cannot be seen from here that the weights are the same: the figures by engine show it.
+    """
+    upstream = settings.upstream
+    findings = []
+    for url in upstream.servers[1:]:
+        server = VllmServer(url, upstream.api_key, ca=upstream.ca)
+        try:
+            findings.append(await _compared(first, server, settings))
+        finally:
+            await server.close()
+    return findings
+
+
+async def _compared(first: VllmServer, server: VllmServer, settings: Settings) -> Finding:
+    what = f"engine {server.url}"
+    try:
+        expected, served = await _base_models(first), await _base_models(server)
+        if served != expected:
+            fix = "start all engines with one model and one --served-model-name"
+            text = f"serves {', '.join(served) or 'nothing'}; {first.url} serves {', '.join(expected)}"
+            return Finding(what, State.NO, text, fix)
+        for name in served:
+            sizes = await first.vocab_size(name), await server.vocab_size(name)
+            if sizes[0] != sizes[1]:
+                text = f"{name} has {sizes[1]} tokens there, {sizes[0]} at {first.url}"
+                return Finding(what, State.NO, text, "start all engines with one checkpoint")
+            if await first.tokenize(name, PROBE_TEXT) != await server.tokenize(name, PROBE_TEXT):
+                text = f"{name} has other token ids of a probe text than at {first.url}"
+                return Finding(what, State.NO, text, "start all engines with one tokenizer")
+            for probe in await probe_shadowing(server, name, settings.shadow.top_k):
+                if probe.state is State.NO and settings.reference.backend != "none":
+                    return Finding(what, State.NO, f"{probe.what}: {probe.detail}", probe.fix)
+    except ReferenceFailure as failure:
+        return Finding(what, State.NO, str(failure), "start it, or take it out of upstream.urls")
+    said = f"serves {', '.join(served)}, with the same vocabulary as {first.url}"
+    if why := await _misfit(server, served):
+        return Finding(what, State.NOTE, f"{said}; the plugin is loaded there; {why}", INSTALL)
+    return Finding(what, State.OK, said)
+
+
+async def _misfit(server: VllmServer, served: list[str]) -> str:
+    """Returns what does not fit about the version of the plugin there; "" if it fits, or if that is not known."""
+    try:
+        plugin = await plugin_of(server, served[0]) if served else None
+    except ReferenceFailure:
+        return ""
+    return "" if plugin is None else misfit(plugin)
+
+
+async def _base_models(server: VllmServer) -> list[str]:
+    return sorted(card.id for card in await server.models() if card.parent is None)

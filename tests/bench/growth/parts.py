@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,7 +61,7 @@ def _observed(kinds: int) -> Call:
 
 def _head(vocabulary: int, width: int, tokens: int) -> Call:
     weight = RNG.integers(0, 0x3C00, (vocabulary, width), np.uint16).view(np.float16)  # 0 to 1
-    head = OutputHead(Path(), weight, None, FinalMap())
+    head = OutputHead(weight, None, FinalMap())
     states = RNG.standard_normal((tokens, width), np.float32) / width
 
     def score() -> None:

@@ -115,7 +115,6 @@ class OutputHead:
     weight: [V, d] as stored, see `StoredTensor.memory_map`. bias: float32 [V]; None without one.
     """
 
-    folder: Path
     weight: npt.NDArray[Any]
     bias: npt.NDArray[np.float32] | None
     final: FinalMap
@@ -202,6 +201,6 @@ def open_head(folder: Path) -> OutputHead:
     stored = find(folder, size)
     try:
         bias = None if stored.bias is None else floats(stored.bias.memory_map(size))
-        return OutputHead(folder, stored.weight.memory_map(size), bias, final)
+        return OutputHead(stored.weight.memory_map(size), bias, final)
     except OSError as error:
         raise EmbeddingError(f"{stored.weight.file}: cannot be read ({error.strerror})") from None
