@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.bench.mutants.tree import Tree
 
+_IMPORT = ""
 MAX_FILE_SECONDS = 900.0
 _CONFIGURATION = """[run]
 parallel = true
@@ -82,16 +83,15 @@ class Executed:
             self.seconds |= record["passed"]
             for module, by_line in record["lines"].items():
                 for line, tests in by_line.items():
-                    lines[module][int(line)] |= {test for test in tests if test in record["passed"]}
+                    lines[module][int(line)] |= {test for test in tests if test in record["passed"] or test == _IMPORT}
         self._tests = {module: dict(by_line) for module, by_line in lines.items()}
 
     def tests_of(self, module: str, lines: Iterable[int]) -> set[str]:
-        """Returns the tests that execute one of the lines of a module. For lines that only its import executes, these
-        are the tests that execute any line of it."""
+        """Returns the tests that execute one of the lines of a module. For lines that its import executes, these are the
+        tests that execute any line of it."""
         by_line = self._tests.get(module, {})
-        wanted = [line for line in lines if line in by_line]
-        found = set().union(*(by_line[line] for line in wanted))
-        return found if found or not wanted else set().union(*by_line.values())
+        found = set().union(*(by_line.get(line, ()) for line in lines))
+        return (found if _IMPORT not in found else set().union(*by_line.values())) - {_IMPORT}
 
     def quickest(self, tests: Iterable[str], seconds: float) -> list[str]:
         """Returns as many tests as take at most `seconds` together, the quickest first."""
@@ -108,7 +108,7 @@ class Executed:
 
 
 def _lines(data: Path, root: Path) -> dict[str, dict[int, list[str]]]:
-    """Returns module -> line -> tests. A line that only imports execute has an empty list."""
+    """Returns module -> line -> tests, and `_IMPORT` for what pytest itself executed, which is before any test."""
     from coverage import CoverageData
 
     result: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
@@ -120,7 +120,7 @@ def _lines(data: Path, root: Path) -> dict[str, dict[int, list[str]]]:
                 continue
             module = str(Path(file).relative_to(root))
             for line, contexts in measured.contexts_by_lineno(file).items():
-                result[module][line] |= {_test(context) for context in contexts} - {""}
+                result[module][line] |= {_test(context) for context in contexts}
     return {module: {line: sorted(tests) for line, tests in sorted(found.items())} for module, found in result.items()}
 
 

@@ -60,8 +60,9 @@ class Tree:
     ) -> int | None:
         """Returns pytest's exit status; None if it ran longer than `seconds`, and was killed with its children."""
         paths = [FOLDER, *(self.folder / name for name in ("", "middleware", "middleware/lab", "calibration"))]
+        own = {"PYTEST_CURRENT_TEST"}  # of a pytest that this runs in: children of the new one would report its test
         environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name not in own},
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
             "PYTHONDONTWRITEBYTECODE": "1",  # a change within a second would keep the byte code of before
             "OMP_NUM_THREADS": "1",
