@@ -216,6 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     skipped: list[dict[str, Any]] = []
     commits = mended(tree) if options.reversals else islice(mended(tree), 0)
     for commit in commits:
+        changed = [path for path in commit.tests if (tree.folder / path).exists()]
+        executed.record(tree, changed, PRODUCT, say)  # where `--tests` has left them out
+        executed.load(changed)
         row = bench.reversal(commit.commit, commit.subject, commit.tests)
         say(f"{row['verdict']}: {row['what']}")
         (skipped if row["verdict"] == "not reversed" else reversed_).append(row)

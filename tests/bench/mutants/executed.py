@@ -33,7 +33,7 @@ class Executed:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._tests: dict[str, dict[int, set[str]]] = {}
+        self._tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
         self.seconds: dict[str, float] = {}
         """Seconds of each test that passed."""
 
@@ -74,8 +74,7 @@ class Executed:
             partial.replace(target)
 
     def load(self, files: Iterable[str]) -> None:
-        """Reads the records of some files of tests."""
-        lines: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+        """Reads the records of some files of tests, in addition to those that were read before."""
         for file in files:
             if not (path := self._record_of(file)).exists():
                 continue
@@ -83,12 +82,13 @@ class Executed:
             self.seconds |= record["passed"]
             for module, by_line in record["lines"].items():
                 for line, tests in by_line.items():
-                    lines[module][int(line)] |= {test for test in tests if test in record["passed"] or test == _IMPORT}
-        self._tests = {module: dict(by_line) for module, by_line in lines.items()}
+                    self._tests[module][int(line)] |= {
+                        test for test in tests if test in record["passed"] or test == _IMPORT
+                    }
 
     def tests_of(self, module: str, lines: Iterable[int]) -> set[str]:
-        """Returns the tests that execute one of the lines of a module. For lines that its import executes, these are the
-        tests that execute any line of it."""
+        """Returns the tests that execute one of the lines of a module. For lines that its import executes, these are
+        all tests that execute a line of the module."""
         by_line = self._tests.get(module, {})
         found = set().union(*(by_line.get(line, ()) for line in lines))
         return (found if _IMPORT not in found else set().union(*by_line.values())) - {_IMPORT}
