@@ -81,12 +81,16 @@ class Bench:
             return self.done[what]
         try:
             lines = reverse(self._tree, commit)
-        except ConflictError as error:
-            return self._keep(what, "not reversed", str(error), [])
-        else:
+            self._tree.restore()
+            known = [path for path in changed if (self._tree.folder / path).exists()]
+            self._executed.record(self._tree, known, PRODUCT, say)  # where `--tests` has left them out
+            self._executed.load(known)
+            reverse(self._tree, commit)
             tests = {test for module, numbers in lines.items() for test in self._executed.tests_of(module, numbers)}
             tests |= {test for test in self._executed.seconds if test.partition("::")[0] in changed}
             return self._judged(what, tests, REVERSAL_SECONDS, first=changed)
+        except ConflictError as error:
+            return self._keep(what, "not reversed", str(error), [])
         finally:
             self._tree.restore()
 
@@ -216,9 +220,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     skipped: list[dict[str, Any]] = []
     commits = mended(tree) if options.reversals else islice(mended(tree), 0)
     for commit in commits:
-        changed = [path for path in commit.tests if (tree.folder / path).exists()]
-        executed.record(tree, changed, PRODUCT, say)  # where `--tests` has left them out
-        executed.load(changed)
         row = bench.reversal(commit.commit, commit.subject, commit.tests)
         say(f"{row['verdict']}: {row['what']}")
         (skipped if row["verdict"] == "not reversed" else reversed_).append(row)
