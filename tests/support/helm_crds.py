@@ -177,3 +177,93 @@ SCHEMAS = {
     "HTTPRoute": HTTP_ROUTE,
     "ExternalSecret": EXTERNAL_SECRET,
 }
+
+_named = _object(["name"], name=_text, namespace=_text)
+_count = {"type": "integer", "minimum": 0}
+
+ANALYSIS_TEMPLATE = _kind(
+    "AnalysisTemplate",
+    _object(
+        ["metrics"],
+        args={"type": "array", "items": _object(["name"], name=_text, value=_text)},
+        metrics={
+            "type": "array",
+            "minItems": 1,
+            "items": _object(
+                ["name", "provider"],
+                name=_text,
+                interval=_duration,
+                initialDelay=_duration,
+                count=_count,
+                failureLimit=_count,
+                inconclusiveLimit=_count,
+                consecutiveErrorLimit=_count,
+                consecutiveSuccessLimit=_count,
+                successCondition=_text,
+                failureCondition=_text,
+                provider=_object(
+                    [],
+                    web=_object(["url"], url=_text, method=_text, timeoutSeconds=_count, jsonPath=_text, body=_text),
+                    job=_object(
+                        ["spec"], metadata={"type": "object"}, spec={"type": "object", "required": ["template"]}
+                    ),
+                )
+                | {"minProperties": 1, "maxProperties": 1},
+            ),
+        },
+    ),
+    "argoproj.io/v1alpha1",
+)
+
+METRIC_TEMPLATE = _kind(
+    "MetricTemplate",
+    _object(
+        ["provider", "query"],
+        provider=_object(
+            ["type"],
+            type={"enum": ["prometheus"]},
+            address=_text,
+            secretRef=_named,
+            insecureSkipVerify={"type": "boolean"},
+        ),
+        query=_text,
+    ),
+    "flagger.app/v1beta1",
+)
+
+CANARY = _kind(
+    "Canary",
+    _object(
+        ["targetRef", "service", "analysis"],
+        targetRef=_object(["kind", "name"], apiVersion=_text, kind=_text, name=_text),
+        service=_object(["port"], port=_count, targetPort=_count),
+        analysis=_object(
+            ["interval", "threshold"],
+            interval={"type": "string", "pattern": "^[0-9]+(m|s)"},
+            threshold={"type": "number"},
+            iterations={"type": "number"},
+            metrics={
+                "type": "array",
+                "items": _object(
+                    ["name"],
+                    name=_text,
+                    interval={"type": "string", "pattern": "^[0-9]+(m|s)"},
+                    thresholdRange=_object([], min={"type": "number"}, max={"type": "number"}),
+                    templateRef=_named,
+                ),
+            },
+            webhooks={
+                "type": "array",
+                "items": _object(
+                    ["name", "url"],
+                    name=_text,
+                    url=_text,
+                    type={"enum": ["confirm-rollout", "pre-rollout", "rollout", "confirm-promotion", "rollback"]},
+                    timeout={"type": "string", "pattern": "^[0-9]+(m|s)"},
+                    metadata=_texts,
+                ),
+            },
+        ),
+    ),
+    "flagger.app/v1beta1",
+)
