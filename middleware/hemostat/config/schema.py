@@ -204,7 +204,8 @@ class Gate(Section):
 
     candidate: CandidateUrl | None = None
     """The vLLM server of a candidate: `http(s)://host:port`, with `#NAME` if it serves several models. The API key of
-    the upstream is sent to it. With none, a gate begins by `POST /api/v1/gate` only."""
+    the upstream is sent to it, and not to a candidate that the API names. With none, a gate begins by
+    `POST /api/v1/gate` only."""
     expect: Literal["same", "other"] = "other"
     """With other, the candidate has to be at least as near to the reference as the model that serves. With same, it
     has to be the same model; then the engines that serve also score the tokens of the requests that are compared."""

@@ -83,6 +83,22 @@ async def test_what_cannot_be_read_is_lost_and_said(world: Worlds, caplog: Any) 
         assert "the stored gate cannot be read" in caplog.text
 
 
+async def test_only_a_candidate_that_the_settings_name_gets_the_key(world: Worlds) -> None:
+    """Whoever has the admin token could have it sent to an address of their own."""
+    candidate = FakeVllm(api_key="k")
+    async with world(FakeVllm(), candidate) as here:
+        upstream = {"url": here.stable, "api_key": "k"}
+        gate = here.process(upstream=upstream)
+        gate.begin(here.candidate, "other", None, None, waive_cycles=False)
+        await here.feed(gate, 1)
+        assert "401" in gate.report()["why"]
+        gate.end()
+        named = {"candidate": here.candidate, "own_answers": 1.0}
+        gate = here.process(upstream=upstream, gate=named)
+        await here.feed(gate, 2)
+        assert gate.report()["units"] == 2
+
+
 async def test_the_settings_begin_a_gate_once(world: Worlds) -> None:
     async with world(FakeVllm(), FakeVllm()) as here:
         named = {"gate": {"candidate": here.candidate, "own_answers": 1.0}}

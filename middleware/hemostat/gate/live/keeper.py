@@ -227,7 +227,9 @@ class ShadowGate:
     def _made(self, stored: StoredGate) -> _Gate:
         subject, upstream = stored.subject, self._settings.upstream
         url, _, name = subject.candidate.partition("#")
-        server = VllmServer(url, upstream.api_key, timeout=ANSWER_SECONDS, ca=upstream.ca)
+        # Whoever has the admin token may name a candidate, and is not to get the key by that.
+        key = upstream.api_key if subject.candidate == self._settings.gate.candidate else None
+        server = VllmServer(url, key, timeout=ANSWER_SECONDS, ca=upstream.ca)
         candidate = Candidate(server, name or None)
         longest = self._settings.shadow.max_tokens
         measuring = Measuring(subject.expect, candidate, self._of_engine, self._of_reference, longest)
