@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -96,19 +95,17 @@ class AdapterJudge:
     """Implements `hemostat.scoring.distances.DistanceSource`, `hemostat.adapters.serving.probing.ModelCopy` and
     `hemostat.ipc.supervisor.ChildOwner`. Lives in the control process's event loop.
 
-    profile: a version's profile; None where it is not known any more. on_change: called when it gets ready. clock:
-    monotonic seconds.
+    profile: a version's profile; None where it is not known any more. on_change: called when it gets ready.
     """
 
     def __init__(
         self,
         profile: Callable[[str], CalibrationProfile | None],
         on_change: Callable[[], None] = lambda: None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._profile = profile
         self._on_change = on_change
-        self._requests = JudgeRequests(profile, clock)
+        self._requests = JudgeRequests(profile)
         self._process: Supervisor[JudgeTarget, judge_messages.Ready] = Supervisor(MODULE, self, BACKOFF)
         self._needed = False
         self.loaded: judge_messages.Ready | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,12 +101,11 @@ class JudgeRequest:
 class JudgeRequests:
     """Owns the requests that wait, and which profiles the process holds.
 
-    profile: a version's profile; None where it is not known any more. clock: monotonic seconds.
+    profile: a version's profile; None where it is not known any more.
     """
 
-    def __init__(self, profile: Callable[[str], CalibrationProfile | None], clock: Callable[[], float]) -> None:
+    def __init__(self, profile: Callable[[str], CalibrationProfile | None]) -> None:
         self._profile = profile
-        self._clock = clock
         self.limit = AnswerLimit()
         self._waiting: deque[JudgeRequest] = deque()
         self._bytes = 0
@@ -138,18 +138,18 @@ class JudgeRequests:
         first = self._waiting[0]
         self._answer = asyncio.get_running_loop().create_future()
         self._asked = next(self._numbers)
-        began = self._clock()
+        began = time.monotonic()
         try:
             async with asyncio.timeout(MAX_ANSWER_SECONDS):
                 await self._hold(child, first.versions)
-                began = self._clock()
+                began = time.monotonic()
                 child.send(judge_messages.REQUESTS.encode(first.request(self._asked)))
                 await child.drain()
                 answer = await self._answer
         except TimeoutError:
-            self.limit.late(first.tokens, self._clock() - began)
+            self.limit.late(first.tokens, time.monotonic() - began)
             raise ChildExited(f"it did not answer within {MAX_ANSWER_SECONDS:.0f} s") from None
-        self.limit.answered(first.tokens, self._clock() - began)
+        self.limit.answered(first.tokens, time.monotonic() - began)
         self._waiting.popleft()
         self._bytes -= first.bytes
         _call(first, answer)
