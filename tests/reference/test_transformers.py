@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from tests.support.children import children
+from tests.support.constant_profile import constant_profile
 from tests.support.minutes import starting
 from tests.support.records import condition
-from tests.support.temperature_bias import temperature_bias
 
 from hemostat.checkpoints.output_embedding import load as load_embedding
 from hemostat.config.schema import Settings
@@ -156,13 +156,15 @@ async def test_given_a_set_of_ids_everything_is_conditional_on_it(
     allowed = AllowedSets(
         VOCAB, np.packbits(masks, axis=1, bitorder="little").view(np.uint32), np.arange(40, dtype=np.int32)
     )
-    profile = temperature_bias("tiny", VOCAB, 1.0, rng.normal(size=VOCAB), clamp_nats=1.0)
-    bias = np.clip(profile.parameters["bias"], -1.0, 1.0).astype(np.float64)
+    profile = constant_profile("tiny", rng.normal(size=VOCAB), clamp_nats=1.0)
+    up, codes = profile.parameters["up"], np.ones((40, 1), np.float32)
+    bias = np.clip(up[:, 0].astype(np.float64), -1.0, 1.0)
     logprobs = condition(direct(tiny, tokens, emitted), masks)
     if chunk < 1 << 24:
         monkeypatch.setattr(full_scores, "CHUNK_ELEMENTS", chunk)
         model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype="auto").eval()
-        inside = exact.score(model, tokens, emitted, ids, {"b": torch.tensor(bias).float()}, allowed=allowed)
+        basis = full_scores.Basis(torch.tensor(up), 1.0)
+        inside = exact.score(model, tokens, emitted, ids, {"b": basis}, {"b": codes}, allowed=allowed)
         at, top_ids, top, entropy, expected = (
             inside.at,
             inside.top_ids,
@@ -171,7 +173,9 @@ async def test_given_a_set_of_ids_everything_is_conditional_on_it(
             inside.expected["b"],
         )
     else:
-        scores = await reference.score(ScoreRequest(tokens, emitted, ids, (profile,), allowed=allowed))
+        scores = await reference.score(
+            ScoreRequest(tokens, emitted, ids, (profile,), {profile.version: codes}, allowed=allowed)
+        )
         at, top_ids, top = scores.at, scores.top.ids, scores.top.logprobs
         assert scores.entropy is not None
         entropy, expected = scores.entropy, scores.expected_shift[profile.version]
@@ -194,54 +198,20 @@ async def test_chunks_join_without_a_seam(tiny: Path, monkeypatch: pytest.Monkey
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype="auto").eval()
     tokens, emitted, ids = request_of(3, 10, 50, 4)
-    bias = torch.linspace(-1, 1, VOCAB)
-    whole = exact.score(model, tokens, emitted, ids, {"b": bias})
+    bases = {"b": full_scores.Basis(torch.linspace(-1, 1, VOCAB)[:, None].half(), 1.0)}
+    codes = {"b": np.ones((50, 1), np.float32)}
+    whole = exact.score(model, tokens, emitted, ids, bases, codes)
     monkeypatch.setattr(full_scores, "CHUNK_ELEMENTS", 7 * VOCAB)
-    parts = exact.score(model, tokens, emitted, ids, {"b": bias})
+    parts = exact.score(model, tokens, emitted, ids, bases, codes)
     for name in ("at", "top_logprobs", "emitted", "entropy"):
         np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), atol=1e-6)
     np.testing.assert_allclose(parts.expected["b"], whole.expected["b"], atol=1e-6)
     np.testing.assert_array_equal(parts.top_ids, whole.top_ids)
 
 
-def profile(seed: int, inverse_temperature: float = 1.0, vocab_size: int = VOCAB) -> CalibrationProfile:
-    rng = np.random.default_rng(seed)
-    return CalibrationProfile(
-        family="temperature_bias",
-        model="",
-        vocab_size=vocab_size,
-        parameters={
-            "inverse_temperature": np.array(inverse_temperature, np.float32),
-            "bias": rng.normal(0, 1, vocab_size).astype(np.float32),
-        },
-        clamp_nats=0.8,
-        metadata={},
-    )
-
-
 def output_embedding(folder: Path) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     return model.get_output_embeddings().weight.detach().float().numpy()
-
-
-@shared
-async def test_expected_shift_is_exact_for_a_bias_and_unknown_otherwise(
-    tiny: Path, reference: TransformersReference
-) -> None:
-    tokens, emitted, ids = request_of(1, 7, 20, 3)
-    probabilities = np.exp(direct(tiny, tokens, emitted))
-    first, second, warm, foreign = profile(1), profile(2), profile(3, 0.9), profile(4, vocab_size=VOCAB + 1)
-    # The worker holds what the last call named: the order makes it keep, forget and take in again.
-    for asked in ((first,), (first, second, warm, foreign), (), (second,), (first,)):
-        scores = await reference.score(ScoreRequest(tokens, emitted, ids, asked))
-        assert set(scores.expected_shift) == {p.version for p in asked}
-        for p in asked:
-            got = scores.expected_shift[p.version]
-            if p in (warm, foreign):
-                assert np.isnan(got).all()
-            else:
-                wanted = probabilities @ np.clip(p.parameters["bias"].astype(np.float64), -0.8, 0.8)
-                np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 def contextual(seed: int, rank: int, clamp: float, vocab_size: int = VOCAB) -> CalibrationProfile:
@@ -269,14 +239,16 @@ async def test_expected_shift_of_a_contextual_profile_is_exact_where_its_code_is
 ) -> None:
     tokens, emitted, ids = request_of(1, 7, 20, 3)
     probabilities = np.exp(direct(tiny, tokens, emitted))
-    first, second, biased = contextual(1, 3, 0.7), contextual(2, 5, 2.0), profile(1)
+    first, second, uncoded = contextual(1, 3, 0.7), contextual(2, 5, 2.0), contextual(4, 2, 1.0)
     codes = {
         p.version: np.random.default_rng(n).normal(0, 1, (20, p.parameters["up"].shape[1])).astype(np.float32)
         for n, p in enumerate((first, second))
     }
-    for asked in ((first, biased), (second, first), (), (second,), (first,)):
+    # The worker holds what the last call named: the order makes it keep, forget and take in again.
+    for asked in ((first, uncoded), (second, first), (), (second,), (first,)):
         scores = await reference.score(ScoreRequest(tokens, emitted, ids, asked, codes))
-        for p in set(asked) - {biased}:
+        assert set(scores.expected_shift) == {p.version for p in asked}
+        for p in set(asked) - {uncoded}:
             shift = codes[p.version].astype(float) @ p.parameters["up"].T.astype(float)
             assert (np.abs(shift) > p.clamp_nats).any(), "the clamp binds somewhere"
             wanted = (probabilities * np.clip(shift, -p.clamp_nats, p.clamp_nats)).sum(1)
@@ -317,13 +289,14 @@ async def test_another_shape_gives_nearly_the_same_and_forgets_nothing(
     tiny: Path, reference: TransformersReference
 ) -> None:
     prompt, output, ids = request_of(3, prompt=7, output=12, width=6)
-    bias = temperature_bias("m", VOCAB, 1.0, np.linspace(-0.5, 0.5, VOCAB), 1.0)
-    before = await reference.score(ScoreRequest(prompt, output, ids, (bias,)))
+    bias = constant_profile("m", np.linspace(-0.5, 0.5, VOCAB), 1.0)
+    codes = {bias.version: np.ones((12, 1), np.float32)}
+    before = await reference.score(ScoreRequest(prompt, output, ids, (bias,), codes))
     again = await reference.score(ScoreRequest(prompt, output, ids, reshaped=True))
     check(again, direct(tiny, prompt, output), output, ids, atol=0.05)
     assert np.abs(again.at - before.at).max() < 0.05
     assert again.expected_shift == {}
-    after = await reference.score(ScoreRequest(prompt, output, ids, (bias,)))
+    after = await reference.score(ScoreRequest(prompt, output, ids, (bias,), codes))
     np.testing.assert_array_equal(after.expected_shift[bias.version], before.expected_shift[bias.version])
     # One token after one: there is nothing to cut in two.
     scores = await reference.score(ScoreRequest(prompt[:1], output[:1], ids[:1], reshaped=True))

@@ -50,8 +50,6 @@ class StateReference:
             if p.version in codes:
                 shift = np.clip(codes[p.version] @ p.parameters["up"].T.astype(float), -p.clamp_nats, p.clamp_nats)
                 expected[p.version] = (r * shift).sum(1)
-            elif p.family == "temperature_bias" and float(p.parameters["inverse_temperature"]) == 1.0:
-                expected[p.version] = r @ np.clip(p.parameters["bias"], -p.clamp_nats, p.clamp_nats).astype(float)
         if request.hidden:
             self.hidden_for.append(prompt)
         return ReferenceScores(

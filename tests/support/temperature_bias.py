@@ -69,10 +69,6 @@ def _check(parameters: Parameters) -> str:
     return "" if beta > 0.0 else f"inverse_temperature is {beta}: it must be above 0"
 
 
-def _token_shift(parameters: Parameters) -> npt.NDArray[np.floating] | None:
-    return parameters["bias"] if float(parameters["inverse_temperature"]) == 1.0 else None
-
-
 register(
     TEMPERATURE_BIAS,
     FamilySpec(
@@ -80,7 +76,6 @@ register(
         shift=_shift,
         range=_range,
         check=_check,
-        token_shift=_token_shift,
         queue_priority=1,  # all others are tested first
     ),
 )

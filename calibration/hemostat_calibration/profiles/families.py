@@ -53,8 +53,6 @@ class FamilySpec:
         ids of the parameter `ANCHORS`; a constant added to them changes nothing. None for a family without anchors.
     basis: (parameters) -> the matrix [V, r] whose product with a row's code is its Δz before the clamp; None for a
         family without anchors.
-    token_shift: (parameters) -> Δz as a function of the token alone before the clamp, [V] nats; None if it depends on
-        more.
     changes_weights: it changes the model's weights and adds nothing to the logits, so that its gain does not follow
         from a record of the compressed model. It is judged by exact distances.
     queue_priority: candidates with a lower number are tested first.
@@ -68,7 +66,6 @@ class FamilySpec:
     code: Callable[[Parameters, Floats], Floats] | None = None
     named: Callable[[Iterable[str]], Mapping[str, Parameter]] | None = None
     basis: Callable[[Parameters], npt.NDArray[np.floating]] | None = None
-    token_shift: Callable[[Parameters], npt.NDArray[np.floating] | None] | None = None
     changes_weights: bool = False
     queue_priority: int = 0
     kl_limit: Callable[[Parameters], float | None] = lambda _: None

@@ -65,7 +65,7 @@ def score(
     prompt: Ids,
     output: Ids,
     ids: Ids,
-    functionals: Mapping[str, torch.Tensor | Basis],
+    bases: Mapping[str, Basis],
     codes: Mapping[str, npt.NDArray[np.float32]] = MappingProxyType({}),
     *,
     hidden: bool = False,
@@ -75,14 +75,12 @@ def score(
 ) -> ExactScores:
     """Returns the scores of `output` [T] after `prompt` [P], P and T ≥ 1, also at `ids` [T, K] (-1 pads: NaN there).
 
-    functionals: name -> float32 [V] on the model's device, or a basis; `expected` is E_r of each at every position.
-    codes: of every basis, [T, r].
+    bases: by name, on the model's device; `expected` is E_r of each at every position. codes: of every basis, [T, r].
     reshaped: as a server might compute it: in a batch of two, in two pieces, the second on the state (KV cache) of the
         first one.
     allowed: everything is conditional on these ids: -inf at all others, which are not in `top_ids` (-1 pads).
     see: called for some positions after the other with their log-probabilities, float32 [n, V]. Raises ValueError if an
-    id is not in the vocabulary, or a functional does not fit it or its code, or `allowed` fits neither the vocabulary
-    nor T.
+    id is not in the vocabulary, or a basis does not fit it or its code, or `allowed` fits neither the vocabulary nor T.
     """
     with torch.inference_mode():
         return _score(
@@ -90,7 +88,7 @@ def score(
             prompt,
             output,
             ids,
-            functionals,
+            bases,
             codes,
             hidden=hidden,
             reshaped=reshaped,
@@ -104,7 +102,7 @@ def _score(
     prompt: Ids,
     output: Ids,
     ids: Ids,
-    functionals: Mapping[str, torch.Tensor | Basis],
+    bases: Mapping[str, Basis],
     codes: Mapping[str, npt.NDArray[np.float32]],
     *,
     hidden: bool,
@@ -128,7 +126,7 @@ def _score(
         logits.shape[-1],
         output,
         ids,
-        functionals,
+        bases,
         codes,
         allowed=allowed,
         see=see,
@@ -141,7 +139,7 @@ def scores_of(
     vocab_size: int,
     output: Ids,
     ids: Ids,
-    functionals: Mapping[str, torch.Tensor | Basis],
+    bases: Mapping[str, Basis],
     codes: Mapping[str, npt.NDArray[np.float32]],
     *,
     allowed: AllowedSets | None = None,
@@ -152,12 +150,11 @@ def scores_of(
     logits: float32 [n, V] of these positions, on any device; called once for each chunk of them.
     """
     tokens, width = ids.shape
-    shapes = {n: tuple((f.up if isinstance(f, Basis) else f).shape) for n, f in functionals.items()}
-    check_request(vocab_size, output, ids, shapes, codes, allowed)
+    check_request(vocab_size, output, ids, bases, codes, allowed)
     top = min(width, vocab_size)
-    scores = ExactScores.empty(tokens, width, functionals)
+    scores = ExactScores.empty(tokens, width, bases)
     # float32 only during this call: eight of them would take too much memory.
-    ups = {name: f.up.float().T for name, f in functionals.items() if isinstance(f, Basis)}
+    ups = {name: basis.up.float().T for name, basis in bases.items()}
     for rows in chunks(tokens, vocab_size):
         scored = logits(rows)
         if allowed is not None:
@@ -174,13 +171,10 @@ def scores_of(
         scores.top_ids[rows, :top] = best.indices.masked_fill(best.values == -torch.inf, -1).cpu().numpy()
         scores.top_logprobs[rows, :top] = _numpy(best.values)
         probabilities = logprobs.exp()
-        for name, functional in functionals.items():
-            if isinstance(functional, Basis):
-                code = torch.from_numpy(codes[name][rows]).to(logprobs.device)
-                shift = (code @ ups[name]).clamp_(-functional.clamp, functional.clamp)
-                scores.expected[name][rows] = _numpy((probabilities * shift).sum(-1))
-            else:
-                scores.expected[name][rows] = _numpy(probabilities @ functional)
+        for name, basis in bases.items():
+            code = torch.from_numpy(codes[name][rows]).to(logprobs.device)
+            shift = (code @ ups[name]).clamp_(-basis.clamp, basis.clamp)
+            scores.expected[name][rows] = _numpy((probabilities * shift).sum(-1))
         # p log p is 0 where p is 0, also where log p is -inf.
         terms = torch.where(probabilities > 0, probabilities * logprobs, 0.0)
         scores.entropy[rows] = _numpy(-terms.sum(-1))

@@ -69,14 +69,14 @@ def check_request(
     vocab_size: int,
     output: Ids,
     ids: Ids,
-    shapes: Mapping[str, tuple[int, ...]],
+    bases: Mapping[str, Basis],
     codes: Mapping[str, npt.NDArray[np.float32]],
     allowed: AllowedSets | None,
 ) -> None:
-    """Raises ValueError if an id is not in the vocabulary, or a functional fits neither it nor its code, or `allowed`
-    fits neither the vocabulary nor T.
+    """Raises ValueError if an id is not in the vocabulary, or a basis fits neither it nor its code, or `allowed` fits
+    neither the vocabulary nor T.
 
-    shapes: of every functional: (V,), or (V, r) of a basis, which needs a code [T, r].
+    codes: [T, r] of every basis [V, r].
     """
     tokens = len(output)
     largest = max(int(ids.max(initial=-1)), int(output.max()))
@@ -86,10 +86,11 @@ def check_request(
         raise ValueError(
             f"the allowed ids are of a vocabulary of {allowed.vocab_size}, the reference's is {vocab_size}"
         )
-    for name, shape in shapes.items():
-        if shape[0] != vocab_size:
-            raise ValueError(f"{name} is for {shape[0]} ids: the reference has a vocabulary of {vocab_size}")
+    for name, basis in bases.items():
+        size, rank = basis.up.shape
+        if size != vocab_size:
+            raise ValueError(f"{name} is for {size} ids: the reference has a vocabulary of {vocab_size}")
         code = codes.get(name)
-        if len(shape) > 1 and (code is None or code.shape != (tokens, shape[1])):
+        if code is None or code.shape != (tokens, rank):
             got = "none" if code is None else code.shape
-            raise ValueError(f"the code of {name} has shape {got}: it must be {(tokens, shape[1])}")
+            raise ValueError(f"the code of {name} has shape {got}: it must be {(tokens, rank)}")

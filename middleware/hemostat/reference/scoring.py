@@ -29,23 +29,21 @@ class RequestFailed(Exception):
         self.reason = reason
 
 
-class HeldFunctionals:
-    """Owns the functions of the token whose expectations are asked for: sent once, held as long as they are wanted.
+class HeldBases:
+    """Owns the bases whose expectations are asked for: sent once, held as long as they are wanted.
 
     on_device: puts an array where the logits are computed.
     """
 
     def __init__(self, on_device: Callable[[npt.NDArray[Any]], Any]) -> None:
         self._on_device = on_device
-        self._held: dict[str, Any] = {}
+        self._held: dict[str, Basis] = {}
 
-    def of(self, request: worker_messages.Score) -> tuple[dict[str, Any], Codes]:
-        """Returns the request's functionals, and its codes by name. What is held does not change where it is
+    def of(self, request: worker_messages.Score) -> tuple[dict[str, Basis], Codes]:
+        """Returns the request's bases, and its codes by name. What is held does not change where it is
         `reshaped`."""
         if request.reshaped:
             return {}, {}
-        for name, values in request.functionals.items():
-            self._held[name] = self._on_device(np.frombuffer(values, "<f4"))
         for name, basis in request.bases.items():
             up = np.frombuffer(basis.up, "<f2").reshape(-1, basis.rank)
             self._held[name] = Basis(self._on_device(up), basis.clamp)

@@ -23,7 +23,7 @@ from hemostat.ipc import child_process as child
 from hemostat.reference import device, worker_messages
 from hemostat.reference.hidden.products import Head
 from hemostat.reference.protocol import FailureReason
-from hemostat.reference.scoring import Comparisons, HeldFunctionals, RequestFailed, output_and_ids, scored
+from hemostat.reference.scoring import Comparisons, HeldBases, RequestFailed, output_and_ids, scored
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.messages import one_line
 
@@ -57,7 +57,7 @@ class Model:
         to = load.device if choice is None else choice.device
         self._model: Any = AutoModelForCausalLM.from_pretrained(load.model, dtype=dtype).to(to).eval()
         self._tokenizer: Any = None
-        self._functionals = HeldFunctionals(self._on_device)
+        self._bases = HeldBases(self._on_device)
         self._comparisons = Comparisons(self._output_embedding)
         config = self._model.config.get_text_config()
         problem = _nonlinearity(self._model)
@@ -99,7 +99,7 @@ class Model:
     def _score(self, request: worker_messages.Score) -> worker_messages.Scored:
         from hemostat.reference.exact import score  # noqa: PLC0415
 
-        functionals, codes = self._functionals.of(request)
+        bases, codes = self._bases.of(request)
         output, ids = output_and_ids(request)
         try:
             comparison = self._comparisons.of(request)
@@ -108,7 +108,7 @@ class Model:
                 np.frombuffer(request.prompt, "<i4"),
                 output,
                 ids,
-                functionals,
+                bases,
                 codes,
                 hidden=request.hidden and self.loaded.hidden_size > 0,
                 reshaped=request.reshaped,

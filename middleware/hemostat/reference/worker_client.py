@@ -85,15 +85,13 @@ class ReferenceWorker:
                 log.error("the reference did not start again: %s", failure)
 
     async def score(self, request: ScoreRequest, states: npt.NDArray[np.uint16] | None = None) -> ReferenceScores:
-        """Scores as `Reference.score` says. E_r[Δz] is exact if Δz depends on the token alone (a bias without a
-        temperature), or on the token and a given code. Otherwise it is NaN: all others need the compressed model's
-        logits at every id, which the reference does not have.
+        """Scores as `Reference.score` says. E_r[Δz] is exact if Δz depends on the token and a given code. Otherwise it
+        is NaN: all others need the compressed model's logits at every id, which the reference does not have.
 
         states: for an output head, which does not read the prompt: see `worker_messages.Score`.
         """
         process, loaded = self.running()
         size = loaded.vocab_size
-        functionals = {p.version: values for p in request.profiles if (values := _token_shift(p, size)) is not None}
         bases = {p.version: p for p in request.profiles if p.version in request.codes and p.vocab_size == size}
         for version, profile in bases.items():
             shape = (len(request.output), _up(profile).shape[1])
@@ -110,7 +108,7 @@ class ReferenceWorker:
             )
         if allowed is not None or not loaded.compares:
             request = replace(request, compressed=None)
-        answer = await process.score(request, functionals, bases, states)
+        answer = await process.score(request, bases, states)
         tokens, width = request.ids.shape
 
         def floats(data: bytes) -> Floats:
@@ -159,16 +157,6 @@ def threads_or_default(threads: int | None) -> int:
     """Returns the number of threads. For None, this is half of the cores that this process may use, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return threads or max(1, cores // 2)
-
-
-def _token_shift(profile: CalibrationProfile, vocab_size: int) -> npt.NDArray[np.float32] | None:
-    """Returns Δz as a function of the token alone, float32 [V] nats; None if it is not, or the vocabulary
-    differs."""
-    spec = profile.spec
-    shift = None if spec.token_shift is None else spec.token_shift(profile.parameters)
-    if shift is None or profile.vocab_size != vocab_size:
-        return None
-    return np.clip(shift, -profile.clamp_nats, profile.clamp_nats).astype(np.float32)
 
 
 def _up(profile: CalibrationProfile) -> npt.NDArray[np.floating]:
@@ -226,7 +214,6 @@ class _Process:
     async def score(
         self,
         request: ScoreRequest,
-        functionals: Mapping[str, npt.NDArray[np.float32]],
         bases: Mapping[str, CalibrationProfile],
         states: npt.NDArray[np.uint16] | None,
     ) -> worker_messages.Scored:
@@ -234,10 +221,9 @@ class _Process:
         async with self._turn:  # a request whose caller is cancelled while waiting never reaches the worker
             number = next(self._numbers)
             # `_held` mirrors what the worker holds, in the order of the requests: no await between it and the send.
-            new = {name: v.astype("<f4").tobytes() for name, v in functionals.items() if name not in self._held}
-            new_bases = {name: _basis(profile) for name, profile in bases.items() if name not in self._held}
+            new = {name: _basis(profile) for name, profile in bases.items() if name not in self._held}
             if not request.reshaped:
-                self._held = {*functionals, *bases}
+                self._held = set(bases)
             answer = await self._ask(
                 number,
                 worker_messages.Score(
@@ -246,9 +232,8 @@ class _Process:
                     output=request.output.astype("<i4").tobytes(),
                     ids=request.ids.astype("<i4").tobytes(),
                     width=request.ids.shape[1],
-                    functionals=new,
-                    bases=new_bases,
-                    wanted=[*functionals, *bases],
+                    bases=new,
+                    wanted=list(bases),
                     codes={name: request.codes[name].astype("<f4").tobytes() for name in bases},
                     hidden=request.hidden,
                     reshaped=request.reshaped,
@@ -280,7 +265,7 @@ class _Process:
         finally:
             self._pending.pop(number, None)
         if isinstance(answer, worker_messages.Failed):
-            self._held = set()  # it may have failed before it stored the functionals of this request
+            self._held = set()  # it may have failed before it stored the bases of this request
             raise ReferenceFailure(answer.reason, answer.message)
         return answer
 

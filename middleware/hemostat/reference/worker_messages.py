@@ -95,12 +95,10 @@ class Score(msgspec.Struct, tag="score", frozen=True):
     ids: bytes
     """The ids whose log-probabilities are wanted, int32 [T, width], -1 pads."""
     width: int
-    functionals: dict[str, bytes]
-    """The functions of the token whose expectation is to be computed, by name: float32 [V]; only the ones that the
-    worker does not hold yet.
-    """
     bases: dict[str, Basis]
-    """The bases of functions of the token that also depend on a position's code."""
+    """The bases of the functions whose expectation is to be computed, by name; only the ones that the worker does not
+    hold yet.
+    """
     wanted: list[str]
     """Every name whose expectation is to be computed; the worker drops all others."""
     codes: dict[str, bytes]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import SecretStr
+from tests.support.constant_profile import constant_profile
 from tests.support.fake_vllm import FakeVllm, running
 from tests.support.fake_vllm.pooling import FakePooling, as_float
-from tests.support.temperature_bias import temperature_bias
 
 from hemostat.reference.hidden import reference as hidden_reference
 from hemostat.reference.hidden.probe import TEXT
@@ -70,8 +70,9 @@ async def test_scores_are_the_full_distribution(folder: Path) -> None:
         assert (info.full_vocabulary, info.offer, info.folder) == (True, Offer.STATES, folder)
         assert info.figures_follow.startswith("exact")
         prompt, output, ids = request_of(1, 9, 14, 6)
-        profile = temperature_bias("fake", 512, 1.0, np.linspace(-1, 1, 512).astype(np.float32), 1.0)
-        scores = await reference.score(ScoreRequest(prompt, output, ids, (profile,), hidden=True))
+        profile = constant_profile("fake", np.linspace(-1, 1, 512), 1.0)
+        codes = {profile.version: np.ones((14, 1), np.float32)}
+        scores = await reference.score(ScoreRequest(prompt, output, ids, (profile,), codes, hidden=True))
         tokens = [*prompt.tolist(), *output[:-1].tolist()]
         rows = fake.pooling.logprobs(tokens)[8:]
         np.testing.assert_allclose(scores.emitted, rows[np.arange(14), output], atol=1e-4)
@@ -79,7 +80,7 @@ async def test_scores_are_the_full_distribution(folder: Path) -> None:
         np.testing.assert_allclose(scores.at, wanted, atol=1e-4)
         np.testing.assert_allclose(scores.top.logprobs, -np.sort(-rows, 1)[:, :6], atol=1e-4)
         np.testing.assert_allclose(scores.entropy, -(np.exp(rows) * rows).sum(1), atol=1e-4)
-        expected = np.exp(rows) @ np.linspace(-1, 1, 512)
+        expected = np.exp(rows) @ np.linspace(-1, 1, 512).astype(np.float16).astype(np.float64)
         np.testing.assert_allclose(scores.expected_shift[profile.version], expected, atol=1e-4)
         np.testing.assert_array_equal(scores.hidden, as_float(fake.pooling.states(tokens))[8:])
         body = fake.seen[-1][1]

@@ -39,7 +39,6 @@ def request(states: Any, compressed: CompressedLogits | None, output: Any, ids: 
         output=output.astype("<i4").tobytes(),
         ids=ids.astype("<i4").tobytes(),
         width=ids.shape[1],
-        functionals={},
         bases={},
         wanted=[],
         codes={},

@@ -21,7 +21,7 @@ from hemostat.reference import device, worker_messages
 from hemostat.reference.full_scores import Basis, ExactScores, check_request, chunks
 from hemostat.reference.hidden.head import OutputHead, Rows, TorchHead, open_head
 from hemostat.reference.protocol import FailureReason
-from hemostat.reference.scoring import Codes, Comparisons, HeldFunctionals, RequestFailed, output_and_ids, scored
+from hemostat.reference.scoring import Codes, Comparisons, HeldBases, RequestFailed, output_and_ids, scored
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import InvalidArgumentError
@@ -55,7 +55,7 @@ class Head:
             self._products = NumpyProducts(self._head)
         else:
             raise RequestFailed(FailureReason.NOT_INSTALLED, f"reference.device: {load.device} needs torch")
-        self._functionals = HeldFunctionals(self._products.on_device)
+        self._bases = HeldBases(self._products.on_device)
         problem = self._head.nonlinearity
         self.loaded = worker_messages.Loaded(
             digest="",
@@ -72,14 +72,14 @@ class Head:
     def answer(self, request: worker_messages.Request) -> worker_messages.Answer:
         if not isinstance(request, worker_messages.Score):
             raise RequestFailed(FailureReason.PROTOCOL, "an output head only scores")
-        functionals, codes = self._functionals.of(request)
+        bases, codes = self._bases.of(request)
         output, ids = output_and_ids(request)
         try:
             states = np.frombuffer(request.states, "<u2").reshape(len(output), self._head.width)
             allowed = None if request.allowed is None else request.allowed.sets()
             comparison = None if self._comparisons is None else self._comparisons.of(request)
             see = None if comparison is None else comparison.see
-            scores = self._products.scores(states, output, ids, functionals, codes, allowed, see)
+            scores = self._products.scores(states, output, ids, bases, codes, allowed, see)
         except (ValueError, InvalidArgumentError) as error:
             raise RequestFailed(FailureReason.VOCABULARY, str(error)) from error
         if request.hidden and self.loaded.hidden_size:
@@ -100,7 +100,7 @@ class NumpyProducts:
         states: npt.NDArray[np.uint16],
         output: npt.NDArray[np.int32],
         ids: npt.NDArray[np.int32],
-        functionals: dict[str, Any],
+        bases: dict[str, Basis],
         codes: Codes,
         allowed: AllowedSets | None,
         see: See | None = None,
@@ -111,7 +111,7 @@ class NumpyProducts:
             self._head.vocab_size,
             output,
             ids,
-            functionals,
+            bases,
             codes,
             allowed=allowed,
         )
@@ -136,7 +136,7 @@ class TorchProducts:
         states: npt.NDArray[np.uint16],
         output: npt.NDArray[np.int32],
         ids: npt.NDArray[np.int32],
-        functionals: dict[str, Any],
+        bases: dict[str, Basis],
         codes: Codes,
         allowed: AllowedSets | None,
         see: See | None = None,
@@ -150,7 +150,7 @@ class TorchProducts:
                 self._head.head.vocab_size,
                 output,
                 ids,
-                functionals,
+                bases,
                 codes,
                 allowed=allowed,
                 see=see,
@@ -162,7 +162,7 @@ def numpy_scores(
     vocab_size: int,
     output: Ids,
     ids: Ids,
-    functionals: Mapping[str, Rows | Basis],
+    bases: Mapping[str, Basis],
     codes: Mapping[str, Rows],
     *,
     allowed: AllowedSets | None = None,
@@ -179,11 +179,10 @@ def numpy_scores(
     [0.9]
     """
     tokens, width = ids.shape
-    shapes = {n: (f.up if isinstance(f, Basis) else f).shape for n, f in functionals.items()}
-    check_request(vocab_size, output, ids, shapes, codes, allowed)
+    check_request(vocab_size, output, ids, bases, codes, allowed)
     top = min(width, vocab_size)
-    scores = ExactScores.empty(tokens, width, functionals)
-    ups = {name: f.up.astype(np.float32).T for name, f in functionals.items() if isinstance(f, Basis)}
+    scores = ExactScores.empty(tokens, width, bases)
+    ups = {name: basis.up.astype(np.float32).T for name, basis in bases.items()}
     for rows in chunks(tokens, vocab_size):
         logprobs = logits(rows)
         if allowed is not None:
@@ -202,12 +201,9 @@ def numpy_scores(
         best, values = np.take_along_axis(best, order, 1), np.take_along_axis(values, order, 1)
         scores.top_ids[rows, :top] = np.where(np.isneginf(values), -1, best)
         scores.top_logprobs[rows, :top] = values
-        for name, functional in functionals.items():
-            if isinstance(functional, Basis):
-                shift = np.clip(codes[name][rows] @ ups[name], -functional.clamp, functional.clamp)
-                scores.expected[name][rows] = np.einsum("tv,tv->t", probabilities, shift)
-            else:
-                scores.expected[name][rows] = probabilities @ functional
+        for name, basis in bases.items():
+            shift = np.clip(codes[name][rows] @ ups[name], -basis.clamp, basis.clamp)
+            scores.expected[name][rows] = np.einsum("tv,tv->t", probabilities, shift)
         # p log p is 0 where p is 0, also where log p is -inf.
         np.multiply(probabilities, logprobs, out=logprobs, where=probabilities > 0)
         logprobs[probabilities == 0] = 0.0
