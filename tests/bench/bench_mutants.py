@@ -20,6 +20,7 @@ All that has a result is not run again, so a run that was interrupted goes on. W
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -210,8 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say(f"{len(executed.seconds)} tests are recorded ({time.monotonic() - began:.0f} s)")
 
     bench = Bench(tree, executed, of_tests)
-    scope = "" if options.product == PRODUCT else "-" + "-".join(options.product).replace("/", ".")
-    stored = folder / f"drawn-{options.seed[:10]}{options.removed[:10]}{options.mutants}{scope}.json"
+    of_draw = repr((options.seed, options.removed, options.mutants, *options.product))
+    stored = folder / f"drawn-{hashlib.sha256(of_draw.encode()).hexdigest()[:10]}.json"
     judged = []
     for number, mutant in enumerate(wanted := drawn(tree, executed, options, stored), 1):
         judged.append(bench.mutant(mutant))

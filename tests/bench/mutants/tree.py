@@ -58,7 +58,11 @@ class Tree:
     def pytest(
         self, tests: Sequence[str], seconds: float, log: Path, variables: Mapping[str, str] | None = None
     ) -> int | None:
-        """Returns pytest's exit status; None if it ran longer than `seconds`, and was killed with its children."""
+        """Returns pytest's exit status; None if it ran longer than `seconds`, and was killed with its children.
+
+        seconds: on a machine that does nothing else. They are multiplied by the processes that wait for each processor.
+        """
+        limit = seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
         paths = [FOLDER, *(self.folder / name for name in ("", "middleware", "middleware/lab", "calibration"))]
         own = {"PYTEST_CURRENT_TEST"}  # of a pytest that this runs in: children of the new one would report its test
         environment = {
@@ -81,7 +85,7 @@ class Tree:
                 start_new_session=True,
             )
             try:
-                return process.wait(seconds)
+                return process.wait(limit)
             except subprocess.TimeoutExpired:
                 return None
             finally:
