@@ -128,6 +128,12 @@ def test_what_is_over_the_budget_is_found_and_the_floor_is_allowed():
     assert waits.update(stream[0], math.inf) is waits
 
 
+def test_a_request_without_divergence_costs_each_strategy_a_part_of_its_wealth_and_never_all():
+    factors = BudgetTest(budget=0.1, cap=5.0, max_tokens=64, alpha=0.01).log_factors(np.zeros(64), 0.0)
+    assert np.all(np.isfinite(factors))
+    assert np.all(factors < 0.0)
+
+
 def test_the_spread_ignores_what_is_constant():
     rng = np.random.default_rng(0)
     z = rng.normal(size=(5, 40))

@@ -64,6 +64,8 @@ def test_over_a_restart_in_the_same_run_of_the_machine_a_jump_is_known(jump: flo
     assert after_restart(before, stored(NOW + 40.0 * DAY, 1000.0 + 40.0 * DAY, "boot")) is None
     later = NOW + 60.0 + jump
     assert after_restart(before, stored(later, 1060.0, "boot")) == TimeBreak(later, jump, anew=True)
+    at_once = NOW + jump
+    assert after_restart(before, stored(at_once, 1000.0, "boot")) == TimeBreak(at_once, jump, anew=True)
 
 
 @each_jump

@@ -44,14 +44,14 @@ class Mutant:
     new: str
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {' '.join(self.old.split())} -> {self.new}"
+        return f"{self.path}:{self.line}:{self.column}: {' '.join(self.old.split())} -> {self.new}"
 
 
 def mutants(path: str, text: str) -> list[Mutant]:
     """Returns all changes of a file, in its order.
 
     >>> [str(mutant) for mutant in mutants("a.py", "def f(x: int) -> int:\\n    return x + 1\\n")]
-    ['a.py:2: x + 1 -> (None)', 'a.py:2: x + 1 -> (x - 1)', 'a.py:2: 1 -> (2)']
+    ['a.py:2:11: x + 1 -> (None)', 'a.py:2:11: x + 1 -> (x - 1)', 'a.py:2:15: 1 -> (2)']
     """
     result = []
     for node, new in _replaced(ast.parse(text)):

@@ -17,7 +17,7 @@ class Mended:
     commit: str
     subject: str
     tests: tuple[str, ...]
-    """The files of tests that it changed."""
+    """The files of tests that it changed, by the names that they have in the revision of the tree."""
 
 
 class ConflictError(Exception):
@@ -33,8 +33,9 @@ def mended(tree: Tree) -> Iterator[Mended]:
         if not any(path.startswith(PRODUCT) for path in changed):
             continue
         if fixed(_changelog(tree, commit)) - fixed(_changelog(tree, f"{commit}^")):
-            tests = tuple(path for path in changed if re.fullmatch(r"tests/.*test_\w+\.py", path))
-            yield Mended(commit, subject, tests)
+            tests = [path for path in changed if re.fullmatch(r"tests/.*test_\w+\.py", path)]
+            renamed = _renamed(tree, commit)
+            yield Mended(commit, subject, tuple(renamed.get(path, path) for path in tests))
 
 
 def fixed(changelog: str) -> set[str]:
@@ -78,6 +79,13 @@ def reverse(tree: Tree, commit: str) -> dict[str, list[int]]:
     if not difference:
         raise ConflictError("nothing of it is left")
     return result
+
+
+def _renamed(tree: Tree, commit: str) -> dict[str, str]:
+    """Returns the names that files of tests had in a commit, and have now."""
+    options = ("--find-renames", "--diff-filter=R", "--name-status")
+    rows = git(tree.folder, "diff", *options, commit, tree.revision, "--", "tests").splitlines()
+    return {before: now for _, before, now in (row.split("\t") for row in rows)}
 
 
 def _changelog(tree: Tree, revision: str) -> str:

@@ -54,7 +54,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """Three commits: the module, a defect that is mended, and an unrelated change."""
+    """Three commits: the module, a defect that is mended, and another name of the test's file."""
     root = tmp_path / "repository"
     (root / MODULE).parent.mkdir(parents=True)
     (root / "tests").mkdir()
@@ -70,6 +70,7 @@ def repository(tmp_path: Path) -> Path:
             (root / "CHANGELOG.md").write_text((root / "CHANGELOG.md").read_text() + "- The limit itself is allowed.\n")
             (root / "tests" / "test_limits.py").write_text(TESTS)
         if subject.startswith("Write"):
+            git(root, "mv", "tests/test_limits.py", "tests/test_allowed.py")
             (root / "CHANGELOG.md").write_text((root / "CHANGELOG.md").read_text() + "  More of it.\n")
         git(root, "add", "--all")
         git(root, "commit", "--quiet", "--message", subject)
@@ -118,7 +119,7 @@ def test_the_draw_depends_on_the_seed_and_the_weights() -> None:
 
 def test_a_reversal_changes_the_product_alone(checkout: tree.Tree) -> None:
     (commit,) = reversals.mended(checkout)
-    assert (commit.subject, commit.tests) == ("Allow the limit itself", ("tests/test_limits.py",))
+    assert (commit.subject, commit.tests) == ("Allow the limit itself", ("tests/test_allowed.py",))
     line = SOURCE.splitlines().index("    return count <= LIMIT") + 1
     assert reversals.reverse(checkout, commit.commit) == {MODULE: [line]}
     assert "count < LIMIT" in (checkout.folder / MODULE).read_text()
@@ -141,7 +142,7 @@ def test_what_was_written_anew_cannot_be_reversed(repository: Path, tmp_path: Pa
 def test_the_tests_of_a_line_are_those_that_passed_with_child_processes(checkout: tree.Tree, tmp_path: Path) -> None:
     pytest.importorskip("coverage")
     known = executed.Executed(tmp_path / "records")
-    file = "tests/test_limits.py"
+    file = "tests/test_allowed.py"
     known.record(checkout, [file], tree.PRODUCT, print)
     known.load([file])
     here, child = f"{file}::test_in_this_process", f"{file}::test_in_a_child"
@@ -159,13 +160,13 @@ def test_the_tests_of_a_line_are_those_that_passed_with_child_processes(checkout
 
 def test_changes_are_found_or_survive_and_a_second_run_runs_nothing(checkout: tree.Tree, tmp_path: Path) -> None:
     known = executed.Executed(tmp_path / "records")
-    tests = [f"tests/test_limits.py::{name}" for name in ("test_in_this_process", "test_in_a_child")]
+    tests = [f"tests/test_allowed.py::{name}" for name in ("test_in_this_process", "test_in_a_child")]
     numbers = {str(n): tests for n in (7, 10, 11, 12)}
     (tmp_path / "records").mkdir()
-    (tmp_path / "records" / "tests-test_limits.json").write_text(
+    (tmp_path / "records" / "tests-test_allowed.json").write_text(
         json.dumps({"passed": dict.fromkeys(tests, 0.1), "failed": [], "lines": {MODULE: numbers}})
     )
-    known.load(["tests/test_limits.py"])
+    known.load(["tests/test_allowed.py"])
     bench = bench_mutants.Bench(checkout, known, tmp_path / "results")
     by_text = {str(mutant).partition(": ")[2]: mutant for mutant in mutants(MODULE, SOURCE)}
     verdicts = {
