@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from tests.support.fake_vllm import FakeVllm
 
+from hemostat.gate.live import keeper
+from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import HemostatError
 
 Worlds = Callable[..., Any]
@@ -112,6 +114,22 @@ async def test_one_gate_at_a_time_and_the_same_one_goes_on(world: Worlds) -> Non
             gate.begin("http://127.0.0.1:1", "other", None, None, waive_cycles=False)
         gate.end()
         assert gate.report()["state"] == "none"
+
+
+async def test_a_gate_that_does_not_decide_ends_undecided(world: Worlds) -> None:
+    async with world(FakeVllm(), FakeVllm()) as here:
+        gate = here.process()
+        gate.begin(here.candidate, "other", None, None, waive_cycles=False)
+        await here.feed(gate, 3)
+        gate.after_break(TimeBreak(here.now + 1e7, 1e7, anew=True))  # the clock was set
+        here.now += 1e7
+        await here.feed(gate, 1)
+        assert gate.report()["state"] == "running"
+        here.now += keeper.MAX_DAYS * 86_400.0
+        await here.feed(gate, 1)
+        report = gate.report()
+        assert report["state"] == "undecided"
+        assert "14 days did not decide it; after 4 requests, not shown to be within the margin yet" in report["why"]
 
 
 async def test_other_models_end_the_gate(world: Worlds) -> None:

@@ -19,6 +19,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -89,6 +90,8 @@ it."""
 MAX_IN_A_ROW = 20
 """The number of failures in a row after which the candidate has failed, whatever the tests say: a candidate as good as
 the one that serves does not do that."""
+MAX_DAYS = 14
+"""The longest time that a gate runs: one that has not decided by then ends undecided."""
 MAX_NOTES = 8
 """The largest number of different failures that are told in words."""
 NOT_OF_THE_MODEL = frozenset(
@@ -199,8 +202,10 @@ class ShadowGate:
 
     def after_break(self, time_break: TimeBreak) -> None:
         """Notes that the clock was set."""
-        if self._gate is not None:
-            self._gate.tests.after_break(time_break)
+        gate = self._gate
+        if gate is not None:
+            gate.tests.after_break(time_break)
+            gate.stored.subject = replace(gate.stored.subject, began=time_break.seen(gate.stored.subject.began))
             self.save()
 
     def save(self) -> None:
@@ -268,6 +273,11 @@ class ShadowGate:
         if gate is None or gate.stored.state != RUNNING or not scored.fresh:
             return
         if not scored.uses & (Use.FIGURES | Use.CONDITIONAL_FIGURES):
+            return
+        if self._wall() - gate.stored.subject.began > MAX_DAYS * 86_400.0:
+            self._end(
+                UNDECIDED, f"{MAX_DAYS} days did not decide it; {report.waits_for(self.verdict_of(gate), gate.stored)}"
+            )
             return
         record, kind = scored.record, _kind(scored)
         gate.tests.update_met(kind)
