@@ -116,7 +116,7 @@ def test_a_workflow_ends_with_the_code_of_the_verdict(
 
 
 def test_flagger_finds_its_webhooks() -> None:
-    """What they answer to a request as Flagger documents it is in tests/admin/test_app.py."""
+    """tests/admin/test_app.py tests the answers to a request as Flagger documents it."""
     hooks = {hook["type"]: hook["url"] for hook in CANARY["webhooks"]}
     assert hooks.keys() == {"confirm-promotion", "rollback"}
     for kind, url in hooks.items():
@@ -135,7 +135,7 @@ def samples() -> Iterator[Sample]:
 
 @needs("prometheus", "prometheus")
 def test_the_query_of_flagger_rolls_back_once_the_gate_has_failed(tmp_path: Path) -> None:
-    """On a real Prometheus; as Flagger does it, white space is one blank, and the variables are replaced."""
+    """The Prometheus is real. White space becomes one blank and variables are replaced, as Flagger does it."""
     template = FLAGGER["MetricTemplate hemostat-gate-failed"]["spec"]["query"]
     (metric,) = CANARY["metrics"]
     assert metric["templateRef"]["name"] == "hemostat-gate-failed"

@@ -36,7 +36,12 @@ def write(path: Path, said: str, more: dict[str, Any], count: int = 90) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_another_default_temperature_fails_and_says_so(gate: Gate) -> None:
+@pytest.mark.parametrize("chat", [False, True])
+def test_another_default_temperature_fails_and_says_so(gate: Gate, prompts: Path, chat: bool) -> None:
+    if chat:
+        texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+        chats = [{"messages": [{"role": "user", "content": text}], "max_tokens": 4} for text in texts]
+        prompts.write_text("".join(json.dumps(line) + "\n" for line in chats))
     with servers(FakeVllm(), FakeVllm(default_temperature=0.3)) as (stable, candidate):
         code, text = gate(stable, candidate)
         assert code == FAIL, text

@@ -20,6 +20,10 @@ from hemostat.relay.answers import parse
 from hemostat.relay.outcomes import OutcomeObserver
 from hemostat_calibration.outcomes import Outcome
 
+LISTED = 2
+"""The number of ids that are asked for at each token. In a chat, vLLM lists the emitted one first, and then the others
+by their rank: one id would not show the likeliest one."""
+
 _NAMES = {Outcome.EMPTY: ERRORS, Outcome.BROKEN_OFF: ERRORS, Outcome.LOOP: LOOPS, Outcome.CUT: CUT, Outcome.JSON: JSON}
 
 
@@ -40,9 +44,9 @@ async def served(server: VllmServer, model: str, asked: Asked, seed: int, *, tim
     path = "/v1/chat/completions" if prompt.messages else "/v1/completions"
     body: dict[str, Any] = {"model": model, "max_tokens": prompt.max_tokens, "seed": seed}
     if prompt.messages:
-        body |= {"messages": prompt.chat, "logprobs": True, "top_logprobs": 1}
+        body |= {"messages": prompt.chat, "logprobs": True, "top_logprobs": LISTED}
     else:
-        body |= {"prompt": list(asked.ids), "logprobs": 1}
+        body |= {"prompt": list(asked.ids), "logprobs": LISTED}
     body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
     if prompt.tools:
         body["tools"] = prompt.tools
@@ -97,7 +101,7 @@ def _surplus(data: bytes, form: Form) -> float | None:
         choice = msgspec.json.decode(data, type=_Answer).choices[0]
         if not choice.token_ids:
             return None
-        rows = read_rows(form, [bytes(choice.logprobs)], choice.token_ids, 1)
+        rows = read_rows(form, [bytes(choice.logprobs)], choice.token_ids, LISTED)
     except (*MALFORMED, IndexError):
         return None
     likeliest = rows.logprobs[:, 0]
