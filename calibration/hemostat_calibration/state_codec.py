@@ -3,7 +3,7 @@
 A value is read as its annotation says, or not at all: no field may be missing or unknown. What a class requires beyond
 that is checked by whoever reads it. Arrays are compressed, so that rows that are still 0 cost nothing. Keys that are
 bytes are written in hexadecimal digits; if the mapping's values are None, the keys stand behind each other. Of a union
-of dataclasses the class's name is stored, too.
+of dataclasses the class's name is stored, too. What is of type Any has to be a JSON value, and is stored as it is.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _hints: Callable[[Any], Mapping[str, Any]] = cache(_field_types)
 
 
 def _plain(value: Any, hint: Any) -> Any:
-    if value is None or hint in {int, float, str, bool}:
+    if value is None or hint in {int, float, str, bool, Any}:
         return value
     if isinstance(value, np.ndarray):
         data = base64.b64encode(zlib.compress(np.ascontiguousarray(value).tobytes(), 1)).decode()
@@ -113,6 +113,8 @@ def _items(inner: tuple[Any, ...], length: int) -> tuple[Any, ...]:
 def _typed(value: Any, hint: Any, where: str, *, fill: bool) -> Any:
     """Returns a JSON value as the type that the hint names. Raises InvalidArgumentError if it does not fit. where: the
     field, as messages name it. fill: True if a field that is missing has its default."""
+    if hint is Any:
+        return value
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in {Union, types.UnionType}:
         kinds = [kind for kind in inner if kind is not type(None)]

@@ -21,7 +21,7 @@ from hemostat.control.composition import Control
 from hemostat.engines.messages import LoraState, RankReport
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.decisions import Decision, Reason
-from hemostat.profiles.persistence import SERVING_KEY, StoredServing
+from hemostat.profiles.persistence import StoredServing, stored_serving
 from hemostat_calibration.errors import HemostatError
 
 ADAPTER, OTHER = adapter(1), adapter(2)
@@ -199,7 +199,7 @@ async def test_an_operators_action_is_in_the_store_when_it_is_answered(tmp_path:
     async with successor(tmp_path, resolving(3)) as plane:
 
         def stored() -> StoredServing:
-            return StoredServing.decode(plane.store.read().states.get(SERVING_KEY))
+            return stored_serving(plane.store.read().states, pytest.fail)
 
         await plane.actions.import_profile(ADAPTER.to_bytes())
         assert stored().versions() == {ADAPTER.version}

@@ -26,6 +26,7 @@ from hemostat.control import composition, operator_actions, ownership
 from hemostat.control.composition import Control
 from hemostat.engines.messages import RankReport
 from hemostat.ipc.messages import Policy, Stats
+from hemostat.profiles.persistence import stored_mode
 from hemostat.profiles.serving import ServedModel
 from hemostat.reference import monitor
 from hemostat.reference.match import Match
@@ -277,7 +278,7 @@ async def test_a_store_that_refuses_is_counted_and_written_later(
         assert await plane.writer.wait_until_written(30.0)
         result = plane.store.read()
         assert [event["decision"] for event in result.events] == ["mode", "import", "import"]
-        assert (len(result.profiles), result.states["mode"]) == (2, "observe auto")
+        assert (len(result.profiles), stored_mode(result.states, "observe")) == (2, "auto")
 
 
 async def test_a_store_that_cannot_be_read_is_unknown_and_not_empty(
@@ -353,7 +354,7 @@ async def test_an_action_that_cannot_be_kept_applies_is_not_answered_as_done_and
             assert plane.profile_manager.serving.mode == "off"
         assert await plane.writer.wait_until_written(30.0)
         result = plane.store.read()
-        assert result.states["mode"] == "auto off"
+        assert stored_mode(result.states, "auto") == "off"
         decisions = [event["decision"] for event in result.events]
         assert decisions == ["mode", "import", "roll_back", "pin", "promote", "import"]
 
@@ -413,7 +414,7 @@ async def test_while_it_is_suspended_records_decide_nothing_and_off_applies(
         assert [alert["alert"] for alert in status_json(plane)["state"]["problems"]][-1] == "HemostatStoreErrors"
         plane.ownership._move(ownership._Event.REGAINED, "")
         assert await plane.writer.wait_until_written(30.0)
-        assert plane.store.read().states["mode"] == "auto off"
+        assert stored_mode(plane.store.read().states, "auto") == "off"
         plane.pipeline.update(*scored())
         assert plane.measured.measurements.tokens > 0
 

@@ -121,13 +121,12 @@ async def test_while_it_did_not_run(settings: Settings, tmp_path: Path) -> None:
 async def test_what_was_stored_before_weights_were_known_is_used(settings: Settings, tmp_path: Path) -> None:
     """By an older version of Hemostat, or with engines without the plugin."""
     await first_life(tmp_path, settings)
-    models = json.loads(stored(settings.store.url).states[MODELS_KEY])
-    assert models.pop("weights") == ""
-    put(settings.store.url, SetState(MODELS_KEY, json.dumps(models)))
+    models = json.loads(stored(settings.store.url).states[MODELS_KEY])["state"]
+    assert models["weights"] == ""
     async with life(tmp_path, settings) as plane:
         plane.reports(a="x")
         assert plane.known == KNOWN
-    assert json.loads(stored(settings.store.url).states[MODELS_KEY])["weights"] == "x"
+    assert json.loads(stored(settings.store.url).states[MODELS_KEY])["state"]["weights"] == "x"
 
 
 @pytest.mark.parametrize("damaged", ["", "[]", '{"vocab_size": "30"}'])

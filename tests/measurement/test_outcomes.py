@@ -13,7 +13,7 @@ from tests.support.stores import LateWrites
 from hemostat.ipc.messages import REST_KIND, OutcomeReport
 from hemostat.measurement import outcomes
 from hemostat.measurement.outcome_sampling import WAIT_SECONDS, OutcomeSampling
-from hemostat.measurement.outcomes import SPENT_KEY, STATE_KEY, Outcomes
+from hemostat.measurement.outcomes import STATE_KEY, Outcomes
 from hemostat.metrics import names
 from hemostat.store import spent_alpha
 
@@ -52,6 +52,8 @@ class Served:
 class World:
     served: Served = field(default_factory=Served)
     writes: LateWrites = field(default_factory=LateWrites)
+    reported: list[str] = field(default_factory=list)
+    """What could not be read."""
     now: float = 1000.0
     control_fraction: float = 0.5
     outcomes: Outcomes = field(init=False)
@@ -71,7 +73,7 @@ class World:
             lambda: self.now,
             self.sampling,
         )
-        self.outcomes.restore(self.writes.states.get(STATE_KEY), self.writes.states.get(SPENT_KEY))
+        self.outcomes.restore(dict(self.writes.states), self.reported.append)
 
     def report(self, treated: bool, bad: bool, **changes: Any) -> None:
         given: dict[str, Any] = {
@@ -194,7 +196,7 @@ def test_the_state_is_saved_every_minute_and_is_bounded(monkeypatch: pytest.Monk
     world.outcomes.check()
     stored = world.writes.states[STATE_KEY]
     assert stored is not None
-    assert len(json.loads(stored)["seen"]) == 800
+    assert len(json.loads(stored)["state"]["seen"][1]) == 800
     assert len(stored) < 15_000
 
 
@@ -209,12 +211,13 @@ def test_arms_of_another_size_begin_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    "stored", ["", "{}", "[]", '{"format": 1}', '{"format": 2, "control_fraction": 0.5, "kinds": 3}']
+    "stored", ["", "{}", "[]", '{"format": 1}', '{"schema": 1, "state": {"control_fraction": 0.5, "kinds": 3}}']
 )
 def test_a_damaged_state_is_not_used(stored: str) -> None:
     world = World()
     world.writes.states[STATE_KEY] = stored
     world.restart()
+    assert ["stored as outcomes cannot be read" in line for line in world.reported] == [True]
     world.report(True, True)
     assert world.shown[KIND]["trial"] == 1
 

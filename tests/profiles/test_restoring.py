@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import msgspec
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tests.support.profile_bench import BIASED, EVEN, JUDGED, MODEL, Bench, contextual, harmful, helpful
@@ -16,8 +18,17 @@ from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics import names
 from hemostat.profiles.catalogue import MAX_PROFILES
 from hemostat.profiles.decisions import Reason
-from hemostat.profiles.persistence import SERVING_KEY, STATE_KEYS, TESTS_KEY, StoredKind, StoredServing
+from hemostat.profiles.persistence import (
+    SCHEMA,
+    SERVING_KEY,
+    STATE_KEYS,
+    TESTS_KEY,
+    StoredKind,
+    StoredServing,
+    stored_serving,
+)
 from hemostat.store.protocol import StoredProfile
+from hemostat.store.states import write_state
 from hemostat_calibration.profiles.adapter import ADAPTER
 from hemostat_calibration.profiles.contextual import CONTEXTUAL
 from hemostat_calibration.profiles.profile import IDENTITY
@@ -111,11 +122,9 @@ def test_candidates_that_an_earlier_version_learned_from_a_part_of_the_traffic_a
     apart = contextual().version
     bench.profiles.operator.promote(served)
     bench.profiles.writer.save()
-    now = msgspec.json.decode(bench.store.get_state(SERVING_KEY) or "")
-    now["scope"] = "label"
-    now["queue"].append([apart, "gold", "contextual"])
-    now["kinds"][REST_KIND] |= {"learned_of": "gold", "scope": "gold"}
-    bench.store.set_state(SERVING_KEY, msgspec.json.encode(now).decode())
+    now = json.loads(bench.store.get_state(SERVING_KEY) or "")
+    now["state"]["queue"].append([apart, "gold", "contextual"])
+    bench.store.set_state(SERVING_KEY, json.dumps(now))
     again = bench.restart(crash=True)
     assert own in [candidate.version for candidate in again.profiles.trials.queue]
     assert again.profiles.serving.selected_by_kind == {REST_KIND: served}
@@ -144,9 +153,8 @@ def test_kinds_keep_what_serves_them_where_the_table_of_kinds_cannot_be_read() -
         bench.profiles.kinds.update(kind)
     bench.profiles.operator.promote(bench.profiles.operator.import_profile(helpful()))
     bench.profiles.writer.save()
-    stored = StoredServing.decode(bench.store.get_state(SERVING_KEY))
-    damaged = msgspec.structs.replace(stored, table='{"counts": {}, "followed": []}')
-    bench.store.set_state(SERVING_KEY, msgspec.json.encode(damaged).decode())
+    stored = stored_serving(bench.store.read().states, pytest.fail)
+    write_state(bench.store, SERVING_KEY, replace(stored, table='{"counts": {}, "followed": []}'), SCHEMA)
     again = bench.restart(crash=True)
     again.profiles.set_model_pair(MODEL, V)
     assert set(again.profiles.serving.version_by_kind) == {REST_KIND, "often", "rare"}
@@ -199,7 +207,7 @@ def test_a_restart_deletes_the_oldest_profiles_of_a_store_that_grew_too_large() 
     oldest = bench.store.profiles()[-1].version
     kind = StoredKind(oldest, 300, False, False, "", 5, [], 0)
     served = StoredServing("", {REST_KIND: kind}, [])
-    bench.store.set_state(SERVING_KEY, msgspec.json.encode(served).decode())
+    write_state(bench.store, SERVING_KEY, served, SCHEMA)
     again = bench.restart()
     again.profiles.set_model_pair(MODEL, V)
     assert again.profiles.serving.version == oldest

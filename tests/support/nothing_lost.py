@@ -51,9 +51,10 @@ def counts(snapshot: Snapshot) -> dict[str, int]:
 
 def serving(snapshot: Snapshot) -> dict[str, str | None]:
     """Versions by kind; None: identity."""
-    kinds = json.loads(snapshot.states.get(SERVING_KEY, '{"kinds": {}}'))["kinds"]
+    kinds = json.loads(snapshot.states.get(SERVING_KEY, '{"state": {"kinds": {}}}'))["state"]["kinds"]
     return {name: kind["version"] for name, kind in kinds.items()}
 
 
 def candidates(snapshot: Snapshot) -> set[str]:
-    return {version for version, _, _ in json.loads(snapshot.states.get(SERVING_KEY, '{"queue": []}'))["queue"]}
+    stored = json.loads(snapshot.states.get(SERVING_KEY, '{"state": {"queue": []}}'))["state"]
+    return {version for version, _, _ in stored["queue"]}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 
-import msgspec
-
 from hemostat.reference.match import same_weights
 from hemostat.reference.pair import ModelPair
 
@@ -61,14 +59,6 @@ class ModelIdentity:
 
 DAMAGED = ModelIdentity(vocab_size=-1)
 """An identity that agrees with no models."""
-
-
-def from_json(stored: str) -> ModelIdentity:
-    """Reads what `to_json` wrote; returns DAMAGED if it is anything else."""
-    try:
-        return msgspec.json.decode(stored, type=ModelIdentity)
-    except msgspec.MsgspecError:
-        return DAMAGED
 
 
 def model_identity(pair: ModelPair, weights: str = "") -> ModelIdentity:

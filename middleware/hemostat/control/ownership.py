@@ -24,8 +24,10 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 
+from hemostat.store import schema_1
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.protocol import (
     VERIFY_SECONDS,
@@ -145,11 +147,16 @@ class Ownership:
         self.on_move()
 
     async def begin(self) -> Snapshot:
-        """Returns, in READING, what is stored. Raises StoreIncompatible or StoreAccessDenied: an operator has to
-        act."""
+        """Returns, in READING, what is stored; the first commit upgrades what an earlier version has written. Raises
+        StoreIncompatible or StoreAccessDenied: an operator has to act."""
         backoff = Backoff(RETRY_SECONDS, random.random)
         while (snapshot := await self.try_to_begin()) is None:  # noqa: ASYNC110  another process decides
             await asyncio.sleep(backoff.pause())
+        if snapshot.head.schema == schema_1.SCHEMA:
+            changed = schema_1.upgraded(snapshot.states)
+            for key, value in changed.items():
+                self.writer.set_state(key, value)
+            snapshot = replace(snapshot, states={**snapshot.states, **changed})
         return snapshot
 
     async def try_to_begin(self) -> Snapshot | None:

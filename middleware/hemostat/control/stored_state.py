@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
-from hemostat.control.model_identity import ModelIdentity, from_json
-from hemostat.engines.registry import STATE_KEY as ENGINES_STATE
+from hemostat.control.model_identity import DAMAGED, ModelIdentity
 from hemostat.engines.registry import EngineRegistry
 from hemostat.measurement.measured import Measured
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import EARLIER_PROPOSED_BLOB
 from hemostat.store.protocol import Snapshot, StateKey, StoreWrites
+from hemostat.store.states import read_state, write_state
 
 log = logging.getLogger("hemostat.store")
 
 MODELS_KEY = StateKey("models")
-"""The `ModelIdentity` that the stored evidence is about, as JSON."""
+"""The key of the `ModelIdentity` that the stored evidence is about."""
 SALT_KEY = StateKey("salt")
-"""The key of the salt: `SALT_BYTES` random bytes, in hexadecimal digits."""
+"""The key of the salt."""
+SCHEMA = 1
+"""The schema of both."""
 SALT_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Salt:
+    """What is stored: the salt, `SALT_BYTES` random bytes in hexadecimal digits."""
+
+    salt: str
 
 
 class StoredState:
@@ -58,23 +67,26 @@ class StoredState:
         earlier = snapshot.blobs.get(EARLIER_PROPOSED_BLOB)
         self._profiles.restoring.restore(snapshot.profiles, states, events, earlier)
         self._measured.restore(snapshot)
-        self._engines.restore(states.get(ENGINES_STATE))
-        stored = states.get(MODELS_KEY)
-        self._stored_models = None if stored is None else from_json(stored)
-        self._restore_salt(states.get(SALT_KEY))
+        report = self._measured.alarms.record_event
+        self._engines.restore(states, report)
+        self._stored_models = read_state(states, MODELS_KEY, ModelIdentity, SCHEMA, report)
+        if self._stored_models is None and MODELS_KEY in states:
+            self._stored_models = DAMAGED
+        self._restore_salt(states, report)
         self._settle()
 
-    def _restore_salt(self, stored: str | None) -> None:
+    def _restore_salt(self, states: Mapping[StateKey, str], report: Callable[[str], None]) -> None:
+        stored = read_state(states, SALT_KEY, _Salt, SCHEMA, report)
         try:
-            salt = bytes.fromhex(stored or "")
+            salt = bytes.fromhex(stored.salt if stored is not None else "")
         except ValueError:
             salt = b""
         if len(salt) == SALT_BYTES:
             self.salt = salt
             return
-        if stored is not None:
+        if SALT_KEY in states:
             log.error("the stored salt is damaged; a new one replaces it: all conversations count as new")
-        self._writes.set_state(SALT_KEY, self.salt.hex())
+        write_state(self._writes, SALT_KEY, _Salt(self.salt.hex()), SCHEMA)
 
     def set_models(self, models: ModelIdentity) -> None:
         """Takes the models once both are known, or more of them. Stored evidence about others is forgotten, and
@@ -117,4 +129,4 @@ class StoredState:
         models = self._models.completed_by(self._stored_models)
         if self._stored_models != models:
             self._stored_models = models
-            self._writes.set_state(MODELS_KEY, models.to_json())
+            write_state(self._writes, MODELS_KEY, models, SCHEMA)

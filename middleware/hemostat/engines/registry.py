@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hemostat.config.models import Upstream
@@ -32,16 +32,25 @@ from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import VllmServer
 from hemostat.store.protocol import StateKey, StoreWrites
+from hemostat.store.states import read_state, write_state
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import shown_address
 
 log = logging.getLogger("hemostat.engines")
 
 STATE_KEY = StateKey("drained_engines")
-"""The key of the drained engines in the store's state, a JSON list of names."""
+"""The key of the drained engines in the store's state."""
+SCHEMA = 1
 ONLY = ""
 """The name of the engine that stands for whatever answers at the only address."""
 TICK_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class _Drained:
+    """What is stored: the names of the engines that are drained."""
+
+    engines: list[str]
 
 
 class EngineRegistry:
@@ -172,14 +181,12 @@ class EngineRegistry:
 
     def save(self) -> None:
         """Queues a write of which engines are drained."""
-        self._writes.set_state(STATE_KEY, json.dumps(sorted(self.drained)))
+        write_state(self._writes, STATE_KEY, _Drained(sorted(self.drained)), SCHEMA)
 
-    def restore(self, stored: str | None) -> None:
-        """Takes what an earlier run stored."""
-        try:
-            self.drained = frozenset(str(name) for name in json.loads(stored or "[]"))
-        except (ValueError, TypeError) as error:
-            log.error("stored drains of engines: %s; none is drained", error)
+    def restore(self, states: Mapping[StateKey, str], report: Callable[[str], None]) -> None:
+        """Takes what an earlier run stored; if it cannot be read, none is drained. report: see `read_state`."""
+        stored = read_state(states, STATE_KEY, _Drained, SCHEMA, report)
+        self.drained = frozenset() if stored is None else frozenset(stored.engines)
 
     def samples(self) -> Iterator[Sample]:
         for name, engine in self.current().items():

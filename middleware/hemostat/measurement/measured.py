@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from hemostat.config.schema import Settings
-from hemostat.measurement import alarms, by_engine, outcomes
+from hemostat.measurement import alarms, by_engine
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.by_engine import ByEngine
 from hemostat.measurement.dependence import Cycle
@@ -45,7 +45,7 @@ class Measured:
         self.alarms.restore(
             states.get(alarms.STATE_KEY), events, states.get(alarms.SPENT_KEY), states.get(alarms.FLOORS_KEY)
         )
-        self.outcomes.restore(states.get(outcomes.STATE_KEY), states.get(outcomes.SPENT_KEY))
+        self.outcomes.restore(states, self.alarms.record_event)
 
     def after_break(self, time_break: TimeBreak) -> None:
         """Notes that the clock was set: what has to span a cycle of the traffic begins again, or goes on without the

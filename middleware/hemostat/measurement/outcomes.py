@@ -7,8 +7,6 @@ says, and the kind stays at identity until an operator releases it.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import logging
 import math
@@ -25,6 +23,7 @@ from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.store.protocol import StateKey, StoreWrites
 from hemostat.store.spent_alpha import SpentAlpha
+from hemostat.store.states import read_state, write_state
 from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.outcomes import LENGTH, Outcome, Reading, Settings, Trial, Unit
@@ -38,7 +37,7 @@ SPENT_KEY = StateKey("outcomes.trials")
 SAVE_SECONDS = 60.0
 """The pause between writes of the state. After a restart, units since the last one are lost."""
 _SEEN_BYTES = 6
-_FORMAT = 2
+SCHEMA = 1
 _OUTCOMES = frozenset(outcome.value for outcome in Outcome)
 
 
@@ -74,6 +73,30 @@ class _Kind:
     """It is True if units were counted since the last check."""
     readings: tuple[int, list[Reading]] = (-1, [])
     """The number of the trial's units, and its readings at that moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredKind:
+    """A `_Kind` as it is stored. trial: `Trial.save`."""
+
+    number: int
+    trial: Mapping[str, Any] | None
+    harmed: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """The state as it is stored.
+
+    sampling: the parts of the conversations that are reported and counted. begun: the numbers of the trials that have
+    begun in other kinds. seen: the digests of conversations, which have been seen longest ago at the beginning.
+    """
+
+    control_fraction: float
+    sampling: tuple[float, float]
+    kinds: Mapping[str, _StoredKind]
+    begun: Mapping[str, int]
+    seen: Mapping[bytes, None]
 
 
 class Outcomes:
@@ -197,52 +220,43 @@ class Outcomes:
         """Queues a write of the state: at most 15 kB for each kind, and 400 kB for the conversations."""
         self._saved_at = self._wall()
         kinds = {
-            kind: {
-                "number": state.number,
-                "trial": None if state.trial is None else state.trial.save(),
-                "harmed": state.harmed,
-            }
+            kind: _StoredKind(state.number, None if state.trial is None else state.trial.save(), state.harmed)
             for kind, state in self._kinds.items()
         }
-        state = {
-            "format": _FORMAT,
-            "control_fraction": self._control_fraction,
-            "sampling": [self._sampling.reported, self._sampling.counted],
-            "kinds": kinds,
-            "begun": {kind: number for kind, number in self._spent.counts.items() if kind not in kinds},
-            "seen": base64.b64encode(b"".join(self._seen)).decode(),
-        }
-        self._writes.set_state(STATE_KEY, json.dumps(state))
+        state = _Stored(
+            self._control_fraction,
+            (self._sampling.reported, self._sampling.counted),
+            kinds,
+            {kind: number for kind, number in self._spent.counts.items() if kind not in kinds},
+            self._seen,
+        )
+        write_state(self._writes, STATE_KEY, state, SCHEMA)
 
-    def restore(self, stored: str | None, spent: str | None = None) -> None:
-        """Goes on from what an earlier run stored. spent: under SPENT_KEY, which versions before it have not
-        written."""
-        self._spent.restore(spent)
-        if stored is None:
+    def restore(self, states: Mapping[StateKey, str | None], report: Callable[[str], None]) -> None:
+        """Goes on from what an earlier run stored. Versions before SPENT_KEY have stored the numbers of trials with the
+        state. report: see `read_state`."""
+        self._spent.restore(states.get(SPENT_KEY))
+        self._spent.spend(_numbers(states.get(STATE_KEY) or ""))
+        state = read_state(states, STATE_KEY, _Stored, SCHEMA, report)
+        if state is None:
             return
-        self._spent.spend(_numbers(stored))
+        same = state.control_fraction == self._control_fraction
         try:
-            state = json.loads(stored)
-            if state["format"] != _FORMAT:
-                raise ValueError(f"format {state['format']}")
-            same = state["control_fraction"] == self._control_fraction
-            kinds = {kind: self._load_kind(saved, same) for kind, saved in state["kinds"].items()}
-            seen = base64.b64decode(state["seen"], validate=True)
-            self._sampling.restore(*map(float, state["sampling"]))
-        except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, InvalidArgumentError) as error:
-            log.error("stored outcomes: %s", error)
+            kinds = {kind: self._load_kind(saved, same) for kind, saved in state.kinds.items()}
+            self._sampling.restore(*state.sampling)
+        except (ValueError, InvalidArgumentError) as error:
+            report(f"what is stored as {STATE_KEY} cannot be read, and begins anew: {error}")
             return
         if not same:
             log.warning("stored outcomes are of another calibration.control_fraction: their units do not count")
         self._kinds = kinds
-        self._seen = OrderedDict.fromkeys(seen[i : i + _SEEN_BYTES] for i in range(0, len(seen), _SEEN_BYTES))
+        self._seen = OrderedDict(state.seen)
 
-    def _load_kind(self, saved: Mapping[str, Any], same_arms: bool) -> _Kind:
-        trial = saved["trial"]
+    def _load_kind(self, saved: _StoredKind, same_arms: bool) -> _Kind:
         return _Kind(
-            number=int(saved["number"]),
-            trial=Trial.load(trial, self._settings) if same_arms and trial is not None else None,
-            harmed=saved["harmed"],
+            number=saved.number,
+            trial=Trial.load(saved.trial, self._settings) if same_arms and saved.trial is not None else None,
+            harmed=None if saved.harmed is None else dict(saved.harmed),
             changed=True,
         )
 
@@ -305,6 +319,7 @@ def _numbers(stored: str) -> dict[str, int]:
     """Returns the numbers of the trials in a stored state, of whatever format."""
     try:
         state = json.loads(stored)
+        state = state.get("state", state)  # before schemas there was no `state`
         named = {**state.get("begun", {}), **{kind: saved["number"] for kind, saved in state["kinds"].items()}}
         return {kind: number for kind, number in named.items() if type(number) is int}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -15,6 +16,7 @@ from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Trials
 from hemostat.store.protocol import BlobKey, StateKey, StoredProfile, StoreWrites
+from hemostat.store.states import read_state, write_state
 from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.kind_table import KindTable
@@ -24,13 +26,15 @@ log = logging.getLogger("hemostat.calibration")
 MODES = frozenset({"off", "observe", "auto"})
 
 SERVING_KEY = StateKey("kinds")
-"""The key of `StoredServing` as JSON, which has at most about 100 kB."""
+"""The key of `StoredServing`, which has at most about 100 kB."""
 TESTS_KEY = StateKey("tests")
 """The guard's tests and windows, `Guard.save`: usually some 100 kB, at most 4 MB."""
 MODE_KEY = StateKey("mode")
-"""The configured mode and the one in force, with a space between."""
+"""The key of the configured mode and the one in force."""
 PROPOSED_KEY = StateKey("proposed")
-"""The number of tokens that the last proposal of each family was learned from, as a JSON object."""
+"""The key of the number of tokens that the last proposal of each family was learned from."""
+SCHEMA = 1
+"""The schema of what serves, of the mode and of what was proposed."""
 EARLIER_PROPOSED_BLOB = BlobKey("temperature_bias")
 """The key of the blob in which versions before `PROPOSED_KEY` stored these numbers."""
 STATE_KEYS = (SERVING_KEY, TESTS_KEY, TESTS_BEGUN_KEY, WINDOWS_BEGUN_KEY, MODE_KEY, PROPOSED_KEY)
@@ -41,7 +45,8 @@ SAVE_SECONDS = 60.0
 """The time between two writes of tests that go on; what decides is written at once."""
 
 
-class StoredKind(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class StoredKind:
     """A `KindState` as it is stored, with the number of the window in which its version was watched."""
 
     version: str | None
@@ -52,12 +57,10 @@ class StoredKind(msgspec.Struct, frozen=True):
     units: int
     tried: list[str]
     watch: int
-    learned_of: str = ""
-    scope: str | None = ""
-    """Earlier versions learned from parts of the traffic, too. They cannot read what lacks these two."""
 
 
-class StoredServing(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class StoredServing:
     """The state of serving as it is stored.
 
     table: `KindTable.save`. kinds: by name. queue: version, scope and source of each candidate; the scope is the part
@@ -67,18 +70,10 @@ class StoredServing(msgspec.Struct, frozen=True):
     """
 
     table: str = ""
-    kinds: dict[str, StoredKind] = {}
-    queue: list[tuple[str, str, str]] = []
-    former: dict[str, tuple[list[str], str]] = {}
-    proposals: list[int] = []
-
-    @classmethod
-    def decode(cls, text: str | None) -> StoredServing:
-        """Decodes what is stored; nothing serves if `text` is missing. Raises InvalidArgumentError if it is damaged."""
-        try:
-            return msgspec.json.decode(text, type=cls) if text else cls()
-        except msgspec.DecodeError as error:
-            raise InvalidArgumentError(f"the stored serving profiles cannot be read: {error}") from None
+    kinds: Mapping[str, StoredKind] = field(default_factory=dict)
+    queue: list[tuple[str, str, str]] = field(default_factory=list)
+    former: Mapping[str, tuple[list[str], str]] = field(default_factory=dict)
+    proposals: list[int] = field(default_factory=list)
 
     def versions(self) -> set[str]:
         """Profiles that serve, and those in the queue."""
@@ -96,10 +91,30 @@ class StoredServing(msgspec.Struct, frozen=True):
             return KindTable(limit, dict.fromkeys(followed, (0.0, 0.0)), followed)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredMode:
+    """The mode in force as it is stored, with the configured one of that time."""
+
+    configured: str
+    mode: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredProposed:
+    """What was proposed, as it is stored: the number of tokens by family."""
+
+    tokens: Mapping[str, int]
+
+
+def stored_serving(states: Mapping[StateKey, str | None], report: Callable[[str], None]) -> StoredServing:
+    """Returns what served; nothing serves if nothing is stored. report: see `read_state`."""
+    return read_state(states, SERVING_KEY, StoredServing, SCHEMA, report) or StoredServing()
+
+
 def stored_mode(states: Mapping[StateKey, str | None], configured: str) -> str | None:
     """Returns the mode that was set at run time; None if there is none, or the configured one has changed since."""
-    before, _, mode = (states.get(MODE_KEY) or "").partition(" ")
-    return mode if before == configured and mode in MODES else None
+    stored = read_state(states, MODE_KEY, StoredMode, SCHEMA, log.error)
+    return stored.mode if stored is not None and stored.configured == configured and stored.mode in MODES else None
 
 
 def stored_proposed(states: Mapping[StateKey, str | None], earlier: bytes | None) -> dict[str, int]:
@@ -108,11 +123,11 @@ def stored_proposed(states: Mapping[StateKey, str | None], earlier: bytes | None
     earlier: what a version before `PROPOSED_KEY` has stored as `EARLIER_PROPOSED_BLOB`; it is read if nothing is stored
     under that key. What cannot be read counts as nothing, since the next proposals are only made sooner then.
     """
-    stored = states.get(PROPOSED_KEY)
+    if states.get(PROPOSED_KEY) is not None:
+        stored = read_state(states, PROPOSED_KEY, StoredProposed, SCHEMA, log.error)
+        return {} if stored is None else dict(stored.tokens)
     try:
-        if stored is None:
-            return _earlier_proposed(earlier) if earlier is not None else {}
-        return msgspec.json.decode(stored, type=dict[str, int])
+        return _earlier_proposed(earlier) if earlier is not None else {}
     except (msgspec.DecodeError, KeyError) as error:
         log.error("what was proposed before cannot be read, the next proposals may come sooner: %s", error)
         return {}
@@ -193,7 +208,7 @@ class StateWriter:
         proposals = [candidate.proposal for candidate in self._trials.queue]
         table = self._kinds.table.save().decode()
         stored = StoredServing(table, kinds, queue, former, proposals)
-        self._writes.set_state(SERVING_KEY, msgspec.json.encode(stored).decode())
+        write_state(self._writes, SERVING_KEY, stored, SCHEMA)
 
     def _stored_kind(self, name: str, state: KindState) -> StoredKind:
         watch = self._trials.serving_evidence(name)
@@ -242,11 +257,11 @@ class StateWriter:
             self.save()
 
     def write_mode(self) -> None:
-        self._writes.set_state(MODE_KEY, f"{self.configured_mode} {self._serving.mode}")
+        write_state(self._writes, MODE_KEY, StoredMode(self.configured_mode, self._serving.mode), SCHEMA)
 
     def write_proposed(self, tokens: Mapping[str, int]) -> None:
         """Writes the number of tokens that the last proposal of each family was learned from."""
-        self._writes.set_state(PROPOSED_KEY, msgspec.json.encode(tokens, order="sorted").decode())
+        write_state(self._writes, PROPOSED_KEY, StoredProposed(dict(sorted(tokens.items()))), SCHEMA)
 
     def put_profile(self, profile: StoredProfile) -> None:
         self._writes.put_profile(profile)

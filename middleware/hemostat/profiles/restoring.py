@@ -14,13 +14,13 @@ from hemostat.profiles.decisions import Decision, EventLog, Reason
 from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import (
-    SERVING_KEY,
     TESTS_KEY,
     StateWriter,
     StoredKind,
     StoredServing,
     candidates,
     stored_mode,
+    stored_serving,
 )
 from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.serving import KindState, ServingState
@@ -186,10 +186,9 @@ class Restoring:
 
 def _served(states: Mapping[StateKey, str | None]) -> tuple[StoredServing, str]:
     """Returns what served, and what is wrong with the record of it, in one line; "" if nothing is wrong."""
-    try:
-        return StoredServing.decode(states.get(SERVING_KEY)), ""
-    except InvalidArgumentError as error:
-        return StoredServing(), f"{error}; identity serves"
+    damage: list[str] = []
+    served = stored_serving(states, damage.append)
+    return served, "".join(f"{line}; identity serves" for line in damage)
 
 
 def _state(kind: StoredKind, *, serves: bool) -> KindState:

@@ -207,7 +207,7 @@ class PostgresStore:
             return Head()
         schema, revision, commit_id = rows[0]
         require_schema(schema, self._shown)
-        return Head(revision, commit_id)
+        return Head(revision, commit_id, schema)
 
     @contextlib.contextmanager
     def _transaction(self, mode: str, *, keep: bool = True) -> Iterator[PostgresSession]:

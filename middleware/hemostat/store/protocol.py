@@ -32,8 +32,10 @@ MAX_EVENTS = 10_000
 MAX_BLOB_BYTES = 512 * 1024 * 1024
 VERIFY_SECONDS = 2.0
 """The time between two checks of the owner that it still owns the store."""
-SCHEMA = 1
+SCHEMA = 2
 """The version of what a store holds, written with every commit."""
+OLDEST_SCHEMA = 1
+"""The oldest schema that is read; it is taken along by `schema_1`."""
 
 
 class StoreFailure(HemostatError):
@@ -84,7 +86,7 @@ class NotKeptError(HemostatError):
 
 def require_schema(stored: int, store: str) -> None:
     """Raises StoreIncompatible if this version cannot use what another one has stored. store: how messages name it."""
-    if stored != SCHEMA:
+    if not OLDEST_SCHEMA <= stored <= SCHEMA:
         age = "a newer" if stored > SCHEMA else "an older"
         raise StoreIncompatible(
             f"store {store}: it has schema {stored}, written by {age} hemostat; this one knows schema {SCHEMA}: "
@@ -109,6 +111,8 @@ class Head:
 
     revision: int = 0
     commit_id: str = ""
+    schema: int = field(default=SCHEMA, compare=False)
+    """The schema in which that commit has left the store."""
 
 
 @dataclass(frozen=True, slots=True)

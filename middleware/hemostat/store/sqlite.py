@@ -187,7 +187,7 @@ class SqliteStore:
             )
         row = connection.execute("SELECT schema, revision, commit_id FROM head").fetchone()
         require_schema(row[0], str(self._path))
-        return Head(row[1], row[2])
+        return Head(row[1], row[2], row[0])
 
     @contextlib.contextmanager
     def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:

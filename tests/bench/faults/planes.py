@@ -13,6 +13,7 @@ it holds what was answered with 200, and nothing is lost of what it has held (te
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -168,7 +169,8 @@ def _has_event(decision: str, version: str | None = None) -> Kept:
 
 def _mode(snapshot: Snapshot) -> str:
     """The one that is configured where none is stored."""
-    return snapshot.states.get(MODE_KEY, "auto").rpartition(" ")[2]
+    stored = snapshot.states.get(MODE_KEY)
+    return "auto" if stored is None else str(json.loads(stored)["state"]["mode"])
 
 
 # --- what fails ----------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def stored_state(key: str, value: Any) -> Any:
         tests = json.loads(value)["state"]
         return {name: {kind: test["units"] for kind, test in kinds.items()} for name, kinds in tests["tests"].items()}
     if key == "kinds":
-        result = json.loads(value)
+        result = json.loads(value)["state"]
         return {
             "serving": {name: [kind["version"], kind["window"]] for name, kind in result["kinds"].items()},
             "queue": result["queue"],
