@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,3 +95,13 @@ def test_an_array_that_is_too_large_is_not_unpacked(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("hemostat_calibration.state_codec.MAX_ARRAY_BYTES", 16)
     with pytest.raises(InvalidArgumentError, match=r"Whole\.rows is no array"):
         decode(Whole, data, 1)
+
+
+@dataclass(frozen=True)
+class _WithJson:
+    value: Mapping[str, Any] | None
+
+
+@pytest.mark.parametrize("value", [None, {}, {"a": [1, None, {"b": "c"}]}])
+def test_a_json_value_is_stored_as_it_is(value: dict[str, Any] | None) -> None:
+    assert decode(_WithJson, encode(_WithJson(value), 1), 1) == _WithJson(value)

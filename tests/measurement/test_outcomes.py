@@ -53,7 +53,7 @@ class World:
     served: Served = field(default_factory=Served)
     writes: LateWrites = field(default_factory=LateWrites)
     reported: list[str] = field(default_factory=list)
-    """What could not be read."""
+    """The lines about stored states that could not be read."""
     now: float = 1000.0
     control_fraction: float = 0.5
     outcomes: Outcomes = field(init=False)

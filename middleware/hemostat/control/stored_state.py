@@ -28,7 +28,7 @@ SALT_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class _Salt:
-    """What is stored: the salt, `SALT_BYTES` random bytes in hexadecimal digits."""
+    """The salt as it is stored: `SALT_BYTES` random bytes in hexadecimal digits."""
 
     salt: str
 

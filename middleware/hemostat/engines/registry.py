@@ -48,7 +48,7 @@ TICK_SECONDS = 0.25
 
 @dataclass(frozen=True, slots=True)
 class _Drained:
-    """What is stored: the names of the engines that are drained."""
+    """The drained engines as they are stored: their names."""
 
     engines: list[str]
 

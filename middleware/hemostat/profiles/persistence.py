@@ -101,7 +101,7 @@ class StoredMode:
 
 @dataclass(frozen=True, slots=True)
 class StoredProposed:
-    """What was proposed, as it is stored: the number of tokens by family."""
+    """The number of tokens by family that the last proposals were learned from, as it is stored."""
 
     tokens: Mapping[str, int]
 
