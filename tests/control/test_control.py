@@ -389,6 +389,10 @@ async def test_one_of_two_with_the_same_store_is_active_and_the_other_continues_
             state = (await client.get("/api/v1/status", headers=AUTHORIZED)).json()
             assert state["control"] == {"state": "standby", "detail": "another process owns the store"}
             assert state["state"] == {"level": "ok", "problems": []}
+            gate = (await client.get("/api/v1/gate")).json()
+            why = "this control process is not active: another process owns the store"
+            assert (gate["state"], gate["why"]) == ("none", why)
+            assert (await client.post("/api/v1/gate/confirm-promotion")).status_code == 409
     await asyncio.wait_for(starting, HANG_SECONDS)
     other.profile_manager.set_model_pair("m", 30)
     assert other.profile_manager.serving.version == profile().version

@@ -394,10 +394,18 @@ def create_app(
         await read_body(request, MAX_SMALL_BYTES)
         return await backend.actions.accept_canaries()
 
+    def shown_gate() -> dict[str, Any]:
+        """Returns the gate. A process that does not know what is stored knows of none, and says so: an error would end
+        the analysis of a canary controller that asks any of several processes."""
+        report = backend.gate.report()
+        if not backend.ownership.knows:
+            report["why"] = f"this control process is not active: {backend.ownership.why}"
+        return report
+
     @app.get("/api/v1/gate")
     async def gate() -> dict[str, Any]:
         """Returns the live gate: its state (`none`, `running`, `pass`, `fail`, `undecided`), and all that led to it."""
-        return backend.gate.report()
+        return shown_gate()
 
     @app.post("/api/v1/gate")
     async def begin_gate(request: Request) -> dict[str, Any]:
@@ -422,14 +430,14 @@ def create_app(
         """Answers 200 if the live gate has passed, else 409: a webhook for Flagger, which waits until it is 200. Body:
         any."""
         await read_body(request, MAX_WEBHOOK_BYTES)
-        return _webhook(backend.gate.report(), "pass")
+        return _webhook(shown_gate(), "pass")
 
     @app.post("/api/v1/gate/rollback")
     async def roll_back(request: Request) -> PlainTextResponse:
         """Answers 200 if the live gate has failed, else 409: a webhook for Flagger, which rolls back at 200. Body:
         any."""
         await read_body(request, MAX_WEBHOOK_BYTES)
-        return _webhook(backend.gate.report(), "fail")
+        return _webhook(shown_gate(), "fail")
 
     @app.post("/api/v1/engines/drain")
     async def drain(request: Request) -> Response:
