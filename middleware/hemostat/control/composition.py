@@ -412,7 +412,7 @@ class Control:
             self.canaries.run(),
         ]
         if self.references is not None:
-            loops += [self.monitor.run(), self.learner.run(), self.gate.run()]
+            loops += [self.monitor.run(), self.learner.run(), self.gate.run(), self.gate.watch()]
             loops += [*self.pipeline.loops(), *self.adapters.loops()]
         return loops
 

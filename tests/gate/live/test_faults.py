@@ -105,6 +105,24 @@ async def test_another_candidate_behind_the_same_address_is_undecided(world: Wor
         assert report["units"] == 3
 
 
+async def test_a_verdict_is_taken_back_if_another_candidate_or_model_is_there_by_now(world: Worlds) -> None:
+    """A canary controller would roll the other candidate out on the verdict about the first one."""
+    candidate = FakeVllm(noise=0.3)
+    async with world(FakeVllm(noise=1.0), candidate) as here:
+        gate = await running(here)
+        await here.feed(gate, 300)
+        await gate.look()
+        assert gate.report()["state"] == "pass"
+        candidate.status = 503
+        await gate.look()
+        assert gate.report()["state"] == "pass"
+        candidate.status, candidate.noise = None, 2.0
+        await gate.look()
+        report = gate.report()
+        assert report["state"] == "undecided"
+        assert "another candidate answers behind the same address" in report["why"]
+
+
 @pytest.mark.parametrize(("fault", "said"), [({"chat_template": "Be brief."}, "chat template")])
 async def test_another_chat_template_fails_at_once(world: Worlds, fault: dict[str, Any], said: str) -> None:
     async with world(FakeVllm(), FakeVllm(**fault)) as here:

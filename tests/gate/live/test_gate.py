@@ -110,6 +110,8 @@ async def test_one_gate_at_a_time_and_the_same_one_goes_on(world: Worlds) -> Non
         await here.feed(gate, 3)
         gate.begin(f"{here.candidate}/", "other", None, None, waive_cycles=False)
         assert gate.report()["units"] == 3
+        with pytest.raises(HemostatError, match="has other margins"):
+            gate.begin(here.candidate, "other", 0.2, None, waive_cycles=False)
         with pytest.raises(HemostatError, match="is running; end it first"):
             gate.begin("http://127.0.0.1:1", "other", None, None, waive_cycles=False)
         gate.end()

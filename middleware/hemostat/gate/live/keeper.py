@@ -82,6 +82,8 @@ ANSWER_SECONDS = 120.0
 """The longest time of one answer of the candidate."""
 RETRY_SECONDS = (1.0, 5.0, 15.0, 60.0)
 """The pauses after which a candidate that does not answer is asked again; the last one repeats."""
+WATCH_SECONDS = 60.0
+"""The time between two looks at a candidate after the verdict."""
 BURST_HOURS = 0.1
 """The candidate's token budget may be saved up for this long."""
 SPAN = 2.0
@@ -178,15 +180,22 @@ class ShadowGate:
             raise HemostatError(f"candidate: {error}") from None
         if self._settings.reference.backend == "none":
             raise HemostatError("reference.backend is none: nothing is scored, and a gate compares scored requests")
-        running = self._gate
-        if running is not None and running.stored.state != NONE:
-            if _named(running.stored.subject) == f"{expect} {candidate}":
-                return
-            if running.stored.state == RUNNING:
-                raise HemostatError(
-                    f"a gate of {running.stored.subject.candidate} is running; end it first, by DELETE /api/v1/gate"
-                )
         margins = margin or MARGINS[expect], kind_margin or KIND_MARGIN
+        before = self._gate
+        if before is not None and before.stored.state != NONE:
+            rules = before.stored.evidence.rules
+            asked = questions(expect, *margins), waive_cycles
+            if _named(before.stored.subject) == f"{expect} {candidate}":
+                if (rules.questions, rules.waived) == asked:
+                    return
+                raise HemostatError(
+                    "the gate of this candidate has other margins, or does not waive the same; end it first, by DELETE "
+                    "/api/v1/gate"
+                )
+            if before.stored.state == RUNNING:
+                raise HemostatError(
+                    f"a gate of {before.stored.subject.candidate} is running; end it first, by DELETE /api/v1/gate"
+                )
         self._begin(candidate, expect, *margins, waived=waive_cycles)
 
     def end(self) -> None:
@@ -196,8 +205,9 @@ class ShadowGate:
         self._end(NONE, "ended by the operator")
 
     def forget(self, why: str) -> None:
-        """Ends a running gate, since the models that are served or compared are others now. why: in words."""
-        if self._gate is not None and self._gate.stored.state == RUNNING:
+        """Ends a gate, and takes its verdict back, since the models that are served or compared are others now. why: in
+        words."""
+        if self._gate is not None and self._gate.stored.state in (RUNNING, PASS, FAIL):
             self._end(UNDECIDED, f"{why}: the candidate was compared with others")
 
     def after_break(self, time_break: TimeBreak) -> None:
@@ -296,6 +306,26 @@ class ShadowGate:
         """Measures until it is cancelled."""
         while True:
             await self.step()
+
+    async def watch(self) -> None:
+        """Looks at the candidate of a verdict until it is cancelled."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            await self.look()
+
+    async def look(self) -> None:
+        """Takes a verdict back if another candidate answers behind the address by now. A candidate that does not answer
+        changes nothing: it may have been rolled out, and ended."""
+        gate = self._gate
+        if gate is None or gate.stored.state not in (PASS, FAIL) or not gate.stored.identity or not self._active():
+            return
+        try:
+            identity = await gate.candidate.identity()
+        except ReferenceFailure:
+            return
+        changed = changes(gate.stored.identity, identity)
+        if changed and gate is self._gate and gate.stored.state in (PASS, FAIL):
+            self._end(UNDECIDED, f"another candidate answers behind the same address: {'; '.join(changed)}")
 
     async def step(self) -> None:
         """Waits for the next record, and measures it. What goes wrong costs this record only."""
