@@ -239,6 +239,8 @@ def test_rebase_learns_anew():
     alarm = play(alarm, "b", requests(rng, 20, scale=6.0))
     assert reading(alarm, AlarmTest.CHANGE).raised is not None
     rebased = rebase(alarm, "b")
+    assert alarm.workload.complete
+    assert rebased.workload.complete, "a new baseline of one kind says nothing about the mix"
     assert (of_kind(rebased, "a").watched, of_kind(rebased, "b").baseline_requests) == (True, 0)
     assert reading(rebased, AlarmTest.CHANGE).raised is None
     rebased = play(learned(rebased, "b", rng, scale=6.0), "b", requests(rng, 20, scale=6.0))
@@ -246,6 +248,7 @@ def test_rebase_learns_anew():
     assert (again.raised, again.number, rebased.baselines) == (None, 2, 3)
     everything = rebase(alarm)
     assert not any(each.watched for each in kind_readings(everything))
+    assert not everything.workload.baseline, "the mix is learned anew, too"
 
 
 def test_the_mix_of_kinds_is_compared_and_weighted_back():

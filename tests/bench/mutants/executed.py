@@ -1,4 +1,4 @@
-"""Which tests execute which lines of the product: each file of tests runs once, with coverage.py in all its processes.
+"""Finds the tests that execute a line of the product. Each file of tests runs once, with coverage.py in its processes.
 
 A file that has a record is not run again, so that a recording goes on after an interruption.
 """

@@ -43,7 +43,7 @@ class Tree:
         self.restore()
 
     def restore(self) -> None:
-        """Makes all files those of the revisions again. What is ignored stays."""
+        """Undoes every change of files that git does not ignore."""
         git(self.folder, "reset", "--quiet", "--hard", self.revision)
         if self._tests_of != self.revision:
             git(self.folder, "rm", "--quiet", "-r", "tests")
