@@ -18,7 +18,7 @@ from hemostat_calibration.divergence.per_token import calibrated, divergence
 from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.profiles.contextual import contextual_profile, probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.transform import anchors, anchors_digest, code, shift_at, shift_range
+from hemostat_calibration.profiles.transform import anchors, anchors_digest, code, max_shift, shift_at
 from hemostat_calibration.record_checks import validate
 from hemostat_calibration.records import Features
 
@@ -68,7 +68,7 @@ def test_by_hand():
     y = 0.5 + 2.0 * 1.0
     np.testing.assert_allclose(code(profile, z[[2, 0]]), [y], rtol=1e-12)
     np.testing.assert_allclose(shift(profile, z), [2.0, 0.0, -0.25 * y], rtol=1e-12)
-    assert shift_range(profile) == (-2.0, 2.0)
+    assert max_shift(profile) == 2.0
     limited = contextual_profile(
         model="m",
         anchors=np.array([2, 0]),

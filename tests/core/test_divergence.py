@@ -12,9 +12,11 @@ from tests.support.slow import examples
 from tests.support.temperature_bias import temperature_bias
 from tests.support.work import instructions, peak_bytes
 
+from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.divergence.gain import gain
 from hemostat_calibration.divergence.per_token import calibrated, divergence
-from hemostat_calibration.profiles.transform import shift_range
+from hemostat_calibration.profiles.adapter import adapter_profile
+from hemostat_calibration.profiles.transform import max_shift
 from hemostat_calibration.records import Sampling, Shift
 
 ROUNDING = 1e-5
@@ -94,9 +96,9 @@ def test_the_gain_lies_in_its_interval(data, truth, k, reference_k, log_normaliz
     rounding = 1e-7 + 1e-9 * np.abs(before)
     assert (result.lower <= won + rounding).all()
     assert (result.upper >= won - rounding).all()
-    low, high = shift_range(profile)
-    assert (result.lower >= low - high).all()
-    assert (result.upper <= high - low).all()
+    width = 2.0 * max_shift(profile)
+    assert (result.lower >= -width).all()
+    assert (result.upper <= width).all()
     np.testing.assert_allclose(result.lower[result.exact], won[result.exact], atol=1e-7 + 1e-9 * np.abs(before).max())
     if log_normalizer and reference_k is None:
         assert result.exact.all()
@@ -119,12 +121,18 @@ def test_the_likeliest_id_after_a_profile_is_known_or_said_to_be_unknown(data, t
         assert figures.top1_known.all()
 
 
+def no_shift(vocabulary):
+    """An adapter, which adds nothing to the logits."""
+    layers = {"mlp": LowRank(np.ones((1, 2), np.float32), np.ones((2, 1), np.float32))}
+    return adapter_profile(model="m", vocab_size=vocabulary, layers=layers)
+
+
 @pytest.mark.parametrize("k", [2, 5])
 def test_a_profile_that_changes_nothing_leaves_the_agreement(k):
     rng = np.random.default_rng(0)
     log_p = log_softmax(rng.normal(size=(40, 30)))
     record = make_record(Truth(log_p, log_p, log_p.argmax(-1)), k)
-    figures = calibrated(record, temperature_bias("m", 30, 1.0, np.zeros(30), 1.0))
+    figures = calibrated(record, no_shift(30))
     assert figures.top1_known.all()
     assert figures.top1_agreement.all()
 
@@ -132,7 +140,7 @@ def test_a_profile_that_changes_nothing_leaves_the_agreement(k):
 def test_identity_wins_nothing():
     rng = np.random.default_rng(0)
     truth = Truth(log_softmax(rng.normal(size=(3, 9))), log_softmax(rng.normal(size=(3, 9))), np.array([0, 1, 2]))
-    profile = temperature_bias("m", 9, 1.0, np.zeros(9), 1.0)
+    profile = no_shift(9)
     record = make_record(truth, 4)
     np.testing.assert_allclose(gain(record, profile).lower, 0.0, atol=1e-12)
     np.testing.assert_allclose(gain(record, profile).upper, 0.0, atol=1e-12)

@@ -16,12 +16,12 @@ from hemostat_calibration.profiles.transform import (
     anchors,
     anchors_digest,
     code,
+    max_shift,
     relative_logits,
     shift_at,
-    shift_range,
 )
 
-__all__ = ["anchors", "anchors_digest", "apply", "code", "shift", "shift_at", "shift_range"]
+__all__ = ["anchors", "anchors_digest", "apply", "code", "max_shift", "shift", "shift_at"]
 
 
 def shift(profile: CalibrationProfile, logits: npt.NDArray[np.floating]) -> Floats:

@@ -55,15 +55,6 @@ def _shift(parameters: Parameters, relative: Floats, ids: Indices | None, _: Flo
     return slope * relative + bias
 
 
-def _range(parameters: Parameters, most: Floats) -> tuple[Floats, Floats]:
-    # relative lies in (-inf, most]: the slope's part is bounded on one side only.
-    slope = float(parameters["inverse_temperature"]) - 1.0
-    low, high = float(parameters["bias"].min()), float(parameters["bias"].max())
-    edge = slope * most
-    unbounded = np.full_like(edge, np.inf)
-    return (low - unbounded if slope > 0.0 else low + edge), (high + unbounded if slope < 0.0 else high + edge)
-
-
 def _check(parameters: Parameters) -> str:
     beta = float(parameters["inverse_temperature"])
     return "" if beta > 0.0 else f"inverse_temperature is {beta}: it must be above 0"
@@ -74,7 +65,6 @@ register(
     FamilySpec(
         parameters={"inverse_temperature": Parameter(()), "bias": Parameter((VOCABULARY,))},
         shift=_shift,
-        range=_range,
         check=_check,
         queue_priority=1,  # all others are tested first
     ),

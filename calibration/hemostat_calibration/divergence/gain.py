@@ -10,13 +10,11 @@ from hemostat_calibration.arrays import Bools, Floats
 from hemostat_calibration.divergence.profile_shift import (
     known_rows,
     log_normalizer_range,
-    max_unlisted_relative,
     profile_shift,
-    unlisted_shift_range,
 )
 from hemostat_calibration.divergence.view import row_sums, view_of
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.transform import shift_range
+from hemostat_calibration.profiles.transform import max_shift
 from hemostat_calibration.records import TokenRecord
 
 
@@ -62,20 +60,17 @@ def gain(record: TokenRecord, profile: CalibrationProfile) -> Gain:
     delta = profile_shift(record, profile, view)
     shifted = known_rows(delta)
     z_low, z_high = log_normalizer_range(record, profile, view, delta)
-    low, high = unlisted_shift_range(
-        record, profile, np.where((view.inside == (view.ids >= 0)).all(axis=1), max_unlisted_relative(record), 0.0)
-    )
     inside = row_sums(view.r * delta)
     tail = np.zeros(record.tokens) if view.exact else np.maximum(1.0 - row_sums(view.r), 0.0)
-    least, most = shift_range(profile)
-    expected_low = np.where(shifted, inside + tail * low, least)
-    expected_high = np.where(shifted, inside + tail * high, most)
+    most = max_shift(profile)
+    expected_low = np.where(shifted, inside - tail * most, -most)
+    expected_high = np.where(shifted, inside + tail * most, most)
     if profile.version in record.shifts:
         expected = record.shifts[profile.version].expected
         expected_low = np.where(np.isnan(expected), expected_low, expected)
         expected_high = np.where(np.isnan(expected), expected_high, expected)
     # The models' rounding may carry a value out of the possible range, which betting tests rely on.
-    width = float(most - least)
+    width = 2.0 * most
     return Gain(
         lower=np.clip(expected_low - z_high, -width, width),
         upper=np.clip(expected_high - z_low, -width, width),

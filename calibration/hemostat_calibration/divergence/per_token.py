@@ -39,9 +39,7 @@ from hemostat_calibration.divergence.profile_shift import (
     at_emitted,
     known_rows,
     log_normalizer_range,
-    max_unlisted_relative,
     profile_shift,
-    unlisted_shift_range,
 )
 from hemostat_calibration.divergence.sampled_estimate import importance_weight, sampled_estimates
 from hemostat_calibration.divergence.view import (
@@ -56,6 +54,7 @@ from hemostat_calibration.divergence.view import (
     xlogy,
 )
 from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.transform import max_shift
 from hemostat_calibration.records import ExactDistances, TokenRecord
 
 
@@ -262,10 +261,7 @@ def calibrated(
         gained = gain(record, profile)
         recovered &= gained.exact
         estimate_rc = np.where(recovered, np.maximum(record.recovered.kl_rc - gained.lower, 0.0), estimate_rc)
-    most = (
-        cap(record.compressed, record.output_ids)
-        + unlisted_shift_range(record, profile, max_unlisted_relative(record))[1]
-    )
+    most = cap(record.compressed, record.output_ids) + max_shift(profile)
     certain = bounds_of(
         record, view, last, view.log_candidates + (delta - high[:, None]), np.minimum(most - high, 0.0), min_ratio
     )

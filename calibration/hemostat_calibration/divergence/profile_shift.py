@@ -1,6 +1,4 @@
-"""The change that a profile makes to a record: Δz at the candidates, its range behind them, and the normalizer
-E_c[e^Δz].
-"""
+"""The change that a profile makes to a record: Δz at the candidates, and the normalizer E_c[e^Δz]."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ import numpy as np
 from hemostat_calibration.arrays import Bools, Floats
 from hemostat_calibration.divergence.view import View, row_counts, row_sums
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.transform import anchors, anchors_digest, code, shift_at, shift_range
+from hemostat_calibration.profiles.transform import anchors, anchors_digest, code, max_shift, shift_at
 from hemostat_calibration.record_checks import LOGPROB_TOLERANCE
 from hemostat_calibration.records import TokenRecord
 
@@ -60,52 +58,6 @@ def known_rows(delta: Floats) -> Bools:
     return known
 
 
-def max_unlisted_relative(record: TokenRecord) -> Floats:
-    """Returns the largest that z − max z can be behind the candidates, float64 [T], at most 0.
-
-    The last candidate may be the emitted token, far down: the one before it is surely among the most likely.
-
-    >>> from hemostat_calibration.records import Candidates
-    >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
-    >>> record = TokenRecord(
-    ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
-    ... )
-    >>> max_unlisted_relative(record).round(6).tolist()
-    [-1.252763]
-    """
-    logprobs = record.compressed.logprobs
-    before_last = np.maximum(row_counts(record.compressed.ids >= 0) - 2, 0)
-    most: Floats = np.minimum(logprobs[np.arange(record.tokens), before_last] - logprobs[:, 0], 0.0)
-    return most
-
-
-def unlisted_shift_range(record: TokenRecord, profile: CalibrationProfile, most: Floats) -> tuple[Floats, Floats]:
-    """Returns (low, high), each [T]: range of Δz over ids whose z − max z is at most `most` [T].
-
-    >>> from hemostat_calibration.profiles.contextual import contextual_profile
-    >>> from hemostat_calibration.profiles.transform import anchor_set
-    >>> from hemostat_calibration.records import Candidates, Features
-    >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
-    >>> profile = contextual_profile(
-    ...     model="",
-    ...     anchors=np.array([0]),
-    ...     linear=np.zeros((1, 1)),
-    ...     offset=np.ones(1),
-    ...     up=np.arange(9)[:, None] / 8.0,
-    ...     clamp_nats=1.0,
-    ... )
-    >>> record = TokenRecord(
-    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0],
-    ...     features=Features(anchor_set(profile), np.zeros((1, 1), np.float32))
-    ... )
-    >>> low, high = unlisted_shift_range(record, profile, max_unlisted_relative(record))
-    >>> low.tolist(), high.tolist()
-    ([-1.0], [1.0])
-    """
-    low, high = shift_range(profile, most)
-    return np.broadcast_to(low, record.tokens), np.broadcast_to(high, record.tokens)
-
-
 def log_normalizer_range(
     record: TokenRecord, profile: CalibrationProfile, view: View, delta: Floats
 ) -> tuple[Floats, Floats]:
@@ -136,15 +88,14 @@ def log_normalizer_range(
     >>> low.round(6).tolist(), high.round(6).tolist()
     ([-0.037268], [0.181036])
     """
-    low, high = unlisted_shift_range(record, profile, max_unlisted_relative(record))
+    most = max_shift(profile)
     candidates = np.exp(view.log_candidates)
     complete = row_counts(view.ids >= 0) == record.domain
     behind = np.where(complete, 0.0, np.maximum(1.0 - row_sums(candidates), 0.0))
     total = row_sums(candidates * np.exp(delta))
-    z_low, z_high = np.log(total + behind * np.exp(low)), np.log(total + behind * np.exp(high))
+    z_low, z_high = np.log(total + behind * np.exp(-most)), np.log(total + behind * np.exp(most))
     unknown = np.isnan(total)
-    least, most = shift_range(profile)
-    z_low, z_high = np.where(unknown, least, z_low), np.where(unknown, most, z_high)
+    z_low, z_high = np.where(unknown, -most, z_low), np.where(unknown, most, z_high)
     if profile.version in record.shifts:
         reported = record.shifts[profile.version].log_normalizer
         known = (reported >= z_low - LOGPROB_TOLERANCE) & (reported <= z_high + LOGPROB_TOLERANCE)

@@ -185,9 +185,9 @@ class Guard:
         added later, it has none: the last number given is returned.)
 
         kinds: kind -> (width, weight). width: no gain is below −width, nats. For a profile against identity that is the
-            width of its Δz (`transform.shift_range`: high − low, at most 2 clamp); for one profile against another,
-            the sum of theirs; of the total variation 1. weight: above 0, the share of the kind in the traffic so far;
-            the larger, the less its proof takes.
+            width of its Δz (twice `transform.max_shift`); for one profile against another, the sum of theirs; of the
+            total variation 1. weight: above 0, the share of the kind in the traffic so far; the larger, the less its
+            proof takes.
         figures: by kind, what the gains are of; nats where a kind is absent. Raises InvalidArgumentError unless widths
         and weights are above 0.
         """

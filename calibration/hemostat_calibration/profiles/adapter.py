@@ -156,16 +156,11 @@ def _no_shift(parameters: Parameters, relative: Floats, ids: Indices | None, cod
     return np.zeros_like(relative)
 
 
-def _no_range(parameters: Parameters, most: Floats) -> tuple[Floats, Floats]:
-    return np.zeros_like(most), np.zeros_like(most)
-
-
 register(
     ADAPTER,
     FamilySpec(
         parameters={},
         shift=_no_shift,
-        range=_no_range,
         check=_check,
         named=_parameters,
         changes_weights=True,

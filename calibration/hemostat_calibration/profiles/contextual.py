@@ -107,11 +107,6 @@ def _shift(parameters: Parameters, relative: Floats, ids: Indices | None, code: 
     return shift
 
 
-def _range(parameters: Parameters, most: Floats) -> tuple[Floats, Floats]:
-    unbounded = np.full_like(most, np.inf)
-    return -unbounded, unbounded
-
-
 def _check(parameters: Parameters) -> str:
     anchors, features = parameters[ANCHORS], parameters["linear"].shape[1]
     vocabulary = parameters["up"].shape[0]
@@ -144,7 +139,6 @@ register(
     FamilySpec(
         parameters=_PARAMETERS,
         shift=_shift,
-        range=_range,
         check=_check,
         code=_code,
         basis=lambda parameters: parameters["up"],

@@ -46,8 +46,6 @@ class FamilySpec:
     shift: (parameters, relative float64 [..., N], ids int [..., N] or None, code float64 [..., r] or None) -> unclamped
         Δz, float64 [..., N] nats. `relative` is z − max z, finite; `ids` are the columns, None when they are the whole
         vocabulary in order; `code` is the result of the function of that name.
-    range: (parameters, most float64 [...]) -> (low, high), each [...]: bounds of the unclamped Δz over every id whose
-        `relative` is at most `most` (≤ 0), whatever the row; infinite where there is none.
     check: (parameters) -> what is wrong with the values, or "" if nothing is.
     code: (parameters, anchored float64 [..., N]) -> float64 [..., r]: the code of a row, from its finite logits at the
         ids of the parameter `ANCHORS`; a constant added to them changes nothing. None for a family without anchors.
@@ -61,7 +59,6 @@ class FamilySpec:
 
     parameters: Mapping[str, Parameter]
     shift: Callable[[Parameters, Floats, Indices | None, Floats | None], Floats]
-    range: Callable[[Parameters, Floats], tuple[Floats, Floats]]
     check: Callable[[Parameters], str]
     code: Callable[[Parameters, Floats], Floats] | None = None
     named: Callable[[Iterable[str]], Mapping[str, Parameter]] | None = None

@@ -114,25 +114,14 @@ def shift_at(
     return np.where(finite, np.clip(raw, -profile.clamp_nats, profile.clamp_nats), 0.0)
 
 
-def shift_range(profile: CalibrationProfile, most: Floats | float = 0.0) -> tuple[Floats, Floats]:
-    """Returns (low, high), each [...] in nats: bounds of the Δz of every id, in any row, with z − max z ≤ `most` [...].
+def max_shift(profile: CalibrationProfile) -> float:
+    """Returns a bound of |Δz| at every id, in any row, in nats: the profile's clamp, or 0 for an adapter.
 
-    >>> from hemostat_calibration.profiles.contextual import contextual_profile
-    >>> profile = contextual_profile(
-    ...     model="m",
-    ...     anchors=np.array([0]),
-    ...     linear=np.zeros((1, 1)),
-    ...     offset=np.ones(1),
-    ...     up=np.array([[0.0], [0.25], [2.0]]),
-    ...     clamp_nats=1.0,
-    ... )
-    >>> low, high = shift_range(profile)
-    >>> low.item(), high.item()
-    (-1.0, 1.0)
+    >>> from hemostat_calibration.profiles.contextual import probe_profile
+    >>> max_shift(probe_profile("m", 4, np.array([1, 3]), clamp_nats=1.0))
+    1.0
     """
-    low, high = profile.spec.range(profile.parameters, np.asarray(most, dtype=np.float64))
-    clamp = profile.clamp_nats
-    return np.clip(low, -clamp, clamp), np.clip(high, -clamp, clamp)
+    return 0.0 if profile.changes_weights else profile.clamp_nats
 
 
 def relative_logits(values: npt.NDArray[np.floating], finite: npt.NDArray[np.bool_]) -> Floats:

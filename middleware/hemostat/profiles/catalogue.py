@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from hemostat.store.protocol import StoredProfile
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.transform import anchor_set, shift_range
+from hemostat_calibration.profiles.transform import anchor_set, max_shift
 
 MAX_PROFILES = 32
 """The number of profiles above which the oldest ones that are not in use are evicted, from the store too."""
@@ -110,6 +110,5 @@ def parameter_bytes(profile: CalibrationProfile) -> int:
 
 
 def gain_width(profile: CalibrationProfile) -> float:
-    """High minus low of its Δz, nats: no gain over identity is below minus that."""
-    low, high = shift_range(profile)
-    return max(float(high - low), MIN_GAIN_WIDTH_NATS)
+    """Returns the width of the range of its Δz, nats: no gain over identity is below minus that."""
+    return max(2.0 * max_shift(profile), MIN_GAIN_WIDTH_NATS)

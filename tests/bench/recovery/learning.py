@@ -15,7 +15,7 @@ from hemostat_calibration.guard.decisions import Action
 from hemostat_calibration.guard.guard import Guard
 from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.transform import anchors_digest, shift_range
+from hemostat_calibration.profiles.transform import anchors_digest, max_shift
 from hemostat_calibration.records import Candidates, Features, TokenRecord
 from hemostat_calibration.statistics.split import prompt_key
 
@@ -158,9 +158,8 @@ def judged(
 ) -> dict[str, Any]:
     """What the guard says when the held-out prompts come by one after the other, of one kind and one client, gains
     exact."""
-    low, high = shift_range(profile)
     guard = Guard(ALPHA)
-    guard.begin_candidate("it", {"all": (float(high - low), 1.0)})
+    guard.begin_candidate("it", {"all": (2.0 * max_shift(profile), 1.0)})
     gains = identity.kl - figures.kl
     tokens = np.bincount(prompts)
     promoted = False

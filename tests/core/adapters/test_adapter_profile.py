@@ -99,7 +99,7 @@ def test_no_logit_changes() -> None:
     logprobs = np.log(np.random.default_rng(0).dirichlet(np.ones(V), size=3))
     ids = np.tile(np.arange(V), (3, 1))
     assert not transform.shift_at(profile, ids, logprobs).any()
-    assert [end.tolist() for end in transform.shift_range(profile, np.zeros(2))] == [[0.0, 0.0], [0.0, 0.0]]
+    assert transform.max_shift(profile) == 0.0
     with pytest.raises(InvalidArgumentError, match="reads no anchors"):
         transform.code(profile, np.zeros(3))
 
