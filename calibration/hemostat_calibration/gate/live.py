@@ -3,11 +3,13 @@
 What is different from the offline gate:
 
 - Units of traffic depend on each other. The evidence of each bet is raised to the power 1/v̂ with the variance
-  inflation v̂ of sums (`statistics.dependence`), as in the tests of profiles: the larger one of the v̂ of the test's own
-  D, and of what the caller has noted of the same traffic. A test decides nothing before its own v̂ is to be believed.
+  inflation v̂ of sums (`statistics.dependence`), as in the tests of profiles: the largest one of the v̂ of the kind's
+  D in all questions, and of what the caller has noted of the same traffic. A test decides nothing before its own v̂ is
+  to be believed.
 - Traffic has a cycle, such as day and night. No mean is decided by one part of it: the units of a question over all
   kinds have to span `MIN_CYCLES` cycles for a verdict, and the units of a kind one. An operator may waive that; the
-  verdict then holds for traffic like in the hours that were seen, and says so.
+  verdict then holds for traffic like in the hours that were seen, and says so. There, and where the traffic has no
+  cycle, units are taken to depend on each other only over times of which many fit in a test, as in `guard`.
 - Which kinds there will be is not known in advance. A mean of a kind is *required* once it has `MIN_UNITS` units (with
   fewer, v̂ is not known), and stays so. How many units a kind has does not depend on their D. So a wrong pass needs the
   test of the first required mean that is at its margin or above it to reject, whichever that is, and has a probability
@@ -77,9 +79,11 @@ class LiveMean:
         """It is True if there are enough effective units to believe v̂."""
         return bool(self.batches.enough()[0])
 
-    def inflation(self, noted: float) -> float:
-        """Returns v̂ of sums as long as the test, 1 or more; infinite before it is known. noted: see `Noted`."""
-        return max(float(self.batches.inflation_of_sums(self.bets.units)[0]), noted)
+    def inflation(self, *, in_cycles: bool) -> float:
+        """Returns v̂ of sums as long as the test, 1 or more; infinite before it is known. in_cycles: take the few
+        batches into account, too, that are as long as a part of a cycle."""
+        own = self.batches.inflation_of_sums(self.bets.units) if in_cycles else self.batches.inflation()
+        return float(own[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +106,14 @@ class LiveRules:
         if not self.questions:
             raise InvalidArgumentError("a gate needs a question: give at least one")
 
+    @property
+    def in_cycles(self) -> bool:
+        """It is True if the verdict is about whole cycles of the traffic."""
+        return self.cycle > 0.0 and not self.waived
+
     def needed_seconds(self, kind: str) -> float:
         """Returns the time that the units of a mean have to span before it decides anything."""
-        if self.waived:
-            return 0.0
-        return self.cycle * (MIN_CYCLES if kind == ALL else 1)
+        return self.cycle * (MIN_CYCLES if kind == ALL else 1) if self.in_cycles else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +215,10 @@ class LiveGate:
         findings: list[LiveFinding] = []
         own: list[float] = []
         short: set[str] = set()
+        inflations = self._inflations()
         for name, means in self.state.means.items():
             for kind, mean in means.items():
-                v = mean.inflation(noted(kind, mean.bets.units)) if mean.is_known else math.inf
+                v = max(inflations[kind], noted(kind, mean.bets.units)) if mean.is_known else math.inf
                 passed = math.isfinite(v) and mean.bets.passing(v) >= needed
                 own.append(mean.bets.failing(v) if math.isfinite(v) else 0.0)
                 if mean.elapsed < rules.needed_seconds(kind) and self._required(kind, mean):
@@ -229,6 +237,17 @@ class LiveGate:
             self._unseen(),
             min(means[ALL].elapsed for means in self.state.means.values()),
         )
+
+    def _inflations(self) -> dict[str, float]:
+        """Returns v̂ by kind, the largest one of all questions whose own is known: bad answers that come in runs show
+        that only after the first run."""
+        result: dict[str, float] = {}
+        for means in self.state.means.values():
+            for kind, mean in means.items():
+                if mean.is_known:
+                    own = mean.inflation(in_cycles=self.state.rules.in_cycles)
+                    result[kind] = max(result.get(kind, 1.0), own)
+        return result
 
     def _required(self, kind: str, mean: LiveMean) -> bool:
         return kind == ALL or mean.bets.units >= MIN_UNITS

@@ -158,7 +158,8 @@ class Guard:
     def noted_inflation(self, kind: str, units: int) -> float:
         """Returns v̂ of sums of so many units of a kind, as far as what was noted says it: 1 or more. The tests of a
         gate take at least this, too."""
-        return max([1.0, *(dependence.inflation_of_sums(units) for dependence in self._noted(kind))])
+        in_cycles = self._cycle > 0.0
+        return max([1.0, *(d.inflation_of_sums(units) if in_cycles else d.inflation for d in self._noted(kind))])
 
     @property
     def has_seen_cycles(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -112,15 +112,15 @@ def drawn(world: World, lives: int, units: int, mean: float, seed: int) -> Float
     return np.clip(np.stack([world.draw(random, units, mean) for _ in range(lives)]), -1.0, 1.0)
 
 
-def verdicts(values: Floats, *, dependent: bool = True) -> Lives:
+def verdicts(values: Floats, *, dependent: bool = True, waived: bool = False) -> Lives:
     """Returns the verdicts of all lives at a time, as `LiveGate` gives them. dependent: False: as if units were
-    independent, and no cycle had to be seen."""
+    independent, and no cycle had to be seen. waived: the cycles are."""
     lives, units = values.shape
     margin, needed = RULES.questions[0].margin, -math.log(RULES.alpha)
     passing, failing = np.zeros((2, lives, len(PRIOR)))
     batches = BatchMeans.of(lives)
     outcomes, at = np.full(lives, "", "<U9"), np.full(lives, units)
-    first = RULES.needed_seconds(ALL) if dependent else 0.0
+    first = RULES.needed_seconds(ALL) if dependent and not waived else 0.0
     for unit, value in enumerate(values.T):
         passing += np.log1p(FRACTIONS * ((margin - value) / (1.0 - margin))[:, None])
         failing += np.log1p(FRACTIONS * ((value - margin) / (1.0 + margin))[:, None])
@@ -128,7 +128,8 @@ def verdicts(values: Floats, *, dependent: bool = True) -> Lives:
             batches = batches.update(value)
         if unit % EVERY < EVERY - 1 or unit < first:
             continue
-        v = batches.inflation_of_sums(unit + 1) if dependent else np.ones(lives)
+        own = batches.inflation() if waived else batches.inflation_of_sums(unit + 1)
+        v = own if dependent else np.ones(lives)
         known = (batches.enough() if dependent else np.ones(lives, bool)) & (outcomes == "")
         # The closed test: half of the weight is not of this mean, and has nothing to say.
         failed = known & (np.log(0.5 * np.exp(_mixed(failing, v)) + 0.48) >= needed)
@@ -138,9 +139,9 @@ def verdicts(values: Floats, *, dependent: bool = True) -> Lives:
     return Lives(outcomes, at)
 
 
-def life(values: Floats) -> tuple[str, int]:
+def life(values: Floats, *, waived: bool = False) -> tuple[str, int]:
     """Returns the verdict of one life by the code that is landed, and the unit at which it came."""
-    gate = LiveGate(LiveState(RULES))
+    gate = LiveGate(LiveState(replace(RULES, waived=waived)))
     for unit, value in enumerate(values.tolist()):
         gate.update("chat", {"near": value}, now=1.0 + unit)
         if unit % EVERY == EVERY - 1:
