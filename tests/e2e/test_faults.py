@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import json
 import sqlite3
 import time
 from collections import Counter
@@ -304,7 +305,7 @@ def set_mode(stack: Stack, mode: str) -> int:
 
 
 def stored_mode(store: Path) -> str | None:
-    """The operator's choice, as the file itself says it (after the configuration's own mode)."""
+    """The operator's choice, as the file itself says it."""
     if not store.is_file():
         return None
     with closing(sqlite3.connect(store)) as connection:
@@ -312,4 +313,4 @@ def stored_mode(store: Path) -> str | None:
             result = connection.execute("SELECT value FROM state WHERE key = 'mode'").fetchone()
         except sqlite3.OperationalError:
             return None  # not written yet
-    return str(result[0]).split()[-1] if result else None
+    return str(json.loads(result[0])["state"]["mode"]) if result else None
