@@ -9,10 +9,19 @@ import pytest
 from tests.support.stores import DirectWrites
 
 from hemostat.profiles.decisions import DECISIONS, MAX_EVENTS, REASONS, Decision, EventLog, Reason, evidence_json
-from hemostat.profiles.persistence import StoredServing, stored_mode, whole_number
-from hemostat_calibration.errors import InvalidArgumentError
+from hemostat.profiles.persistence import (
+    MODE_KEY,
+    SCHEMA,
+    SERVING_KEY,
+    StoredMode,
+    StoredServing,
+    stored_mode,
+    stored_serving,
+    whole_number,
+)
 from hemostat_calibration.guard import decisions as guard_decisions
 from hemostat_calibration.guard.guard import Guard
+from hemostat_calibration.state_codec import encode
 
 
 def test_every_decision_has_reasons_and_every_reason_is_used() -> None:
@@ -73,23 +82,36 @@ def test_evidence_without_requests_is_json_ready() -> None:
     assert evidence_json(None) == {}
 
 
-@pytest.mark.parametrize("text", [None, ""])
-def test_where_the_stored_serving_state_is_missing_nothing_serves(text: str | None) -> None:
-    assert StoredServing.decode(text) == StoredServing()
+def test_where_no_serving_state_is_stored_nothing_serves() -> None:
+    reported: list[str] = []
+    assert stored_serving({SERVING_KEY: None}, reported.append) == StoredServing()
+    assert reported == []
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"kinds": 1}'])
-def test_a_damaged_serving_state_is_refused(text: str) -> None:
-    with pytest.raises(InvalidArgumentError, match="the stored serving profiles cannot be read"):
-        StoredServing.decode(text)
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1, "state": {"kinds": 1}}'])
+def test_a_damaged_serving_state_is_reported_and_nothing_serves(text: str) -> None:
+    reported: list[str] = []
+    assert stored_serving({SERVING_KEY: text}, reported.append) == StoredServing()
+    (line,) = reported
+    assert line.startswith("what is stored as kinds cannot be read")
 
 
 @pytest.mark.parametrize(
     ("stored", "mode"),
-    [("auto off", "off"), ("observe off", None), ("auto", None), ("auto fast", None), (None, None)],
+    [
+        (StoredMode("auto", "off"), "off"),
+        (StoredMode("observe", "off"), None),
+        (StoredMode("auto", "fast"), None),
+        (None, None),
+    ],
 )
-def test_a_stored_mode_holds_while_the_configured_one_is_the_same(stored: str | None, mode: str | None) -> None:
-    assert stored_mode({"mode": stored}, "auto") == mode
+def test_a_stored_mode_holds_while_the_configured_one_is_the_same(stored: StoredMode | None, mode: str | None) -> None:
+    text = None if stored is None else encode(stored, SCHEMA).decode()
+    assert stored_mode({MODE_KEY: text}, "auto") == mode
+
+
+def test_a_damaged_mode_is_none() -> None:
+    assert stored_mode({MODE_KEY: "auto off"}, "auto") is None
 
 
 def test_a_damaged_count_of_tests_is_zero() -> None:
