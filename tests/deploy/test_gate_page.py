@@ -30,7 +30,7 @@ def first_command() -> list[str]:
 def test_the_first_command_of_the_page_comes_to_a_verdict(clean_environment: Path, tmp_path: Path) -> None:
     """Servers that answer like vLLM are in the place of its addresses, and of the folder of the original model."""
     random = np.random.default_rng(9)
-    lines = ["".join(random.choice(list(ascii_letters), 30)) for _ in range(150)]
+    lines = ["".join(random.choice(list(ascii_letters), 30)) for _ in range(400)]
     prompts = [json.dumps({"prompt": line, "max_tokens": 16}) for line in lines]
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
     environment = {"PATH": f"{clean_environment / 'bin'}:/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
