@@ -65,11 +65,11 @@ def test_a_new_one_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_outcome_of_answers_is_a_line_and_where_it_is_found() -> None:
-    """Its text is with it, and the guide explains it."""
+    """Its text is with it, and the guide explains it. The gate names those of which its questions are made."""
     result = named(ROOT / "middleware" / "hemostat" / "relay" / "outcomes.py", "Outcome")
     assert result == set(AnswerOutcome.__members__)
     elsewhere = [path for path in (ROOT / "middleware").rglob("*.py") if named(path, "Outcome") & result]
-    assert [path.name for path in elsewhere] == ["outcomes.py"]
+    assert {path.parent.name + "/" + path.name for path in elsewhere} == {"relay/outcomes.py", "gate/served.py"}
     assert all(outcome.meaning for outcome in AnswerOutcome)
     guide = (ROOT / "docs" / "calibration.md").read_text()
     assert [outcome for outcome in AnswerOutcome if f"\n| `{outcome}` |" not in guide] == []

@@ -40,7 +40,7 @@ def samples() -> Iterator[Sample]:
     yield Sample(names.ADAPTER_BUILDS, ("proposed",), count)
     for engine, odd in (("a:8000", 0.0), ("b:8000", 1.0)):
         yield Sample(names.ENGINE_OUTLIER, (engine,), odd)
-    yield Sample(names.GATE_EXCESS, ("stable_tokens",), 0.02)
+    yield Sample(names.GATE_EXCESS_RATIO, ("stable_tokens",), 0.02)
     for phase, nats in (("thinking", 0.25), ("answer", 0.5)):
         yield Sample(names.PLACE_KL_NATS, ("phase", phase), nats * count)
         yield Sample(names.PLACE_KL_TOKENS, ("phase", phase), count)

@@ -70,7 +70,7 @@ GATE_METRICS = (
     ),
     Metric(names.GATE_UNITS, "gauge", "requests", "Requests that have counted in the live gate."),
     Metric(
-        names.GATE_EXCESS,
+        names.GATE_EXCESS_RATIO,
         "gauge",
         "ratio",
         "The mean excess of the candidate over what serves, over all kinds of traffic; positive is against it.",

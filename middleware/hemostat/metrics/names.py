@@ -101,7 +101,7 @@ CANARY_REPLAYS = "hemostat_canary_replays_total"
 # The live gate
 GATE_STATE = "hemostat_gate_state"
 GATE_UNITS = "hemostat_gate_units"
-GATE_EXCESS = "hemostat_gate_excess_ratio"
+GATE_EXCESS_RATIO = "hemostat_gate_excess_ratio"
 GATE_CANDIDATE_TOKENS = "hemostat_gate_candidate_tokens_total"
 GATE_FAILURES = "hemostat_gate_failures_total"
 

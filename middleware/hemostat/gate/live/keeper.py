@@ -557,7 +557,7 @@ class ShadowGate:
             yield Sample(names.GATE_UNITS, (), gate.tests.state.units)
             for finding in self.verdict_of(gate).findings:
                 if not finding.kind:
-                    yield Sample(names.GATE_EXCESS, (finding.question.name,), finding.mean)
+                    yield Sample(names.GATE_EXCESS_RATIO, (finding.question.name,), finding.mean)
 
 
 class _Gate:
