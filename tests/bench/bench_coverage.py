@@ -1,6 +1,6 @@
 """How much of a mixed agent workload is scored: `make bench-coverage`, a table and build/bench/coverage.json.
 
-The mix (tests/bench/coverage/mix.yaml) goes through Hemostat to a real vLLM with the W4A16 checkpoint, once with the
+The mix (tests/bench/agent_mix/mix.yaml) goes through Hemostat to a real vLLM with the W4A16 checkpoint, once with the
 plugin in the engine and once without it; the reference is in process. Every request is sampled. `scored_share` is the
 share of requests whose tokens both models scored; each reason for which one is not scored is listed with its
 explanation.
@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.bench.coverage.figures import combine, table  # noqa: E402
-from tests.bench.coverage.workload import Mix, first, send  # noqa: E402
+from tests.bench.agent_mix.figures import combine, table  # noqa: E402
+from tests.bench.agent_mix.workload import Mix, first, send  # noqa: E402
 
 from hemostat_lab.demo.checkpoints import Checkpoints, cached_checkpoints  # noqa: E402
 from hemostat_lab.demo.options import DemoOptions  # noqa: E402

@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# The folder of this file has a package `coverage`, which is not the one that records.
-sys.path[:] = [str(ROOT), *(path for path in sys.path if path not in {str(ROOT), str(Path(__file__).parent)})]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
 
 from tests.bench.mutants.executed import Executed  # noqa: E402
 from tests.bench.mutants.mutations import Mutant, apply, draw, mutants  # noqa: E402

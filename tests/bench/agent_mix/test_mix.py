@@ -8,8 +8,8 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-from tests.bench.coverage.figures import combine, explained, reasons, table
-from tests.bench.coverage.workload import Mix, filled, first, send
+from tests.bench.agent_mix.figures import combine, explained, reasons, table
+from tests.bench.agent_mix.workload import Mix, filled, first, send
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.served import hemostat
 
