@@ -65,7 +65,7 @@ def test_a_new_one_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_outcome_of_answers_is_a_line_and_where_it_is_found() -> None:
-    """Its text is with it, and the guide explains it. The gate names those of which its questions are made."""
+    """Its text is with it, and the guide explains it. The gate makes its questions from some of them."""
     result = named(ROOT / "middleware" / "hemostat" / "relay" / "outcomes.py", "Outcome")
     assert result == set(AnswerOutcome.__members__)
     elsewhere = [path for path in (ROOT / "middleware").rglob("*.py") if named(path, "Outcome") & result]
