@@ -153,7 +153,7 @@ class Adapter(Section):
     shared_out: bool = False
     """If it is true, the bytes are distributed to the layers that gain most, up to 4 times `rank` in one layer (vLLM's
     `--max-lora-rank`)."""
-    min_tokens: ClassVar[int] = 2_000
+    min_tokens: ClassVar[int] = 1_000
     """The number of tokens of text, prompts included, from which the first adapter is made. It recovers most of what
     an adapter from ten times as many tokens does, and better ones follow."""
     max_tokens: int = Field(default=16_000, ge=100, le=1_000_000)

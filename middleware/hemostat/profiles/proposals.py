@@ -107,6 +107,10 @@ class Proposals:
         """
         return tokens >= self._min_tokens.get(family, 0) and self._serving.active and self._due(family, tokens)
 
+    def is_testing(self, family: str) -> bool:
+        """Returns True if a proposal of this family that serves nowhere yet is under test, or waits for it."""
+        return self._trials.has_proposal(family)
+
     def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
         """Tests a profile, as soon as the test of the last one of its family has ended. Returns False if it is not
         accepted now.

@@ -66,10 +66,14 @@ class Receiver:
     def __init__(self) -> None:
         self.last = 0
         self.accepting = True
+        self.testing = False
         self.proposed: list[tuple[CalibrationProfile, dict[str, Any]]] = []
 
     def accepts(self, family: str, tokens: int) -> bool:
         return self.accepting and tokens >= 2 * self.last
+
+    def is_testing(self, family: str) -> bool:
+        return self.testing
 
     def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
         assert why
@@ -239,6 +243,27 @@ async def test_nothing_is_made_that_would_not_be_tested(folders: CheckpointFolde
         texts(learning, 1, 14)
         await until(lambda: len(receiver.proposed) == 1)
         assert receiver.proposed[0][1]["tokens"] == 300
+
+
+async def test_while_an_adapter_is_tested_none_is_made_and_the_next_one_is_made_of_more_texts(
+    folders: CheckpointFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "RECHECK_SECONDS", 0.01)
+    receiver = Receiver()
+    async with learner(receiver) as learning:
+        learning.learn_about(target(folders))
+        receiver.testing = True
+        texts(learning, 30)
+        await until(lambda: learning.detail == client.TESTING)
+        assert learning.status()["next_tokens"] == 1200
+        receiver.testing = False
+        await until(lambda: learning.detail == "")
+        texts(learning, 29, 30)
+        await asyncio.sleep(0.1)
+        assert learning.outcomes == {}, "soon after a test none is made"
+        texts(learning, 1, 59)
+        await until(lambda: len(receiver.proposed) == 1)
+        assert receiver.proposed[0][1]["tokens"] == 1200
 
 
 @pytest.mark.parametrize("stage", [0, 2, len(fake_builder.STAGES) - 1])

@@ -38,6 +38,12 @@ RETRY_TOKEN_GROWTH = 1.25
 """After a build of which nothing came, the next one is made when this many times more tokens are known."""
 RETRY_SECONDS = 900.0
 """After a build whose failure may pass (a killed process, a full disk), the next one is tried so much later."""
+TOKEN_GROWTH_AFTER_TEST = 2.0
+MAX_TOKENS_AFTER_TEST = 500_000
+"""After the test of an adapter has ended, the next one is made when this many times more tokens are known, or so many
+more of them."""
+TESTING = "the next adapter is made after the test of the last one"
+"""The detail of the state while a test goes on."""
 RECHECK_SECONDS = 5.0
 """The longest time in seconds until the learner looks again if an adapter of as many tokens would be accepted, while
 enough texts are known for a build."""
@@ -61,6 +67,8 @@ class AdapterReceiver(Protocol):
     """Implemented by `profiles.proposals.Proposals`."""
 
     def accepts(self, family: str, tokens: int) -> bool: ...
+
+    def is_testing(self, family: str) -> bool: ...
 
     def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool: ...
 
@@ -209,14 +217,30 @@ class AdapterLearner:
         while True:
             target = self._target
             self._wake.clear()
+            if target is not None and self._receiver.is_testing(ADAPTER):
+                self._wait_for_test()
+                await self._sleep()
+                continue
+            if self.detail == TESTING:
+                self._show(AdapterState.COLLECTING, "")
             if target is None or self.known < self._needed():
                 await self._wake.wait()
             elif self._clock() < self._not_before or not self._receiver.accepts(ADAPTER, self.known):
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(RECHECK_SECONDS):
-                        await self._wake.wait()
+                await self._sleep()
             else:
                 await self._make(target)
+
+    async def _sleep(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RECHECK_SECONDS):
+                await self._wake.wait()
+
+    def _wait_for_test(self) -> None:
+        """Waits with the next build: its adapter would only wait until the test has ended, and its process would take
+        the cores from the copies that judge the test. After the test, the next adapter is made of more texts."""
+        self._next = min(int(self.known * TOKEN_GROWTH_AFTER_TEST), self.known + MAX_TOKENS_AFTER_TEST)
+        if self.state is AdapterState.COLLECTING:
+            self._show(AdapterState.COLLECTING, TESTING)
 
     def _needed(self) -> int:
         return max(min(self._settings.min_tokens, self._settings.max_tokens), self._next)

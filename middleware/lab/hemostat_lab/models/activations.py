@@ -177,11 +177,29 @@ class Moments:
             self._totals[key] = torch.zeros(shape, dtype=torch.float64)
             self._count[key] = 0
         total = self._totals[key]
-        for part in rows.split(GRAM_ROWS):
-            exact = part.float()
-            product = exact.T @ exact if metric is Metric.FULL else exact.square().sum(0, dtype=torch.float64)
-            total += product.to(total.device, torch.float64)
+        with exact_products(rows.dtype):
+            for part in rows.split(GRAM_ROWS):
+                exact = part.float()
+                product = exact.T @ exact if metric is Metric.FULL else exact.square().sum(0, dtype=torch.float64)
+                total += product.to(total.device, torch.float64)
         self._count[key] += len(rows)
+
+
+@contextmanager
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Inside of the context, products of float32 matrices are computed as fast as the processor allows it without
+    rounding entries that came from `dtype`.
+
+    Entries that were bfloat16 stay exact if a processor multiplies in bfloat16 and adds in float32. With AMX a product
+    of 1,024 by 1,536 entries takes a third of the time then.
+    """
+    before = torch.get_float32_matmul_precision()
+    if dtype is torch.bfloat16:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def output_key(name: str) -> str:
