@@ -57,6 +57,13 @@ async def test_clients_pause_while_the_reference_is_behind() -> None:
     assert traffic.ok == 6
 
 
+async def test_without_a_limit_requests_end_when_enough_were_sent() -> None:
+    fake, traffic = FakeVllm(), Traffic()
+    with serving(fake) as url:
+        await drive(url, plan(PROMPTS, "fake", 0), None, traffic, finished=lambda: traffic.sent >= 12)
+    assert traffic.ok == traffic.sent == 12
+
+
 async def test_without_a_limit_requests_continue_until_cancelled() -> None:
     fake, traffic = FakeVllm(token_delay=0.001), Traffic()
     with serving(fake) as url:

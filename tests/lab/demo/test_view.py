@@ -273,10 +273,25 @@ def test_what_is_made_of_adapters_and_what_the_arms_received_are_one_line_each()
         return {"requests": 30, "kl_nats_estimate": {"estimate": kl}}
 
     assert view.arms_line({"arms": {"control": arm(0.6), "treated": arm(None)}}) == ""
-    assert view.arms_line({"arms": {"control": arm(0.6), "treated": arm(0.15)}}) == (
+    difference = {"kl_nats_estimate": {"estimate": -0.45, "ci95": [-0.6, -0.3]}}
+    arms = {"control": arm(0.6), "treated": arm(0.15), "treated_minus_control": difference}
+    assert view.arms_line({"arms": arms}) == (
         "what clients received: KL 0.600 nats (30 requests) in the control arm, 0.150 nats (30 requests) in the "
-        "treated one: 0.25 times it"
+        "treated one: 0.25 times it; treated minus control: -0.450 [-0.600, -0.300] nats"
     )
+
+
+def test_enough_requests_were_sent_60_after_the_first_promotion() -> None:
+    scene = view.Scene("m", "", "", "", Traffic(sent=200))
+    scene.update_decisions([{"decision": "propose"}])
+    assert (scene.finished, view.promotion_line(scene)) == (False, "")
+    scene.update_decisions([{"decision": "promote"}, {"decision": "propose"}])
+    scene.traffic.sent = 259
+    scene.update_decisions([{"decision": "promote"}, {"decision": "promote"}, {"decision": "propose"}])
+    assert not scene.finished
+    assert view.promotion_line(scene) == "the first profile was promoted after 200 requests"
+    scene.traffic.sent = 260
+    assert scene.finished
 
 
 @pytest.mark.parametrize(

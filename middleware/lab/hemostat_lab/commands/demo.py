@@ -13,7 +13,10 @@ HELP = "Show Hemostat with real models and real prompts on this machine."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--requests", type=positive_integer, metavar="N", help="End after N requests (default: at Ctrl-C)."
+        "--requests",
+        type=positive_integer,
+        metavar="N",
+        help="End after N requests (default: 60 requests after a promotion).",
     )
     parser.add_argument(
         "--prompts",

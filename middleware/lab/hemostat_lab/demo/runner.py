@@ -167,9 +167,16 @@ class _Demo:
         ):
             await self._first(watched, self._until_ready(scene, vllm))
             self._say(f"ready. Console {scene.admin_url}/   data port {scene.data_url}/v1")
+            for line in self._plan():
+                self._say(line)
             requests = prompts.plan(self._prompts, SERVED_NAME, options.seed)
             driving = drive(
-                scene.data_url, requests, options.requests, scene.traffic, lambda: _queued(scene) < QUEUE_SOFT_LIMIT
+                scene.data_url,
+                requests,
+                options.requests,
+                scene.traffic,
+                lambda: _queued(scene) < QUEUE_SOFT_LIMIT,
+                lambda: scene.finished,
             )
             try:
                 async with self._shown(scene):
@@ -184,12 +191,25 @@ class _Demo:
             if not scene.traffic.ok:
                 raise DemoFailure("no request succeeded")
 
+    def _plan(self) -> list[str]:
+        """Returns what the demo does, and how it differs from production, in lines."""
+        requests = self._options.requests
+        after = view.REQUESTS_AFTER_PROMOTION
+        end = f"after {requests} requests" if requests else f"{after} requests after a promotion"
+        return [
+            "every request is scored by the reference; an adapter is made of half of the prompts and tested on the "
+            f"others; the demo ends {end}, or at Ctrl-C",
+            "evidence.cycle_hours is 0 here, so that minutes suffice for a proof; in production keep its default: a "
+            "profile is promoted only after two cycles of the traffic, such as days",
+        ]
+
     def _finish(self, scene: view.Scene) -> None:
         """Print the last figures and write the report, also after an early end."""
         if not scene.status:
             return
         self._say(view.status_line(scene))
-        for line in [*view.kind_lines(scene), view.adapter_line(scene.status), view.arms_line(scene.status)]:
+        lines = [view.adapter_line(scene.status), view.promotion_line(scene), view.arms_line(scene.status)]
+        for line in [*view.kind_lines(scene), *lines]:
             if line:
                 self._say(line)
         if scene.traffic.last_failure:
@@ -307,7 +327,7 @@ class _Demo:
 
 async def _refresh(admin: httpx.AsyncClient, scene: view.Scene) -> None:
     scene.status = await _get_json(admin, "/api/v1/status")
-    scene.decisions = (await _get_json(admin, "/api/v1/profiles"))["events"]
+    scene.update_decisions((await _get_json(admin, "/api/v1/profiles"))["events"])
 
 
 async def _get_json(admin: httpx.AsyncClient, path: str) -> dict[str, Any]:

@@ -33,15 +33,17 @@ async def drive(
     limit: int | None,
     traffic: Traffic,
     may_send: Callable[[], bool] = lambda: True,
+    finished: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Send `limit` requests (None: until cancelled) to the data port at `url`, counting in `traffic`.
+    """Send `limit` requests (None: until `finished` is true, or until cancelled) to the data port at `url`, counting in
+    `traffic`.
 
     Clients pause while `may_send` is false: both models share one machine, and captures that the reference cannot
     score in time would be dropped.
     """
 
     async def client(http: httpx.AsyncClient) -> None:
-        while limit is None or traffic.sent < limit:
+        while not finished() if limit is None else traffic.sent < limit:
             if not may_send():
                 await asyncio.sleep(0.1)
                 continue

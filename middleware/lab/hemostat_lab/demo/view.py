@@ -21,6 +21,8 @@ UNKNOWN_INTERVAL = "interval not known yet"
 """The text in place of an interval without ends, as on the console."""
 DECISION_WORDS = {"drop": "end the tests of", "roll_back": "roll back"}
 """Of decisions whose names do not say to a reader what happens."""
+REQUESTS_AFTER_PROMOTION = 60
+"""The demo sends so many more requests after a promotion, and ends, unless `--requests` says when."""
 MAX_DECISIONS_SHOWN = 3
 MAX_KINDS_SHOWN = 6
 """In the live view, the most frequent ones; the last lines have all."""
@@ -40,6 +42,20 @@ class Scene:
     note: str = ""
     decisions: Sequence[Mapping[str, Any]] = ()
     """Decisions about profiles, newest first: `events` of /api/v1/profiles."""
+    sent_until_promotion: int | None = None
+    """The requests that were sent until the first promotion was seen; None before it."""
+
+    def update_decisions(self, decisions: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the decisions, newest first, and notes the first promotion."""
+        self.decisions = decisions
+        if self.sent_until_promotion is None and any(event["decision"] == "promote" for event in decisions):
+            self.sent_until_promotion = self.traffic.sent
+
+    @property
+    def finished(self) -> bool:
+        """It is True if enough requests were sent since the promotion to compare the arms."""
+        before = self.sent_until_promotion
+        return before is not None and self.traffic.sent >= before + REQUESTS_AFTER_PROMOTION
 
 
 def report(scene: Scene) -> dict[str, Any]:
@@ -169,7 +185,18 @@ def arms_line(status: Mapping[str, Any]) -> str:
         return ""
     control, treated = (f"{number(kl[name])} nats ({arms[name]['requests']:,} requests)" for name in kl)
     times = kl["treated"] / kl["control"]
-    return f"what clients received: KL {control} in the control arm, {treated} in the treated one: {times:.2f} times it"
+    difference = interval(arms.get("treated_minus_control", {}).get("kl_nats_estimate"))
+    return (
+        f"what clients received: KL {control} in the control arm, {treated} in the treated one: {times:.2f} times it; "
+        f"treated minus control: {difference} nats"
+    )
+
+
+def promotion_line(scene: Scene) -> str:
+    """The number of requests that the first promotion took; "" before it."""
+    if scene.sent_until_promotion is None:
+        return ""
+    return f"the first profile was promoted after {scene.sent_until_promotion} requests"
 
 
 def _met_kinds(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
