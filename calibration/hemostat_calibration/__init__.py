@@ -18,6 +18,7 @@ guard           decides from held-out evidence which profile may serve which kin
 learning        the learning of profiles from token records
 messages        the forms in which messages show addresses and other libraries' errors
 outcomes        compares what people notice of answers between the arms of one profile in one kind of traffic
+passive         the messages of passive mode, in which the plugin samples requests itself
 plugin_version  the version of the plugin in vLLM, and the rule by which it fits a control process
 profiles        calibration profiles: their format, families, and how they change logits
 reasoning       where a reasoning model's thinking ends and its answer begins, found by token ids

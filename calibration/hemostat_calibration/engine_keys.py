@@ -4,7 +4,8 @@ There are two classes:
 
 - **Open keys** (`OPEN_KEYS`), which any client may send. `hemostat` names the profile of the request itself. It chooses
   among the versions that the control process has handed to the engine, changes only the client's own answer, and the
-  plugin fetches unknown versions at a bounded rate. Leaving it out is how a client opts out.
+  plugin fetches unknown versions at a bounded rate. Leaving it out is how a client opts out. `hemostat_shadow: "off"`
+  keeps the request from being sampled, as the header `X-Hemostat-Shadow` does where it is read.
 - **Acting keys** (`ACTING_KEYS`), which make the plugin do something: hand out logits and tokens, force tokens, read
   the KV cache. What they use is limited, so that a client could take it from others. The plugin acts on them only where
   `MAC_KEY` has their MAC under a secret of the control process, which relays get with the policy and engines when they
@@ -23,13 +24,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 PROFILE_KEY = "hemostat"
+SHADOW_KEY = "hemostat_shadow"
 TAP_KEY = "hemostat_tap"
 TAP_TOP_KEY = "hemostat_tap_top"
 FORCE_KEY = "hemostat_force"
 PRECISION_KEY = "hemostat_kv_precision"
 MAC_KEY = "hemostat_mac"
 
-OPEN_KEYS = (PROFILE_KEY,)
+OPEN_KEYS = (PROFILE_KEY, SHADOW_KEY)
 ACTING_KEYS = (TAP_KEY, TAP_TOP_KEY, FORCE_KEY, PRECISION_KEY)
 KEYS = frozenset((*OPEN_KEYS, *ACTING_KEYS, MAC_KEY))
 

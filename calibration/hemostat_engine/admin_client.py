@@ -15,6 +15,7 @@ import msgspec
 from hemostat_calibration.engine_keys import SECRET_CHARACTERS
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import in_words
+from hemostat_calibration.passive import PassivePolicy
 from hemostat_calibration.profiles.profile import MAX_BYTES, VERSION_PATTERN
 
 TIMEOUT_SECONDS = 5.0
@@ -41,11 +42,13 @@ class ReportResponse:
     hold: versions that this engine should hold, most important first.
     nonce_prefix: of the requests that came through this middleware.
     secrets: under which its requests are signed (`hemostat_calibration.engine_keys`).
+    passive: which requests the plugin samples itself; None if it samples none.
     """
 
     hold: tuple[str, ...] = ()
     nonce_prefix: str = ""
     secrets: tuple[str, ...] = field(default=(), repr=False)
+    passive: PassivePolicy | None = field(default=None, repr=False)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -78,12 +81,14 @@ class AdminClient:
         self._call("/api/v1/engine/tap", MAX_RESPONSE_BYTES, msgspec.msgpack.encode(body), "msgpack")
 
     def send_answers(self, body: dict[str, Any]) -> ReportResponse:
-        """Returns the prefix of the nonces of this middleware's requests ("" if it has none), and its secrets."""
+        """Returns the prefix of the nonces of this middleware's requests ("" if it has none), its secrets, and its policy
+        for passive mode."""
         data = self._call("/api/v1/engine/answers", MAX_RESPONSE_BYTES, msgspec.msgpack.encode(body), "msgpack")
         try:
             response = json.loads(data)
-            return ReportResponse((), str(response["nonce_prefix"] or ""), _secrets(response))
-        except (ValueError, TypeError, KeyError):
+            passive = msgspec.convert(response.get("passive"), PassivePolicy | None)
+            return ReportResponse((), str(response["nonce_prefix"] or ""), _secrets(response), passive)
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise FetchError("the admin port's answer to answers has no 'nonce_prefix'") from None
 
     def profile(self, version: str) -> bytes:

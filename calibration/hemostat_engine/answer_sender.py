@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from hemostat_engine.admin_client import FetchError
+from hemostat_engine.passive import Lost, PassiveSampler
 from hemostat_engine.peers import Peer, Peers
 from hemostat_engine.secrets import Secrets
 
@@ -26,9 +27,8 @@ COLLECT_SECONDS = 0.2
 """The time from the first answer in an empty queue to the message: a message of many answers costs hardly more than a
 message of one.
 """
-LOOK_SECONDS = 10.0
-"""The time between two questions for the secrets, once some are known: they are handed out long before they are
-used."""
+LOOK_SECONDS = 2.0
+"""The time between two questions for the secrets and the policy, once secrets are known."""
 PAUSE_SECONDS = 0.5
 """The time between two attempts. Hemostat waits some seconds for an answer, so one that is late is of no use."""
 
@@ -60,14 +60,20 @@ class AnswerQueue:
         self.dropped = 0
         self.filled = threading.Event()
 
-    def push(self, answer: Answer) -> None:
+    def push(self, answer: Answer) -> bool:
+        """Queues an answer; returns False if there is no room, and counts that."""
         with self._lock:
             if self._bytes + answer.bytes > self._max_bytes or len(self._answers) >= MAX_QUEUED_ANSWERS:
                 self.dropped += 1
-                return
+                return False
             self._bytes += answer.bytes
             self._answers.append(answer)
         self.filled.set()
+        return True
+
+    def has_room(self) -> bool:
+        """Returns False while the queue is half full: requests are not sampled then."""
+        return 2 * self._bytes < self._max_bytes and 2 * len(self._answers) < MAX_QUEUED_ANSWERS
 
     def take(self, max_bytes: int, max_answers: int) -> list[dict[str, Any]]:
         """Returns the messages of the oldest answers: of one, and of as many more as stay within both bounds.
@@ -111,9 +117,11 @@ class AnswerSender:
         peers: Peers,
         boot_id: str,
         secrets: Secrets,
+        sampler: PassiveSampler | None = None,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
+        self._sampler = sampler or PassiveSampler(secrets)
         self._queue = queue
         self._peers = peers
         self._boot_id = boot_id
@@ -143,7 +151,7 @@ class AnswerSender:
                 self._pause(PAUSE_SECONDS)
 
     def look(self) -> None:
-        """Asks the admin ports for their secrets, by messages without answers."""
+        """Asks the admin ports for their secrets and policies, by messages without answers."""
         self._peers.refresh(self._clock())
         for peer in self._peers.all:
             with contextlib.suppress(FetchError):
@@ -159,6 +167,7 @@ class AnswerSender:
             if not unsent:
                 return
         self._queue.drop(len(unsent))
+        self._sampler.lost(Lost.LINK_FULL, sum("request" in answer for answer in unsent))
 
     def _send_once(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Returns the answers that no admin port has accepted."""
@@ -179,8 +188,10 @@ class AnswerSender:
         return unsent
 
     def _deliver(self, peer: Peer, answers: list[dict[str, Any]]) -> None:
-        body = {"boot_id": self._boot_id, "answers": answers, "dropped": self._queue.dropped}
+        dropped, counts = self._queue.dropped, self._sampler.counts()
+        body = {"boot_id": self._boot_id, "answers": answers, "dropped": dropped, "passive": counts}
         response = peer.client.send_answers(body)
+        self._sampler.heard(peer.url, response.passive, response.nonce_prefix)
         self._prefixes[peer.url] = response.nonce_prefix
         self._secrets.update(response.secrets)
 

@@ -1,10 +1,9 @@
-"""Whole answers of tapped requests, recorded in the process of vLLM's API server.
+"""Whole answers of sampled requests, recorded in the process of vLLM's API server.
 
 A logits processor does not see what is sampled from its logits, and some of vLLM's routes return neither token ids nor
-log-probabilities. `AsyncLLM.generate` yields both, for every route and both model runners. It is therefore wrapped, in
-the process that loads the logits processor's class to check parameters: with model runner V2 when the API server
-starts, with V1 when the first request comes, whose answer is not recorded. Only
-a request with `hemostat_tap_top` is changed: a copy of its parameters asks for logprobs, which are recorded and removed
+log-probabilities. `AsyncLLM.generate` yields both, for every route and both model runners. The general plugin therefore
+wraps it as soon as vLLM imports its module (`watch`). Only a request that a relay has sampled (`hemostat_tap_top`), or
+that is sampled here (`passive`), is changed: a copy of its parameters asks for logprobs, which are recorded and removed
 before the server sees them, so that its response is the same.
 
 Whatever goes wrong here is counted and affects no request.
@@ -15,8 +14,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import inspect
 import logging
+import os
 import sys
 import uuid
 from array import array
@@ -24,10 +27,12 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from hemostat_calibration.arrays import little_endian
-from hemostat_calibration.engine_keys import TAP_TOP_KEY
+from hemostat_calibration.engine_keys import TAP_TOP_KEY, without_acting
+from hemostat_calibration.passive import PassiveRequest
 from hemostat_engine import xargs
 from hemostat_engine.answer_sender import AnswerQueue, AnswerSender
 from hemostat_engine.numbering import Numbering
+from hemostat_engine.passive import Lost, PassiveSampler, Sampled
 from hemostat_engine.peers import Peers
 from hemostat_engine.secrets import Secrets
 from hemostat_engine.settings import Settings
@@ -48,12 +53,20 @@ _WRAPPED = "_hemostat_wrapped"
 class RecordedAnswer:
     """A choice that has ended. It is recorded in the server's event loop; `message` is for another thread."""
 
-    __slots__ = ("_finish_reason", "_names", "_nonce", "_prompt_ids", "_rows", "_top_k", "bytes")
+    __slots__ = ("_finish_reason", "_names", "_nonce", "_prompt_ids", "_request", "_rows", "_top_k", "bytes")
 
     def __init__(
-        self, nonce: str, names: dict[str, int], top_k: int, rows: _Rows, prompt_ids: list[int], finish_reason: str
+        self,
+        nonce: str,
+        names: dict[str, int],
+        top_k: int,
+        rows: _Rows,
+        prompt_ids: list[int],
+        finish_reason: str,
+        request: PassiveRequest | None = None,
     ) -> None:
-        """names: the message's `call`, `choice` and `choices`."""
+        """names: the message's `call`, `choice` and `choices`. request: None if a relay has sampled the request."""
+        self._request = request
         self._nonce = nonce
         self._top_k = top_k
         self._names = names
@@ -79,7 +92,7 @@ class RecordedAnswer:
             "candidate_logprobs": little_endian(candidate_logprobs),
             "emitted_logprobs": little_endian(emitted_logprobs),
             "finish_reason": self._finish_reason,
-        }
+        } | ({} if self._request is None else {"request": self._request})
 
 
 def _bytes(tokens: int, top_k: int, prompt_tokens: int) -> int:
@@ -163,10 +176,25 @@ def _shortened(logprobs: Any, ids: Any, top_k: int) -> Any:
 
 
 class Recording:
-    """One generation. `params` are what the engine is asked for, `update` takes what it yields."""
+    """One generation. `params` are what the engine is asked for, `update` takes what it yields, `end` what is left."""
 
-    def __init__(self, queue: AnswerQueue, nonce: str, call: int, params: Any, max_logprobs: int, top: int) -> None:
-        """params: the request's own. max_logprobs: the server's limit, -1 for none. top: what was asked for."""
+    def __init__(
+        self,
+        queue: AnswerQueue,
+        nonce: str,
+        call: int,
+        params: Any,
+        max_logprobs: int,
+        top: int,
+        sampled: Sampled | None = None,
+        sampler: PassiveSampler | None = None,
+    ) -> None:
+        """params: the request's own. max_logprobs: the server's limit, -1 for none. top: what was asked for. sampled:
+        None if a relay has sampled the request. sampler: counts what becomes of it otherwise.
+        """
+        self._sampled = sampled
+        self._sampler = sampler
+        self._unfinished = True
         self._queue = queue
         self._nonce = nonce
         self._call = call
@@ -178,6 +206,8 @@ class Recording:
         self.top_k = max(self._own or 0, top if max_logprobs < 0 else min(top, max_logprobs))
         self.params = copy.copy(params)
         self.params.logprobs = self.top_k
+        if sampled is not None and sampled.xargs:
+            self.params.extra_args = without_acting(params.extra_args or {}) | sampled.xargs
         if self._own is None and params.prompt_logprobs is None:
             # Those of the prompt would be flat, too, and the server cannot write them as JSON then.
             self.params.flat_logprobs = True
@@ -210,17 +240,58 @@ class Recording:
             rows.add(list(completion.token_ids), completion.logprobs, self.top_k)
             if _bytes(rows.tokens, self.top_k, len(output.prompt_token_ids)) > MAX_ANSWER_BYTES:
                 raise ValueError("it is too long")
+            if (
+                self._sampled is not None
+                and rows.tokens + len(output.prompt_token_ids) > self._sampled.policy.max_tokens
+            ):
+                self._leave(Lost.TOO_LONG)
+                return
             if completion.finish_reason is not None:
                 del self._choices[completion.index]
-                names = {"call": self._call, "choice": completion.index, "choices": self._number}
-                reason = str(completion.finish_reason)[:64]
-                self._queue.push(RecordedAnswer(self._nonce, names, self.top_k, rows, output.prompt_token_ids, reason))
+                self._push(completion, rows, output.prompt_token_ids)
+        self._unfinished = not output.finished
+
+    def _push(self, completion: Any, rows: _Rows, prompt_ids: list[int]) -> None:
+        """Queues a choice that has ended."""
+        names = {"call": self._call, "choice": completion.index, "choices": self._number}
+        request = None if self._sampled is None else self._sampled.request
+        reason = str(completion.finish_reason)[:64]
+        if request is not None and (reason == "abort" or not rows.tokens):
+            self._lost(Lost.INCOMPLETE)
+            return
+        answer = RecordedAnswer(self._nonce, names, self.top_k, rows, prompt_ids, reason, request)
+        queued = self._queue.push(answer)
+        if request is not None and self._sampler is not None:
+            if queued:
+                self._sampler.handed_on()
+            else:
+                self._lost(Lost.LINK_FULL)
+
+    def refuse(self) -> None:
+        """Counts that there is no room for the recording."""
+        if self._sampled is None:
+            self._queue.drop()
+        self._lost(Lost.PLUGIN_BUSY)
+
+    def end(self) -> None:
+        """Notes that the generation has ended, or that its client has left."""
+        if self._unfinished and not self._failed:
+            self._leave(Lost.INCOMPLETE)
+
+    def _leave(self, reason: str) -> None:
+        """Records nothing more, for a reason that is not a fault."""
+        self._failed = True
+        self._choices.clear()
+        self._lost(reason)
+
+    def _lost(self, reason: str) -> None:
+        if self._sampled is not None and self._sampler is not None:
+            self._sampler.lost(reason)
 
     def _fail(self, error: Exception) -> None:
         if self._failed:
             return
-        self._failed = True
-        self._choices.clear()
+        self._leave(Lost.HOOK_ERROR)
         self._queue.drop()
         log.warning("an answer was not recorded: %s: %s", type(error).__name__, error)
 
@@ -229,7 +300,14 @@ class AnswerTap:
     """Decides which generations are recorded. `start_sender`: called once, as the
     sender also learns the secrets from the admin ports. secrets: those that requests to be recorded are signed with."""
 
-    def __init__(self, queue: AnswerQueue, start_sender: Callable[[], None], secrets: Secrets) -> None:
+    def __init__(
+        self,
+        queue: AnswerQueue,
+        start_sender: Callable[[], None],
+        secrets: Secrets,
+        sampler: PassiveSampler | None = None,
+    ) -> None:
+        self._sampler = sampler or PassiveSampler(secrets, queue.has_room)
         self._queue = queue
         self._start_sender = start_sender
         self._secrets = secrets
@@ -243,13 +321,14 @@ class AnswerTap:
             self._started = True
             self._start_sender()
 
-    def begin(self, engine: Any, prompt: Any, params: Any) -> Recording | None:
-        """Returns a recording, if the request asks for one. Never raises."""
-        extra = getattr(params, "extra_args", None)
-        if not extra or TAP_TOP_KEY not in extra:
-            return None
+    def begin(
+        self, engine: Any, prompt: Any, params: Any, request_id: Any = "", lora_request: Any = None
+    ) -> Recording | None:
+        """Returns a recording, if the request asks for one, or is sampled here. Never raises."""
         try:
-            return self._begin(engine, prompt, params)
+            extra = getattr(params, "extra_args", None)
+            recording = self._begin(engine, prompt, params) if extra and TAP_TOP_KEY in extra else None
+            return recording or self._begin_sampled(engine, prompt, params, str(request_id), lora_request)
         except ValueError:
             return None  # vLLM refuses the request when it validates its parameters
         except Exception as error:  # noqa: BLE001 - the request must not depend on it
@@ -262,28 +341,81 @@ class AnswerTap:
         asked = xargs.parse(params.extra_args, signed=self._secrets.signed(params.extra_args))
         if asked.nonce is None or asked.top is None or hasattr(prompt, "__aiter__"):
             return None
-        own = params.logprobs
-        # Ids that the client chooses, or all of the vocabulary, are not the most likely ones.
-        chosen = getattr(params, "logprob_token_ids", None)
-        known_kind = params.output_kind.name in ("DELTA", "FINAL_ONLY")
-        if chosen or not known_kind or (own is not None and not 0 <= own <= xargs.MAX_TOP):
+        if not _recordable(params):
             self._queue.drop()
             return None
         call = self._calls.next(asked.nonce)
         return Recording(self._queue, asked.nonce, call, params, engine.model_config.max_logprobs, asked.top)
 
-    def enter(self) -> bool:
+    def _begin_sampled(
+        self, engine: Any, prompt: Any, params: Any, request_id: str, lora_request: Any
+    ) -> Recording | None:
+        if self._sampler.policy() is None:
+            return None
+        config = engine.model_config
+        model = config.served_model_name if lora_request is None else lora_request.lora_name
+        name = model[0] if isinstance(model, list) else str(model)
+        sampled = self._sampler.sample(prompt, params, request_id, name)
+        if sampled is None:
+            return None
+        if not _recordable(params):
+            self._sampler.lost(Lost.CLIENT_LOGPROBS)
+            return None
+        top = min(sampled.policy.top_k, xargs.MAX_TOP)
+        return Recording(self._queue, sampled.nonce, 0, params, config.max_logprobs, top, sampled, self._sampler)
+
+    def enter(self, recording: Recording) -> bool:
         """Returns True if one more generation may be recorded now; then `leave` must be called when it ends. If it may
         not, that is counted.
         """
         if self._active >= MAX_ACTIVE:
-            self._queue.drop()
+            recording.refuse()
             return False
         self._active += 1
         return True
 
     def leave(self) -> None:
         self._active -= 1
+
+
+def _recordable(params: Any) -> bool:
+    """Returns True if the logprobs that are added can be told from the client's own."""
+    own = params.logprobs
+    # Ids that the client chooses, or all of the vocabulary, are not the most likely ones.
+    chosen = getattr(params, "logprob_token_ids", None)
+    known_kind = params.output_kind.name in ("DELTA", "FINAL_ONLY")
+    return not chosen and known_kind and (own is None or 0 <= own <= xargs.MAX_TOP)
+
+
+class _ImportWatch(importlib.abc.MetaPathFinder):
+    """Calls `install` once the engine's module has been imported, in whichever process that happens."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != ENGINE_MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        loader = None if spec is None else spec.loader
+        if spec is None or loader is None:
+            return spec
+        execute = loader.exec_module
+
+        def execute_and_install(module: Any) -> None:
+            execute(module)
+            install()
+
+        loader.exec_module = execute_and_install  # type: ignore[method-assign]
+        return spec
+
+
+def watch() -> None:
+    """Wraps `AsyncLLM.generate` now, or as soon as its module is imported. Without an admin port it does nothing."""
+    if not os.environ.get("HEMOSTAT_ADMIN_URL"):
+        return
+    if ENGINE_MODULE in sys.modules:
+        install()
+    elif not any(isinstance(finder, _ImportWatch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ImportWatch())
 
 
 def install() -> None:
@@ -305,8 +437,9 @@ def install() -> None:
             return
         queue = AnswerQueue()
         secrets = Secrets()
-        sender = AnswerSender(queue, Peers(settings), uuid.uuid4().hex, secrets)
-        tap = AnswerTap(queue, sender.start, secrets)
+        sampler = PassiveSampler(secrets, queue.has_room)
+        sender = AnswerSender(queue, Peers(settings), uuid.uuid4().hex, secrets, sampler)
+        tap = AnswerTap(queue, sender.start, secrets, sampler)
         engine_class.generate = wrapped(generate, tap)
         setattr(engine_class, _WRAPPED, True)
         tap.start()
@@ -319,7 +452,8 @@ def wrapped(generate: Callable[..., AsyncGenerator[Any, None]], tap: AnswerTap) 
 
     @functools.wraps(generate)
     def tapped(engine: Any, prompt: Any, sampling_params: Any, *arguments: Any, **named: Any) -> Any:
-        recording = tap.begin(engine, prompt, sampling_params)
+        request_id = arguments[0] if arguments else named.get("request_id", "")
+        recording = tap.begin(engine, prompt, sampling_params, request_id, named.get("lora_request"))
         if recording is None:
             return generate(engine, prompt, sampling_params, *arguments, **named)
 
@@ -335,7 +469,7 @@ async def _recorded(
     start: Callable[[Any], AsyncGenerator[Any, None]], params: Any, recording: Recording, tap: AnswerTap
 ) -> AsyncGenerator[Any, None]:
     # Here and not in `begin`: a generator that is never started never ends.
-    entered = tap.enter()
+    entered = tap.enter(recording)
     try:
         # The engine aborts a request when its generator is closed.
         async with contextlib.aclosing(start(recording.params if entered else params)) as outputs:
@@ -345,4 +479,5 @@ async def _recorded(
                 yield output
     finally:
         if entered:
+            recording.end()
             tap.leave()

@@ -1,4 +1,5 @@
-"""The general plugin: adapters of Hemostat's in vLLM. It does nothing unless HEMOSTAT_ADAPTERS is 1.
+"""The general plugin. It hands out answers of sampled requests (`answer_tap`) where HEMOSTAT_ADMIN_URL is set, and
+brings adapters of Hemostat's into vLLM where HEMOSTAT_ADAPTERS is 1; otherwise it does nothing.
 
 An adapter is a profile that vLLM serves as a LoRA adapter under the profile's version.
 
@@ -17,6 +18,8 @@ from __future__ import annotations
 import logging
 import os
 
+from hemostat_engine import answer_tap
+
 ENABLED = "HEMOSTAT_ADAPTERS"
 """The environment variable whose value 1 enables the plugin."""
 
@@ -26,6 +29,7 @@ log = logging.getLogger("vllm.hemostat")
 
 def register() -> None:
     """Registers the plugin; vLLM calls this entry point in every process, possibly several times. It never raises."""
+    answer_tap.watch()
     if os.environ.get(ENABLED) != "1":
         return
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 import secrets
@@ -30,6 +31,7 @@ from hemostat.control.ownership import Ownership
 from hemostat.control.policy import Changes, EngineOffers, PolicyPublisher, SampledShares, ScorableModels
 from hemostat.control.steady_clock import STATE_KEY, SteadyClock, boot_id, boot_time, sentence
 from hemostat.control.stored_state import StoredState
+from hemostat.engines.direct import DirectEngines
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.reports import PluginReports, ServedWeights
 from hemostat.gate.live.keeper import ShadowGate
@@ -58,6 +60,7 @@ from hemostat.scoring.distances import DistanceWaits
 from hemostat.scoring.engine_scores import EngineScorer
 from hemostat.scoring.limits import Breakers, TokenBudget
 from hemostat.scoring.noise_floor import NoiseFloorMeter
+from hemostat.scoring.passive_captures import PassiveCaptures
 from hemostat.scoring.pipeline import ScoringPipeline, reference_budget
 from hemostat.scoring.prompt_templates import PromptTemplates
 from hemostat.scoring.record_users import NoiseFloorUsers, RecordUsers
@@ -94,6 +97,7 @@ class Control:
         settings: Settings,
         data_port: int,
         *,
+        passive: bool = False,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         steady: Callable[[], float] = boot_time,
@@ -114,6 +118,8 @@ class Control:
         self.ownership = Ownership(self.store, self.store_errors)
         self.writer = self.ownership.writer
         self.link = RelayLink(clock)
+        self.passive = passive
+        """It is True if no relay can connect, so that engines' plugins sample requests themselves."""
         self.profile_manager = ProfileManager(
             settings.calibration,
             self.writer,
@@ -135,11 +141,12 @@ class Control:
         self.engines = EngineRegistry(
             settings.upstream,
             PluginReports(nonce_prefix=secrets.token_hex(8)),
-            self.link.engines,
+            lambda: itertools.chain(self.link.engines(), self.direct.engines()),
             self.writer,
             self._clock,
             self.changes.notify,
         )
+        self.direct = DirectEngines(self.engines.configured, self.engines.connect)
         self.weights = ServedWeights(self.engines.reports)
         self.references = make_references(settings)
         self.compressed_scorer = make_compressed_scorer(settings)
@@ -258,6 +265,7 @@ class Control:
             self._clock,
         )
         self.changes.subscribe(self.policy.publish)
+        self._connect_plugins(settings)
         self.calibrated_model = CalibratedModel(
             self.monitor,
             self.weights,
@@ -269,6 +277,21 @@ class Control:
         )
         self.other_models = OtherModels(self.monitor, pipeline.users.other_models.forget)
         self.monitor.on_change = self._models_changed
+
+    def _connect_plugins(self, settings: Settings) -> None:
+        """Connects the plugins that sample requests themselves."""
+        plugins, served = self.engines.reports.passive, self.monitor
+        plugins.enabled = self.passive
+        plugins.on_stats, plugins.on_sampled = self.link.hear, self.pipeline.coverage.update_relayed
+        plugins.on_answer = PassiveCaptures(
+            self.pipeline.offer,
+            salt=lambda: self.stored_state.salt,
+            top_k=lambda: self.policy.settings.shadow.top_k,
+            tapped=lambda: bool(self.engines.reports.live(self._clock())),
+            several_models=lambda: served.served.scorable is not None and len(served.served.scorable) > 1,
+            engine=self.direct.only,
+            clock=self._clock,
+        ).update
 
     def _connect_admin(self, settings: Settings, data_port: int) -> None:
         """Connects what the admin port shows and does."""
@@ -411,6 +434,8 @@ class Control:
             self.engines.run(),
             self.canaries.run(),
         ]
+        if self.passive:
+            loops.append(self.direct.run())
         if self.references is not None:
             loops += [self.monitor.run(), self.learner.run(), self.gate.run(), self.gate.watch()]
             loops += [*self.pipeline.loops(), *self.adapters.loops()]

@@ -19,6 +19,7 @@ from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ServedModels
 from hemostat.scoring.answer_losses import AnswerLosses
 from hemostat.scoring.limits import Breakers, CaptureSampling
+from hemostat_calibration.passive import PassivePolicy
 
 
 class LoadedAdapters(Protocol):
@@ -72,6 +73,20 @@ class EngineOffers:
     def hold(self, versions: Sequence[str]) -> None:
         """Has engines hold these versions, and before them the adapters that are to stay loaded."""
         self._engines.reports.set_wanted([*self._adapters.hold, *versions])
+
+    def tell_plugins(self, policy: Policy) -> None:
+        """Has plugins sample by this policy, where no relays do."""
+        self._engines.reports.passive.policy = PassivePolicy(
+            rate=policy.shadow_rate if policy.scoring else 0.0,
+            allow_on=policy.shadow_allow_on and policy.scoring,
+            top_k=policy.shadow_top_k,
+            max_tokens=policy.shadow_max_tokens,
+            tap=policy.tap,
+            grammars=policy.grammars,
+            labels=policy.labels,
+            salt=policy.salt,
+            client_header=policy.client_header,
+        )
 
     def names(self) -> list[str]:
         """Returns the names of the engines that requests go to; `ONLY` if there is one."""
@@ -227,6 +242,7 @@ class PolicyPublisher:
             if now < self._waits_until and not self._is_settled(policy):
                 return
             self._waits_until = None
+        self._engines.tell_plugins(policy)
         if policy != self._last:
             self._last = policy
             self.generation += 1

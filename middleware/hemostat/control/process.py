@@ -86,7 +86,7 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     relays = make_listener(given, settings)
     admin, listener = settings.admin, socket.socket(fileno=given["admin_fd"])
     relays.start()
-    control = Control(settings, given["data_port"])
+    control = Control(settings, given["data_port"], passive=given.get("passive", False))
     control.configuration.report = msgspec.convert(given["configuration"], ConfigurationReport)
 
     def admit_relays() -> None:

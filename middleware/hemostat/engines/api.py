@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, HTTPException, Request, Response
 from starlette.requests import ClientDisconnect
 
@@ -33,6 +34,11 @@ def engine_router(
     def own_requests() -> dict[str, Any]:
         """Returns how the requests of this middleware are recognized."""
         return {"nonce_prefix": reports.nonce_prefix, "secrets": reports.secrets.for_engines(now())}
+
+    def passive() -> dict[str, Any]:
+        """Returns what the plugin samples itself; nothing where relays do."""
+        told = reports.passive.told()
+        return {} if told is None else {"passive": msgspec.to_builtins(told)}
 
     @router.post("/report")
     async def report(request: Request) -> dict[str, Any]:
@@ -65,13 +71,14 @@ def engine_router(
 
     @router.post("/answers")
     async def answers(request: Request) -> dict[str, Any]:
-        """Takes tokens and log-probabilities of sampled answers (msgpack); without any, the secrets are asked for."""
+        """Takes tokens and log-probabilities of sampled answers (msgpack); without any, it is a question for the secrets
+        and the policy."""
         body = await read_body(request, MAX_TAP_BYTES)
         try:
             reports.update_answers(decode_answers(body), now())
         except InvalidEngineMessage as error:
             raise HTTPException(400, str(error)) from None
-        return own_requests()
+        return own_requests() | passive()
 
     return router
 

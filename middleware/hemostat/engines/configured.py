@@ -50,6 +50,10 @@ class ConfiguredEngines:
         """Returns True if the upstream has an engine at this address (host:port)."""
         return name in self._names or name in self._resolved
 
+    def names(self) -> list[str]:
+        """Returns the addresses (host:port) of the upstream's engines, as far as they are known."""
+        return sorted(self._names | self._resolved.keys())
+
     def known(self, report: Iterable[EngineHealth]) -> Iterator[EngineHealth]:
         """Yields the entries of a relay's report that are of the upstream's engines; the others are remembered."""
         for entry in islice(report, MAX_ENGINES):

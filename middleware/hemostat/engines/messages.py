@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat.ipc.messages import MAX_TOP
+from hemostat_calibration.passive import PassiveCounts, PassiveRequest
 
 MAX_VERSIONS_PER_TAP = 16
 MAX_RUNS = 1 << 16
@@ -169,6 +170,8 @@ class TapAnswer(msgspec.Struct, frozen=True):
     emitted_logprobs: bytes
     """The log-probabilities of the emitted ids, float32 [T]."""
     finish_reason: Text
+    request: PassiveRequest | None = None
+    """The request, if the plugin has sampled it itself; None if a relay has."""
 
     @property
     def tokens(self) -> int:
@@ -188,6 +191,8 @@ class AnswerMessage(msgspec.Struct, frozen=True):
     boot_id: Name
     answers: Annotated[list[TapAnswer], msgspec.Meta(max_length=4096)]
     dropped: Count
+    passive: PassiveCounts | None = None
+    """The counts of what the plugin samples itself; None of an older plugin."""
 
 
 class InvalidEngineMessage(ValueError):

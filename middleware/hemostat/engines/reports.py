@@ -18,6 +18,7 @@ import msgspec
 
 from hemostat.engines.answer_buffer import AnswerBuffer
 from hemostat.engines.messages import EVENTS, AnswerMessage, InvalidEngineMessage, RankReport
+from hemostat.engines.passive import PassivePlugins
 from hemostat.engines.request_secrets import RequestSecrets
 from hemostat.engines.taps import TapBuffer
 from hemostat.metrics import names
@@ -56,6 +57,7 @@ class PluginReports:
         self.secrets = RequestSecrets()
         self.taps = TapBuffer()
         self.answers = AnswerBuffer()
+        self.passive = PassivePlugins()
         self.newest = 0.0
         """The time when an engine last reported that had not been known before."""
 
@@ -86,7 +88,9 @@ class PluginReports:
         if self.nonce_prefix:
             own = [answer for answer in message.answers if answer.nonce.startswith(f"{self.nonce_prefix}-")]
             message = msgspec.structs.replace(message, answers=own)
-        self.answers.update(message, now)
+        self.passive.update(message, now)
+        relayed = [answer for answer in message.answers if answer.request is None]
+        self.answers.update(msgspec.structs.replace(message, answers=relayed), now)
 
     def hands_out_answers(self, now: float) -> bool:
         """Returns True if every live engine hands out answers."""

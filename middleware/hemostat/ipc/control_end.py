@@ -68,6 +68,8 @@ class RelayLink:
         self._live: dict[asyncio.StreamWriter, Stats] = {}
         self._former: OrderedDict[str, Stats] = OrderedDict()
         self._retired: Stats | None = None
+        self._unconnected: OrderedDict[str, tuple[Stats, float]] = OrderedDict()
+        """The last figures, and when they came, of processes that report without a connection (`hear`)."""
         self._large_messages = asyncio.Semaphore(MAX_LARGE_MESSAGES)
         self.requests = 0.0
         """The number of requests that relays have answered while they were connected, without what they had answered
@@ -76,13 +78,13 @@ class RelayLink:
 
     @property
     def relays(self) -> int:
-        """The number of relays that are connected now."""
-        return len(self._writers)
+        """The number of relays that are connected now, and of other processes that report."""
+        return len(self._writers) + len(self._unconnected)
 
     @property
     def reporting(self) -> int:
         """The number of connected relays that have reported their figures."""
-        return len(self._live)
+        return len(self._live) + len(self._unconnected)
 
     def engines(self) -> Iterator[list[EngineHealth]]:
         """Yields what each connected relay knows of the engines."""
@@ -94,15 +96,36 @@ class RelayLink:
     @property
     def ready(self) -> bool:
         """True when at least one relay takes requests."""
-        return any(stats.ready for stats in self._live.values())
+        return bool(self._unconnected) or any(stats.ready for stats in self._live.values())
 
     def total(self) -> Stats:
         """Returns the figures summed over every relay since this process started."""
         total = Stats(counters={}, overhead_buckets=[], overhead_sum=0.0, ready=False)
-        for stats in (self._retired, *self._former.values(), *self._live.values()):
+        unconnected = (stats for stats, _ in self._unconnected.values())
+        for stats in (self._retired, *self._former.values(), *self._live.values(), *unconnected):
             if stats is not None:
                 total = add(total, stats)
         return msgspec.structs.replace(total, ready=self.ready)
+
+    def hear(self, process: str, stats: Stats) -> None:
+        """Takes the figures of a process that stands in a relay's place and has no connection of its own."""
+        if (last := self._unconnected.get(process)) is not None:
+            self.requests += _answered(stats) - _answered(last[0])
+        self._unconnected[process] = stats, self._clock()
+        self._former.pop(process, None)
+
+    def _forget_silent(self) -> None:
+        now = self._clock()
+        for process, (stats, at) in list(self._unconnected.items()):
+            if now - at > SILENCE_SECONDS:
+                del self._unconnected[process]
+                self._keep_former(process, stats)
+
+    def _keep_former(self, process: str, stats: Stats) -> None:
+        self._former[process] = stats
+        while len(self._former) > MAX_FORMER_RELAYS:
+            oldest = self._former.popitem(last=False)[1]
+            self._retired = oldest if self._retired is None else add(self._retired, oldest)
 
     def set_policy(self, policy: Policy) -> None:
         self._policy = policy
@@ -118,6 +141,7 @@ class RelayLink:
         alive = encode(Alive())
         while True:
             await asyncio.sleep(ALIVE_SECONDS)
+            self._forget_silent()
             for writer in tuple(self._writers):
                 writer.write(alive)
 
@@ -142,10 +166,7 @@ class RelayLink:
             self._writers.discard(writer)
             last = self._live.pop(writer, None)
             if last is not None:
-                self._former[hello.process] = last
-                while len(self._former) > MAX_FORMER_RELAYS:
-                    oldest = self._former.popitem(last=False)[1]
-                    self._retired = oldest if self._retired is None else add(self._retired, oldest)
+                self._keep_former(hello.process, last)
 
     async def _messages(self, reader: asyncio.StreamReader) -> AsyncGenerator[Message]:
         """Yields the messages of one connection. Raises TimeoutError, OSError or ValueError."""

@@ -180,6 +180,10 @@ class Unscored(StrEnum):
     QUEUE_FULL = "queue_full", DROPPED, CONTROL, (
         "more came at once than the queue holds; relays then sample less, unless clients force it"
     )
+    PLUGIN_BUSY = "plugin_busy", DROPPED, RELAY, (
+        "the plugin in vLLM samples requests itself, and records 128 already, has sampled more than 50 a second, or "
+        "holds more answers than the control process takes"
+    )
     LINK_FULL = "link_full", DROPPED, RELAY, "the control process accepts captures too slowly, or does not run"
     HOOK_ERROR = "hook_error", DROPPED, RELAY, "a bug in the interceptor, see the log; the client was served"
     REFERENCE_NOT_READY = "reference_not_ready", DROPPED, CONTROL, (

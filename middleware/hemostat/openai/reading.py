@@ -17,7 +17,7 @@ from hemostat.openai.requests import (
     uncalibrated,
 )
 from hemostat.openai.routes import Form
-from hemostat_calibration.engine_keys import MAC_KEY, PROFILE_KEY, acts
+from hemostat_calibration.engine_keys import MAC_KEY, PROFILE_KEY, SHADOW_KEY, acts
 
 
 def read_request(
@@ -55,6 +55,8 @@ def read_request(
     if xargs is not None and not isinstance(xargs, dict):
         unscorable = Unscored.INVALID
     xargs = xargs if isinstance(xargs, dict) else {}
+    if xargs.get(SHADOW_KEY) == "off":
+        unscorable = Unscored.OPTED_OUT
     grammar = FORMATS[form].restricts_tokens(body)
     if grammar and not grammars and (unscorable is None or unscorable in FROM_TAP):
         unscorable = Unscored.GRAMMAR

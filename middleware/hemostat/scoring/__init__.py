@@ -1,5 +1,6 @@
 """The path from a capture to a scored token record and its users, in the control process.
 
+    passive_captures        captures of requests that the plugin in vLLM has sampled itself
     pipeline                from a capture to all users of the scored record
     limits                  back-pressure: queue, token budget, circuit breaker
     intake                  the captures that wait for the engine's answers, in the queue, or for the engine's tap

@@ -95,6 +95,7 @@ def control_launch(settings: Settings, sockets: Sockets, folder: RunFolder, repo
             "lock": str(folder.control_lock),
             "parent": os.getpid(),
             "data_port": sockets.data_port,
+            "passive": not sockets.data and sockets.control is None,
             "admin_fd": fd,
             "control_fd": control_fd,
             "configuration": report,

@@ -19,6 +19,7 @@ from hemostat.config.fields import is_loopback, split_address
 from hemostat.config.reloading import plan_reload
 from hemostat.config.schema import Settings
 from hemostat.config.waiting_times import waiting_times
+from hemostat.engines.passive import PLUGIN_ALONE
 from hemostat.ipc.addresses import client_context, server_context
 from hemostat.supervisor import service, takeover
 from hemostat.supervisor.child import Launch, StartFailure
@@ -60,8 +61,6 @@ def with_role(load: Callable[[], Settings], role: Role) -> Settings:
     control = settings.control
     if role is Role.RELAY and not control.addresses:
         raise ConfigError("control.addresses: required for hemostat relay, like [control-0:8082, control-1:8082]")
-    if role is Role.CONTROL and control.listen is None:
-        raise ConfigError("control.listen: required for hemostat control, like 0.0.0.0:8082")
     try:
         if not role.control and control.ca is not None:
             client_context(control.ca)
@@ -189,6 +188,8 @@ class Supervisor:
             port = sockets.control.getsockname()[1]
             how = "TLS" if settings.control.cert is not None else "no TLS"
             self._announce(f"hemostat: relays connect to {listens}:{port} ({how})")
+        elif self._role is Role.CONTROL:
+            self._announce(f"hemostat: {PLUGIN_ALONE}; with control.listen relays can connect")
         shows = "console, /metrics" if self._role.control else "/metrics of the relays"
         self._announce(f"hemostat: admin port http://{admin}:{sockets.admin_port} ({shows})")
         if sockets.data and not is_loopback(settings.listen.host):
