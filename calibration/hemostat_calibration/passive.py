@@ -21,7 +21,7 @@ ROUTES = {
 
 
 class PassivePolicy(msgspec.Struct, frozen=True):
-    """What the plugin samples, and how. Without a policy it samples nothing."""
+    """The rules by which the plugin samples requests. Without a policy it samples none."""
 
     rate: float
     """The fraction of requests that is sampled."""

@@ -13,7 +13,7 @@ when the class is requested by that flag.
     taps.py          measured values of tapped rows, from the engine's thread to the agent's
     agent.py         the background thread: reports, sends taps
     answer_tap.py    in the API server's process: whole answers of requests that ask for it; answer_sender.py sends them
-    passive.py       in the same process: which requests are sampled where no relay does, by the control process's policy
+    passive.py       in the same process: which requests are sampled where no relay does
     client_headers.py    the ASGI middleware that hands clients' headers to it
     fetching.py      gets profiles from the folder or the admin ports
     peers.py, admin_client.py, retries.py, settings.py    addresses, HTTP, pauses after failures, environment

@@ -81,8 +81,8 @@ class AdminClient:
         self._call("/api/v1/engine/tap", MAX_RESPONSE_BYTES, msgspec.msgpack.encode(body), "msgpack")
 
     def send_answers(self, body: dict[str, Any]) -> ReportResponse:
-        """Returns the prefix of the nonces of this middleware's requests ("" if it has none), its secrets, and its policy
-        for passive mode."""
+        """Returns the prefix of the nonces of this middleware's requests ("" if it has none), its secrets, and its
+        policy for passive mode."""
         data = self._call("/api/v1/engine/answers", MAX_RESPONSE_BYTES, msgspec.msgpack.encode(body), "msgpack")
         try:
             response = json.loads(data)

@@ -1,7 +1,7 @@
 """The headers of clients, for passive mode: `vllm serve --middleware hemostat_engine.client_headers.ClientHeaders`.
 
-The engine's client gets no headers from vLLM's server. This ASGI middleware keeps those of the request in a context
-variable, which `passive` reads where the request is sampled. It changes neither the request nor the answer.
+The engine's client gets no headers from vLLM's server. This ASGI middleware keeps the headers of the request in a
+context variable, which `passive` reads where the request is sampled. It changes neither the request nor the answer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ClientHeaders:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the headers of the current request say.
+    """The options that the headers of the current request ask for.
 
     shadow: `on`, `off`, or None without the header. Any other value means `off`, as nothing here can refuse a request.
     """

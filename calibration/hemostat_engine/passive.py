@@ -75,7 +75,7 @@ def _draws() -> Iterator[float]:
 
 
 class PassiveSampler:
-    """Owns the policies and the counts. The sender's thread calls `heard` and `counts`, the server's event loop the rest.
+    """Owns the policies and the counts. The sender's thread calls `heard` and `counts`, the event loop the rest.
 
     has_room: returns False while the queue of answers is half full. draw: a number in [0, 1). clock: monotonic seconds.
     """
@@ -84,12 +84,12 @@ class PassiveSampler:
         self,
         secrets: Secrets,
         has_room: Callable[[], bool] = lambda: True,
-        draw: Callable[[], float] = _draws().__next__,
+        draw: Callable[[], float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._secrets = secrets
         self._has_room = has_room
-        self._draw = draw
+        self._draw = draw or _draws().__next__
         self._clock = clock
         self._heard: dict[str, _Heard] = {}
         self._allowance = Allowance(MAX_PER_SECOND, MAX_AT_ONCE, clock())

@@ -39,8 +39,16 @@ from hemostat.relay.request_budget import MEMORY_EXHAUSTED, UPLOADS_EXHAUSTED
 DEPLOY = ROOT / "deploy"
 DOCS = ROOT / "docs"
 NOT_METRICS = {
-    *("hemostat_calibration", "hemostat_engine", "hemostat_lab", "hemostat_tap", "hemostat_tap_top", "hemostat_force"),
-    *("hemostat_kv_precision", "hemostat_mac", "hemostat_vllm"),
+    *(
+        "hemostat_calibration",
+        "hemostat_engine",
+        "hemostat_lab",
+        "hemostat_shadow",
+        "hemostat_tap",
+        "hemostat_tap_top",
+        "hemostat_force",
+    ),
+    *("hemostat_kv_precision", "hemostat_mac", "hemostat_shadow", "hemostat_vllm"),
 }
 """Names with the prefix of metrics that are not metrics: packages, keys of `vllm_xargs`, and a wheel."""
 

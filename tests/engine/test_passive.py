@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -16,12 +15,12 @@ from hemostat.engines.messages import AnswerMessage
 from hemostat.metrics.reasons import Unscored
 
 pytest.importorskip("vllm")
-from tests.engine.test_answers import PROMPT, Engine, params
+from tests.support.async_llm import PROMPT, Engine, params
 from tests.support.engine_admin import TOKEN, EngineAdmin
 from vllm.sampling_params import StructuredOutputsParams
 
 from hemostat_calibration.passive import PassivePolicy
-from hemostat_engine import answer_tap, client_headers, passive
+from hemostat_engine import answer_tap, passive
 from hemostat_engine.answer_sender import AnswerQueue, AnswerSender
 from hemostat_engine.answer_tap import AnswerTap, wrapped
 from hemostat_engine.client_headers import ClientHeaders
@@ -90,7 +89,7 @@ class Server:
 
 
 def test_the_fake_engine_is_called_as_vllm_calls_its_own() -> None:
-    from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415 - slow
+    from vllm.v1.engine.async_llm import AsyncLLM
 
     real = inspect.signature(AsyncLLM.generate).parameters
     assert tuple(real)[:4] == tuple(inspect.signature(Engine.generate).parameters)
@@ -132,7 +131,7 @@ def test_nothing_is_sampled_where_one_control_process_says_that_relays_sample() 
 
 
 def test_a_request_that_a_relay_has_sampled_is_recorded_once_and_for_the_relay() -> None:
-    from hemostat_calibration.engine_keys import signed  # noqa: PLC0415
+    from hemostat_calibration.engine_keys import signed
 
     server = Server()
     asked = signed({"hemostat_tap": "relays", "hemostat_tap_top": "2"}, SECRET, "")
@@ -211,16 +210,16 @@ def test_memory_and_rate_are_bounded_and_what_is_beyond_is_counted(monkeypatch: 
         server.serve()
     assert len(server.recorded()) == passive.MAX_AT_ONCE
     assert server.unscored() == {Lost.PLUGIN_BUSY: 3}
-    monkeypatch.setattr(answer_tap, "MAX_ACTIVE", 0)
-    server = Server()
-    server.serve()
-    assert (server.engine.given[0].logprobs, server.unscored()) == (None, {Lost.PLUGIN_BUSY: 1})
     server = Server()
     server.queue = AnswerQueue(max_bytes=1)
     server.tap = AnswerTap(server.queue, lambda: None, server.secrets, server.sampler)
     server.generate = wrapped(Engine.generate, server.tap)
     server.serve()
     assert server.unscored() == {Lost.LINK_FULL: 1}
+    monkeypatch.setattr(answer_tap, "MAX_ACTIVE", 0)
+    server = Server()
+    server.serve()
+    assert (server.engine.given[0].logprobs, server.unscored()) == (None, {Lost.PLUGIN_BUSY: 1})
 
 
 def test_the_middleware_hands_headers_on_and_none_of_the_request_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +232,7 @@ def test_the_middleware_hands_headers_on_and_none_of_the_request_before(monkeypa
     first, second = (answer["request"] for answer in server.recorded())
     assert (first.label, second.label) == ("batch", "")
     assert first.client == second.client != b""
-    from hemostat.interception.assignment import client_digest  # noqa: PLC0415
+    from hemostat.interception.assignment import client_digest
 
     assert first.client == client_digest(b"Bearer key", POLICY.salt)
     assert server.sampler.counts().headers
@@ -274,8 +273,8 @@ def test_messages_with_a_request_decode_and_older_ones_too() -> None:
 
 
 def test_the_engine_is_wrapped_when_vllm_imports_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess  # noqa: PLC0415
-    import sys  # noqa: PLC0415
+    import subprocess
+    import sys
 
     code = (
         "import hemostat_engine.adapters as plugin, sys; plugin.register(); plugin.register();"

@@ -7,6 +7,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import msgspec
+
 from hemostat.engines.messages import decode_answers, decode_report, decode_tap
 from hemostat.engines.reports import PluginReports
 
@@ -73,7 +75,9 @@ class EngineAdmin:
                 if self.path == "/api/v1/engine/answers":
                     with admin.lock:
                         admin.registry.update_answers(decode_answers(body), admin.now)
-                    return self.answer(200, json.dumps(admin.own_requests()).encode())
+                    told = admin.registry.passive.told()
+                    passive = {} if told is None else {"passive": msgspec.to_builtins(told)}
+                    return self.answer(200, json.dumps(admin.own_requests() | passive).encode())
                 if self.path == "/api/v1/engine/tap":
                     with admin.lock:
                         admin.registry.taps.update(decode_tap(body), admin.now)

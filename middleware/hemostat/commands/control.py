@@ -1,4 +1,4 @@
-"""`hemostat control`: run a control process whose relays are on other machines."""
+"""`hemostat control`: run a control process without relays of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 from hemostat.commands.arguments import add_settings, load_settings
 
-HELP = "Run a control process whose relays are on other machines."
+HELP = "Run a control process: its relays are on other machines, or the plugin in vLLM measures alone."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -72,8 +72,8 @@ class ControlSettings(Section):
     """The addresses `host:port` of all control processes, for `hemostat relay`. A name stands for all of its
     addresses."""
     listen: HostPort | None = None
-    """The address `host:port` that relays on other machines connect to. `hemostat control` needs it; `hemostat serve`
-    listens there, too, if it is set."""
+    """The address `host:port` that relays on other machines connect to. `hemostat serve` listens there, too, if it is
+    set. `hemostat control` without it measures with the plugin in vLLM alone."""
     token: Secret | None = None
     """The relay token, which is the same on both sides. Whoever has it gets the policy, and Hemostat accepts its
     reports of what clients got."""

@@ -71,8 +71,8 @@ def engine_router(
 
     @router.post("/answers")
     async def answers(request: Request) -> dict[str, Any]:
-        """Takes tokens and log-probabilities of sampled answers (msgpack); without any, it is a question for the secrets
-        and the policy."""
+        """Takes tokens and log-probabilities of sampled answers (msgpack); without any, it asks for the secrets and
+        the policy."""
         body = await read_body(request, MAX_TAP_BYTES)
         try:
             reports.update_answers(decode_answers(body), now())
