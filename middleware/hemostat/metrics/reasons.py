@@ -32,6 +32,8 @@ class CountedBy(Flag):
     """A relay, at any other moment."""
     CONTROL = auto()
     """The control process counts it."""
+    PLUGIN = auto()
+    """The plugin in vLLM, where it samples requests itself. It also counts some reasons of relays in their place."""
 
 
 SKIPPED: Final = Outcome.SKIPPED
@@ -39,6 +41,7 @@ DROPPED: Final = Outcome.DROPPED
 REQUEST: Final = CountedBy.REQUEST
 RELAY: Final = CountedBy.RELAY
 CONTROL: Final = CountedBy.CONTROL
+PLUGIN: Final = CountedBy.PLUGIN
 
 
 class Unscored(StrEnum):
@@ -180,7 +183,7 @@ class Unscored(StrEnum):
     QUEUE_FULL = "queue_full", DROPPED, CONTROL, (
         "more came at once than the queue holds; relays then sample less, unless clients force it"
     )
-    PLUGIN_BUSY = "plugin_busy", DROPPED, RELAY, (
+    PLUGIN_BUSY = "plugin_busy", DROPPED, PLUGIN, (
         "the plugin in vLLM samples requests itself, and records 128 already, has sampled more than 50 a second, or "
         "holds more answers than the control process takes"
     )
