@@ -24,7 +24,6 @@ profiles        calibration profiles: their format, families, and how they chang
 reasoning       where a reasoning model's thinking ends and its answer begins, found by token ids
 records         token records: both models' log-probabilities of the same tokens
 record_checks   the checks of a token record
-repetition      answers that repeat themselves to their end
 state_codec     dataclasses as JSON bytes, for restarts
 state_recovery  the compressed model's whole distribution, recovered from its logits at anchors
 statistics      streaming estimators, and intervals and tests that are valid at every look

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tests.support.relay import Request, answering, chat_json, relaying
 
 from hemostat.metrics.names import OUTPUT_TOKENS, REPETITION_LOOPS, RESPONSES_FINISHED, STRUCTURED_OUTPUTS
+from hemostat.openai import repetition
+from hemostat.openai.repetition import ends_in_loop
 from hemostat.openai.routes import Form
 from hemostat.relay import outcomes
 from hemostat.relay.outcomes import OutcomeObserver
-from hemostat_calibration import repetition
-from hemostat_calibration.repetition import ends_in_loop
 
 SCHEMA = b'{"messages": [], "response_format": {"type": "json_schema", "json_schema": {}}}'
 TOOLS = b'{"messages": [], "tools": [{"type": "function"}]}'

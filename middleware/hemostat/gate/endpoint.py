@@ -31,10 +31,6 @@ class Endpoint:
         """Returns the endpoint of a served model. name: None: the first base model."""
         return cls(server, await server.model(name))
 
-    @property
-    def url(self) -> str:
-        return self._server.url
-
     async def identity(self) -> Identity:
         return await identity_of(self._server, self._card)
 

@@ -24,11 +24,11 @@ import msgspec
 
 from hemostat.ipc import ends
 from hemostat.metrics import names
+from hemostat.openai.repetition import ends_in_loop
 from hemostat.openai.routes import Form
 from hemostat.relay.answer_format import AnswerFormat
 from hemostat.relay.answers import Choice, Response, parse, tail_of
 from hemostat_calibration.outcomes import Outcome
-from hemostat_calibration.repetition import ends_in_loop
 
 FINISH_REASONS: Final = frozenset(
     {"stop", "length", "tool_calls", "function_call", "content_filter", "abort", "error", "repetition"}

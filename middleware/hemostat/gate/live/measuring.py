@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from hemostat.gate.live.candidate import Candidate, likeliest
+from hemostat.openai.repetition import ends_in_loop
 from hemostat.openai.routes import FORMS, Form
 from hemostat.reference.own_answers import TOP_K, Answer, listed_by
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceScores, ScoreRequest
@@ -18,7 +19,6 @@ from hemostat.scoring.capture_arrays import prompt_ids
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.gate.distance import Listed, distance_gain, listed_distance
 from hemostat_calibration.gate.verdict import Question
-from hemostat_calibration.repetition import ends_in_loop
 
 STABLE_TOKENS, OWN_ANSWERS, BAD_ANSWERS = "stable_tokens", "own_answers", "bad_answers"
 MARGINS = {"same": 0.02, "other": 0.05}

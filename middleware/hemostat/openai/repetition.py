@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-LOOP_COPIES = 4
-MIN_LOOP_CHARACTERS = 48
+from typing import Final
+
+LOOP_COPIES: Final = 4
+MIN_LOOP_CHARACTERS: Final = 48
 """A loop: the text ends in LOOP_COPIES copies of one block, MIN_LOOP_CHARACTERS or more in all. A run of one character
 (the ruler `-----`) is not a loop."""
 
