@@ -113,6 +113,7 @@ class InterceptedExchange:
         """The version that Hemostat asks for as the request's model."""
         self._nonce = ""
         self._sampling = Sampling()
+        """The decoding parameters of the request whose tokens are ASKED for."""
         self._source = RESPONSE
         self._request: Request | None = None
         """The request whose tokens are ASKED for."""
@@ -191,7 +192,8 @@ class InterceptedExchange:
             self._ask_for_tokens(request, changes, xargs)
         if xargs or request.client_acts:
             changes["vllm_xargs"] = requests.merged_xargs(request, xargs, policy.secret)
-        self._sampling = requests.sampling_parameters(request, changes, policy.openai_sampling_defaults)
+        if self.state is ASKED:
+            self._sampling = requests.sampling_parameters(request, changes, policy.openai_sampling_defaults)
         if not changes:
             return None
         self._response = InterceptedResponse(
