@@ -20,7 +20,7 @@ from hemostat.canaries.states import MAX_SETS, Sets
 from hemostat.engines.messages import RankReport
 from hemostat.metrics import names
 from hemostat_calibration import canary_cause
-from hemostat_calibration.canaries import MIN_SEQUENCES, Canary, CanarySet, Origin
+from hemostat_calibration.canaries import DAY_REPLAYS, MIN_SEQUENCES, REPLAYS, Canary, CanarySet, Origin
 
 pytestmark = pytest.mark.usefixtures("without_variants", "quick")
 
@@ -63,6 +63,20 @@ async def test_another_model_under_the_same_name_is_stated_after_two_replays_and
         await bench.settle(HOUR_SECONDS)
         assert bench.statements() == []
         assert "is as it was" in bench.written.events(1)[0]["why"]
+
+
+async def test_the_baseline_grows_for_a_day_and_not_by_what_is_suspected(tmp_path: Path) -> None:
+    fakes = [FakeVllm(), FakeVllm()]
+    async with world(tmp_path, *fakes) as bench:
+        await bench.settle(FIRST_SECONDS)
+        fakes[0].noise = 0.3
+        await bench.settle(HOUR_SECONDS)
+        fakes[0].noise = 0.0
+        assert bench.canaries.report()["set"]["replays"] <= REPLAYS + 2
+        for _ in range(DAY_REPLAYS + 2):
+            await bench.settle(HOUR_SECONDS)
+        assert bench.canaries.report()["set"]["replays"] == REPLAYS + DAY_REPLAYS
+        assert bench.statements() == []
 
 
 async def test_one_replay_that_is_far_away_is_no_statement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

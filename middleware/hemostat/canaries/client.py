@@ -28,6 +28,7 @@ from hemostat_calibration.canaries import (
     Canary,
     CanarySet,
     Comparison,
+    Condition,
     Origin,
     require_sequences,
 )
@@ -152,19 +153,23 @@ class CanaryClient:
         if changes := before.changes(await self.origin()):
             text = f"{self._server.url} was changed while the canaries were taken, and these are dropped"
             raise ReferenceFailure(FailureReason.REVISION, f"{text}: {'; '.join(changes)}")
-        return CanarySet(tuple(canaries), np.stack(replays), origin)
+        conditions = tuple(Condition(origin.at, together) for together in (1, *BESIDE))
+        return CanarySet(tuple(canaries), np.stack(replays), origin, conditions=conditions)
 
     async def replay(self, canaries: Sequence[Canary]) -> Floats:
         """Returns the log-probabilities of all scored tokens, float64 [N], one sequence after the other."""
         return np.concatenate([await self._score(canary) for canary in canaries])
 
-    async def compare(self, taken: CanarySet, tolerance: float) -> Comparison:
-        """Returns the comparison of a replay with the set. If the first replay says that the engine has changed, a
-        second one is compared."""
+    async def compare(self, taken: CanarySet, tolerance: float) -> tuple[Comparison, bool]:
+        """Returns the comparison of a replay with the set, and if the engine has changed: a second replay has to show
+        the same as the first."""
         self._expect(len(taken.canaries))
-        comparison = taken.compare(await self.replay(taken.canaries), tolerance)
+        first = taken.compare(await self.replay(taken.canaries), tolerance)
+        if not first.changed:
+            return first, False
         self._expect(len(taken.canaries))
-        return taken.compare(await self.replay(taken.canaries), tolerance) if comparison.changed else comparison
+        second = taken.compare(await self.replay(taken.canaries), tolerance)
+        return second, second.confirms(first)
 
     async def _replay_beside(self, canaries: Sequence[Canary], at_once: int) -> Floats:
         """Replays the sequences, so many at a time, and returns their log-probabilities one after the other."""

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from hemostat.canaries.client import CanaryClient
-from hemostat.canaries.pace import Pace, PaceState
+from hemostat.canaries.pace import HOUR_SECONDS, Pace, PaceState
 from hemostat.canaries.variants import Sign
 from hemostat.engines.engine import Engine
 from hemostat.store.protocol import BlobKey
 from hemostat_calibration.arrays import Floats
-from hemostat_calibration.canaries import Comparison, Origin
+from hemostat_calibration.canaries import LASTING_REPLAYS, Comparison, Origin
 from hemostat_calibration.canary_cause import Verdict
 
 STATES_KEY = BlobKey("canary_engines")
@@ -43,6 +43,11 @@ class Reading:
     """The comparisons of the last replay, by what it was compared with."""
     suspected: dict[str, int] = field(default_factory=dict)
     """The replays after which it was too far from something, by what that was."""
+    first: dict[str, Comparison] = field(default_factory=dict)
+    """The comparisons of these replays: a later one has to show the same."""
+    lasting: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """The differences of which it is not known if they are a mode's: the time of the last replay that was counted, Unix
+    time, and the number of replays in a row, an hour apart."""
     since: dict[str, float] = field(default_factory=dict)
     """The statements: from what it is too far, and since when, Unix time."""
     reference: tuple[float, float] | None = None
@@ -51,17 +56,35 @@ class Reading:
     """The cause of what is stated, once it was looked for."""
 
     def judge(self, against: str, comparison: Comparison, numbers: Collection[int], now: float) -> None:
-        """Judges one comparison. numbers: of the replays that are part of it.
+        """Judges one comparison. numbers: of the replays that are part of it. now: Unix time.
 
-        The first one that is too far is a suspicion; the first one of replays that are all later is a statement.
+        The first one that is too far is a suspicion; the first one of replays that are all later and show the same is a
+        statement. A difference that a mode of the engine's kernels may be is a statement once it has lasted for a week.
         """
         self.found[against] = comparison
         if not comparison.changed:
             self.suspected.pop(against, None)
+            self.first.pop(against, None)
+        elif against not in self.suspected:
+            self._suspect(against, comparison, numbers)
+        elif min(numbers) > self.suspected[against]:
+            if against not in self.first or comparison.confirms(self.first[against]):
+                self.since.setdefault(against, now)
+            elif against not in self.since:
+                self._suspect(against, comparison, numbers)
+        at, count = self.lasting.get(against, (-np.inf, 0))
+        if not comparison.differs:
+            self.lasting.pop(against, None)
+        elif now - at >= HOUR_SECONDS:
+            self.lasting[against] = (now, count + 1)
+            if count + 1 >= LASTING_REPLAYS:
+                self.since.setdefault(against, now)
+        if not comparison.changed and not comparison.differs:
             self.since.pop(against, None)
             self.cause = self.cause if self.since else None
-        elif min(numbers) > self.suspected.setdefault(against, max(numbers)):
-            self.since.setdefault(against, now)
+
+    def _suspect(self, against: str, comparison: Comparison, numbers: Collection[int]) -> None:
+        self.suspected[against], self.first[against] = max(numbers), comparison
 
     def to_store(self) -> Reading:
         """Returns what is stored. A suspicion comes before all replays of a later process."""
@@ -78,7 +101,7 @@ class EngineState:
     """The state that outlasts the control process, so that its restart neither repeats replays beyond the budget nor
     forgets what they have found.
 
-    readings: the suspicions and statements, by served name.
+    readings: the suspicions, statements and differences that may be a mode's, by served name.
     """
 
     pace: PaceState
@@ -156,6 +179,11 @@ class EngineCanaries:
         self.readings = {name: self.readings.get(name, Reading()) for name in served}
         self.now = await self.client(base.id).origin(engine=self.name)
 
+    @property
+    def load(self) -> int:
+        """The number of clients' requests in progress there now."""
+        return self._engine.health.outstanding
+
     def client(self, model: str) -> CanaryClient:
         return CanaryClient(self._server, model, self.pace.wait, self._weights, sign=self._sign)
 
@@ -164,8 +192,12 @@ class EngineCanaries:
         return "" if report is None else report.weights
 
     def state(self) -> EngineState:
-        suspected = {name: reading.to_store() for name, reading in self.readings.items() if reading.suspected}
-        return EngineState(self.pace.state(), suspected)
+        kept = {
+            name: reading.to_store()
+            for name, reading in self.readings.items()
+            if reading.suspected or reading.lasting or reading.since
+        }
+        return EngineState(self.pace.state(), kept)
 
     def forget(self) -> None:
         """Forgets what was found, since the set is replaced."""

@@ -13,6 +13,7 @@ import numpy as np
 from hemostat.canaries.client import CanaryClient
 from hemostat.canaries.engine import (
     EngineCanaries,
+    Reading,
     served,
 )
 from hemostat.canaries.judge import Judge
@@ -25,7 +26,7 @@ from hemostat.reference.pair import ReferenceState
 from hemostat.reference.protocol import ReferenceFailure, ScoreRequest
 from hemostat.store.protocol import StoreWrites
 from hemostat.store.spent_alpha import until_written
-from hemostat_calibration.canaries import REPLAYS, CanarySet, Origin, shortest
+from hemostat_calibration.canaries import DAY_REPLAYS, REPLAYS, CanarySet, Condition, Origin, shortest
 
 log = logging.getLogger("hemostat.canaries")
 
@@ -121,8 +122,9 @@ class Replays:
         except ReferenceFailure as failure:
             log.warning("canaries: the reference did not score them, and is asked again in an hour: %s", failure)
             return
-        if self._sets.base is base:
-            self._sets.put(replace(base, reference=np.concatenate(scored)))
+        current = self._sets.base
+        if current is not None and current.canaries is base.canaries:
+            self._sets.put(replace(current, reference=np.concatenate(scored)))
 
     async def replay(self, canaries: EngineCanaries, model: str) -> bool:
         """Replays the set of one model of an engine. Returns False if it has to wait: for the budget, or as the set was
@@ -157,8 +159,19 @@ class Replays:
         self._count += 1
         reading.values, reading.number, reading.at = values, self._count, self._wall()
         reading.reference = taken.from_reference(values)
-        self._judge.update(canaries, model, taken)
+        self._judge.update(canaries, model, current)
+        if self._belongs_to_baseline(canaries, reading, current):
+            self._sets.put(current.with_replay(values, Condition(reading.at, load=canaries.load)))
         return True
+
+    def _belongs_to_baseline(self, canaries: EngineCanaries, reading: Reading, taken: CanarySet) -> bool:
+        """Returns True for the replays of the first day, an hour apart, of the engine that the set was taken at, as
+        long as nothing is wrong there: so the baseline is of all loads of a day, and of all modes that kernels had."""
+        if reading.suspected or reading.since or len(taken.baseline) >= REPLAYS + DAY_REPLAYS:
+            return False
+        last = taken.conditions[-1].at if len(taken.baseline) > REPLAYS else -np.inf
+        gone = taken.origin.engine not in self._states.current
+        return (gone or canaries.name == taken.origin.engine) and reading.at - last >= HOUR_SECONDS
 
     async def explain(self, canaries: EngineCanaries, base: CanarySet) -> bool:
         """Finds the cause of what the base model's replays have found, once. Returns False if it has to wait for the

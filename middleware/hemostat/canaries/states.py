@@ -22,7 +22,8 @@ from hemostat_calibration.elapsed import TimeBreak
 
 BLOB_KEY = BlobKey("canaries")
 """The key of the sets in the store's blobs."""
-SCHEMA = 2
+SCHEMA = 3
+OLDER_SCHEMAS = (2,)
 MAX_SETS = 33
 """The largest number of sets, for the base model and adapters: beyond it the one that was taken first is forgotten."""
 
@@ -59,7 +60,7 @@ class Sets:
 
     def restore(self, stored: bytes) -> None:
         """Takes what an earlier run stored. Raises InvalidArgumentError."""
-        self._sets = dict(state_codec.decode(_Stored, stored, SCHEMA).sets)
+        self._sets = dict(state_codec.decode(_Stored, stored, SCHEMA, OLDER_SCHEMAS).sets)
 
     def _save(self) -> None:
         self._writes.put_blob(BLOB_KEY, state_codec.encode(_Stored(self._sets), SCHEMA))
@@ -90,7 +91,7 @@ class CanaryStates:
 
     def restore(self, stored: bytes) -> None:
         """Takes what an earlier run stored. Raises InvalidArgumentError."""
-        self._gone = dict(state_codec.decode(EngineStates, stored, SCHEMA).engines)
+        self._gone = dict(state_codec.decode(EngineStates, stored, SCHEMA, OLDER_SCHEMAS).engines)
 
     def save(self) -> None:
         """Stores the states of all engines, and of the ones that were reported within the last hour."""
@@ -108,6 +109,9 @@ class CanaryStates:
         for engine in self.current.values():
             for reading in engine.readings.values():
                 reading.at = time_break.seen(reading.at)
+                reading.lasting = {
+                    against: (time_break.seen(at), count) for against, (at, count) in reading.lasting.items()
+                }
         if self._gone or self.current:
             self.save()
 

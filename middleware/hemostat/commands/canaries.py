@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 HELP = "Score the same token sequences on a vLLM server again, and say if it has changed."
 EQUAL, CHANGED, COULD_NOT_TELL = 0, 1, 2
+_VERDICTS = {EQUAL: "equal", CHANGED: "changed", COULD_NOT_TELL: "could not tell"}
 TOLERANCE = 0.01
 """A copy of `hemostat_calibration.canaries.TOLERANCE_NATS`, so that the parser need not import numpy."""
 ANSWER_SECONDS = 120.0
@@ -100,8 +101,7 @@ def _take(options: argparse.Namespace) -> int:
 def _replay(options: argparse.Namespace) -> int:
     taken = _read(options.file)
 
-    comparison, now = _run(_compare_at(options.server, taken.origin.model, taken, options.tolerance))
-    return _say(comparison, taken.origin, now)
+    return _say(*_run(_compare_at(options.server, taken.origin.model, taken, options.tolerance)), taken.origin)
 
 
 def _cause(options: argparse.Namespace) -> int:
@@ -129,20 +129,20 @@ def _cause(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    async def compare() -> tuple[CanarySet, Comparison, Origin]:
+    async def compare() -> tuple[Comparison, bool, Origin, Origin]:
         taken = await _take_at(options.server, options.prompts)
-        return taken, *await _compare_at(options.other, None, taken, options.tolerance)
+        return *await _compare_at(options.other, None, taken, options.tolerance), taken.origin
 
-    taken, comparison, now = _run(compare())
-    return _say(comparison, taken.origin, now)
+    return _say(*_run(compare()))
 
 
-def _say(comparison: Comparison, then: Origin, now: Origin) -> int:
+def _say(comparison: Comparison, changed: bool, now: Origin, then: Origin) -> int:
     """Prints the verdict, in one line, and what else is different. Returns the exit code."""
-    print(f"{'changed' if comparison.changed else 'equal'}: {comparison.summary}")  # noqa: T201
+    exit_code = CHANGED if changed else COULD_NOT_TELL if comparison.changed or comparison.differs else EQUAL
+    print(f"{_VERDICTS[exit_code]}: {comparison.summary}")  # noqa: T201
     for change in then.changes(now):
         print(f"  {change}")  # noqa: T201
-    return CHANGED if comparison.changed else EQUAL
+    return exit_code
 
 
 def _described(origin: Origin) -> str:
@@ -174,7 +174,7 @@ async def _take_at(server: str, prompts: Path | None) -> CanarySet:
 
 async def _compare_at(
     server: str, default: str | None, taken: CanarySet, tolerance: float
-) -> tuple[Comparison, Origin]:
+) -> tuple[Comparison, bool, Origin]:
     async with _client(server, default) as client:
         then, now = taken.origin, await client.origin()
         if then.tokenizer and now.tokenizer and then.tokenizer != now.tokenizer:
@@ -182,7 +182,7 @@ async def _compare_at(
                 f"could not tell: {server} has another tokenizer than the server of the canaries, to which the same "
                 "token ids are another text; take a set there"
             )
-        return await client.compare(taken, tolerance), now
+        return *await client.compare(taken, tolerance), now
 
 
 def _run(work: Coroutine[None, None, T]) -> T:
