@@ -3,18 +3,18 @@ taken.
 
 A `CanarySet` has sequences of token ids, and of each token the log-probability in several replays of the engine as it
 was then: R baseline replays. The first ones are of one moment: one alone, and the others together with other requests,
-so that they differ by what batch shapes and chunks of a prefill do. Those of the first day are added, so that the
+so that they differ by what batch shapes and chunks of a prefill do. The replays of the first day are added, so that the
 baseline is of all loads of a day. The distance between two replays of a sequence is the mean over its tokens of
 |difference of log-probabilities|, in nats.
 
 **Modes.** Kernels and batch shapes may switch: then a replay as a whole has another offset at each token than the
 replay an hour before (0.01 to 0.03 nats a token), and the sequences of a replay are not independent. So each of the R +
-1 replays, the present one and those of the baseline, is compared with the one of the others that is nearest to it as a
+1 replays, the present one and the R of the baseline, is compared with the one of the others that is nearest to it as a
 whole. A mode that the baseline has seen is near. A mode that it has not seen is assumed to be at most MODE_TOLERANCES
 tolerances away, in the mean over all tokens.
 
-**The test.** A sequence votes "changed" if the present replay's distance exceeds those of all baseline replays, and the
-tolerance. An engine has changed *at once*, if two replays in a row show one of these:
+**The test.** A sequence votes "changed" if the present replay's distance exceeds the distance of each baseline
+replay, and the tolerance. An engine has changed *at once*, if two replays in a row show one of these:
 
 - At least `votes_needed` sequences vote so, and the mean distance of all tokens exceeds the largest one of the baseline
   by more than a mode may.

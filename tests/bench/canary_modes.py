@@ -1,4 +1,4 @@
-"""What canaries say of simulated engines whose kernels switch between modes, and which faults they find there:
+"""Measures what canaries say of simulated engines whose kernels switch between modes, and which faults they find there:
 `python -m tests.bench.canary_modes --years 1000`. It needs no vLLM.
 
 A mode has another offset at each token, the same in all replays that are made in it. Two modes differ by 0.01 to 0.03
