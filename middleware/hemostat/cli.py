@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from hemostat import __version__
-from hemostat.commands import canaries, check, control, engines, gate, init, profile, relay, serve
+from hemostat.commands import canaries, check, control, engines, gate, init, profile, relay, report, score, serve
 from hemostat.commands.arguments import EXIT_INTERRUPTED, Parser, UsageError
 from hemostat.config.packages import install_command
 from hemostat_calibration.errors import HemostatError
@@ -29,6 +29,8 @@ BUILT_IN = {
     "engines": engines,
     "canaries": canaries,
     "gate": gate,
+    "score": score,
+    "report": report,
 }
 LABORATORY = ("demo", "doctor", "compress", "adapt")
 """The commands that the distribution `hemostat-lab` adds."""

@@ -11,6 +11,8 @@ gate         `hemostat gate`: pass, fail or undecided, for a candidate that may 
 init         `hemostat init`: write a configuration file
 profile      `hemostat profile …`
 relay        `hemostat relay`: run relays whose control process is on another machine
+report       `hemostat report`: the figures of captures that were scored later than they were served
+score        `hemostat score`: scores the captures of a spool on a reference
 serve        `hemostat serve`: run the proxy
 setup_check  the probes of `hemostat check`
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -19,7 +20,7 @@ from hemostat.config.fields import (
     split_address,
     yaml_off,
 )
-from hemostat.config.packages import install_command
+from hemostat.config.packages import install_command, missing
 from hemostat.config.text import short_repr
 
 EXPORTER = "opentelemetry-exporter-otlp-proto-http"
@@ -155,6 +156,32 @@ class Log(Section):
     @classmethod
     def _any_case(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
+
+
+class SpoolSettings(Section):
+    """Sampled requests on disk, before they are scored, for `hemostat score`. It needs the extra `spool`."""
+
+    path: Path | None = None
+    """The folder that sampled requests are written to: docs/offline.md. **Token ids are text**, so none are written by
+    default. With `reference.backend: none` requests are sampled and written, and scored later by `hemostat score`. With
+    a reference they are also scored at once."""
+    key: str | None = Field(default=None, min_length=1)
+    """The key that encrypts the folder: the path of a file, or `env:NAME` with the name of an environment variable.
+    Both hold 64 hexadecimal digits (`openssl rand -hex 32`). With plain, nothing is encrypted. It is required with
+    `path`."""
+    max_bytes: int = Field(default=20 * 1024**3, ge=64 * 1024**2)
+    """The limit of the folder's size. Above half of it, a request is admitted with a probability that falls to 0 at the
+    limit, so that what is kept stays a sample of all of the time."""
+    keep_hours: float = Field(default=24.0 * 14, gt=0.0, le=24.0 * 366)
+    """The time after which a file of the folder is removed, whether it was scored or not."""
+
+    @model_validator(mode="after")
+    def _keyed(self) -> SpoolSettings:
+        if self.path is not None and self.key is None:
+            raise ValueError("key: required with path, as token ids are text; name a key file, or plain")
+        if self.path is not None and (text := missing("spool")):
+            raise ValueError(f"path: {text}")
+        return self
 
 
 class Tracing(Section):

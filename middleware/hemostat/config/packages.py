@@ -18,6 +18,7 @@ EXTRAS = {
     "transformers": ("torch", "transformers", "accelerate"),
     "lab": ("hemostat_lab", "torch", "transformers", "accelerate", "compressed_tensors"),
     "report": ("jinja2",),
+    "spool": ("pyarrow", "cryptography"),
 }
 """Extra -> modules. lab: whatever opens whole checkpoints."""
 DISTRIBUTIONS = {"compressed_tensors": "compressed-tensors", "hemostat_lab": "hemostat-lab"}

@@ -34,7 +34,16 @@ from hemostat.config.fields import (
     is_loopback,
 )
 from hemostat.config.models import ModelReference, Reasoning, Reference, Upstream
-from hemostat.config.operation import Admin, ClientLimits, ControlSettings, Limits, Listen, Log, Tracing
+from hemostat.config.operation import (
+    Admin,
+    ClientLimits,
+    ControlSettings,
+    Limits,
+    Listen,
+    Log,
+    SpoolSettings,
+    Tracing,
+)
 from hemostat.config.store_url import split_store_url
 from hemostat.config.text import short_repr
 from hemostat_calibration.messages import shown_address
@@ -270,6 +279,7 @@ class Settings(Section):
     """The values that the header `X-Hemostat-Label` may have. Figures are also given by label."""
     store: StoreSettings = StoreSettings()
     records: Records = Records()
+    spool: SpoolSettings = SpoolSettings()
     workers: int = Field(default=1, ge=1, le=256)
     """The number of relay processes that serve. One more waits to replace a process that ends."""
     shutdown_seconds: float = Field(default=30.0, ge=0, le=3600)

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
 
@@ -23,6 +23,7 @@ from hemostat.admin.recent import RelayGrowth
 from hemostat.admin.status import ProcessParts, StatusSource
 from hemostat.admin.status_parts import CalibrationParts, EngineParts, ScoringParts
 from hemostat.canaries.keeper import Canaries
+from hemostat.config.packages import require
 from hemostat.config.schema import Settings
 from hemostat.control.compared_models import CalibratedModel, OtherModels
 from hemostat.control.learning import CalibrationNeeds, LearningSubject, ServedKinds
@@ -76,6 +77,9 @@ from hemostat_calibration.errors import HemostatError, InvalidArgumentError, Inv
 from hemostat_calibration.messages import in_words
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
+if TYPE_CHECKING:
+    from hemostat.scoring.spool.spool import Spool
+
 LOGPROBS_REFUSED = Unscored.LOGPROBS_REFUSED.labels
 """The labels of the requests that the upstream refused for what Hemostat asked on top."""
 _RANDOM = random.SystemRandom()
@@ -112,6 +116,7 @@ class Control:
         self.configuration = Configuration(wall())
         self.history = History()
         self.breakers = Breakers()
+        self.spool = make_spool(settings, clock, self._wall)
         self.records = RecordsFile(settings.records.path, clock) if settings.records.path else None
         self.tracing = make_tracing(settings.tracing.model_dump())
         self.store, self.store_errors = open_store(settings.store.url), StoreErrorLog()
@@ -219,6 +224,7 @@ class Control:
                 records=self.records,
             ),
             clock,
+            spool=self.spool,
             noise_floor=floor,
             decides=lambda: self.ownership.active,
         )
@@ -259,7 +265,7 @@ class Control:
             self.link,
             self.profile_manager,
             EngineOffers(self.engines, self.adapters.hosts, self.profile_manager.catalogue.is_adapter),
-            ScorableModels(self.monitor, self.breakers),
+            ScorableModels(self.monitor, self.breakers, spools=self.spool is not None),
             SampledShares(pipeline.sampling, self.outcome_sampling, pipeline.answer_losses),
             self.stored_state,
             self._clock,
@@ -420,7 +426,8 @@ class Control:
     def apply(self, settings: Settings) -> None:
         """Takes over those settings that can change while this process runs (`config.reloading.IN_PLACE`)."""
         self.policy.settings = self.status.settings = settings
-        self.pipeline.rate = settings.shadow.rate if self.references is not None else None
+        if self.pipeline.rate is not None:
+            self.pipeline.rate = settings.shadow.rate
         self.changes.notify()
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
@@ -438,8 +445,10 @@ class Control:
             loops.append(self.direct.run())
         if self.references is not None:
             loops += [self.monitor.run(), self.learner.run(), self.gate.run(), self.gate.watch()]
-            loops += [*self.pipeline.loops(), *self.adapters.loops()]
-        return loops
+            loops += self.adapters.loops()
+        if self.spool is not None:
+            loops.append(self.spool.run())
+        return loops + self.pipeline.loops()
 
     def do_periodic(self) -> None:
         """Does what is due because time has passed."""
@@ -477,6 +486,8 @@ class Control:
                 await _within(CLOSE_SECONDS, "a connection to a model", scorer.close())
         if self.records is not None:
             self.records.close()
+        if self.spool is not None:
+            await _within(SAVE_SECONDS, "the spool's last segment", asyncio.to_thread(self.spool.close))
         if self.tracing is not None:
             await _within(CLOSE_SECONDS, "the last spans", asyncio.to_thread(self.tracing.close))
 
@@ -491,6 +502,27 @@ class Control:
             await self.writer.write()
         except StoreFailure as failure:
             self.store_errors.record(failure)
+
+
+def make_spool(settings: Settings, clock: Callable[[], float], wall: Callable[[], float]) -> Spool | None:
+    """Returns the spool; None without `spool.path`. Raises HemostatError if it cannot be used."""
+    spool = settings.spool
+    if spool.path is None:
+        return None
+    require("spool")
+    from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415  an extra
+    from hemostat.scoring.spool.spool import Spool  # noqa: PLC0415
+
+    assert spool.key is not None
+    return Spool(
+        spool.path,
+        read_key(spool.key),
+        max_bytes=spool.max_bytes,
+        max_age=3600.0 * spool.keep_hours,
+        clock=clock,
+        wall=wall,
+        draw=_RANDOM.random,
+    )
 
 
 async def _within(seconds: float, what: str, work: Coroutine[Any, Any, None]) -> None:

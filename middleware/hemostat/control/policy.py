@@ -128,9 +128,11 @@ class EngineOffers:
 class ScorableModels:
     """Decides if requests can be scored, by what the references and their circuit breakers say."""
 
-    def __init__(self, monitor: ReferenceMonitor, breakers: Breakers) -> None:
+    def __init__(self, monitor: ReferenceMonitor, breakers: Breakers, *, spools: bool = False) -> None:
+        """spools: captures go to a spool first, whether they can be scored now or not."""
         self._monitor = monitor
         self._breakers = breakers
+        self._spools = spools
 
     @property
     def served(self) -> ServedModels:
@@ -148,6 +150,8 @@ class ScorableModels:
 
     def scores(self, now: float) -> bool:
         """Returns True if some model's requests can be scored now. now: monotonic seconds."""
+        if self._spools:
+            return True
         referred = (pair for pair in self.served.pairs if pair.reference is not None)
         return self._monitor.ready and any(not self._breakers.open(pair.name, now) for pair in referred)
 

@@ -195,6 +195,16 @@ class Unscored(StrEnum):
     BREAKER_OPEN = "breaker_open", DROPPED, CONTROL, (
         "the reference failed five times in a row; the circuit breaker is open for ten seconds"
     )
+    SPOOLED = "spooled", SKIPPED, CONTROL, (
+        "there is no reference, and it is in the spool, to be scored by `hemostat score`"
+    )
+    SPOOL_FULL = "spool_full", DROPPED, CONTROL, (
+        "there is no reference, and the spool, which is more than half full, did not admit it; see `spool.max_bytes`"
+    )
+    SPOOL_FAILED = "spool_failed", DROPPED, CONTROL, (
+        "there is no reference, and it could not be written to `spool.path`, such as to a full disk; writing is tried "
+        "again, see the log"
+    )
     INTERNAL_ERROR = "internal_error", DROPPED, CONTROL, "a bug, see the log"
     REFERENCE_FAILED = "reference_…", DROPPED, CONTROL, (
         "the reference failed: `down`, `timeout`, `busy`, `refused`, `out_of_memory`, `too_large` (an answer longer "

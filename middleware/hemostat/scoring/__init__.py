@@ -21,6 +21,8 @@
     endings                 how sampled requests and captures end, and why
     noise_floor             each model against itself
     records_file            `records.path`
+    spool                   `spool.path`: captures on disk, to be scored later
+    score_rows              captured rows in, scored rows out (Arrow)
 
 CONTRIBUTING.md follows one request from the relay to the metrics.
 """

@@ -31,7 +31,7 @@ from hemostat.scoring.intake import CaptureIntake
 from hemostat.scoring.limits import CaptureSampling, ShadowQueue, TokenBudget
 from hemostat.scoring.noise_floor import NoiseFloorMeter
 from hemostat.scoring.record_users import RecordUsers
-from hemostat.scoring.scorer import Scorer
+from hemostat.scoring.scorer import CaptureSpool, Scorer
 from hemostat.scoring.stages import ScoringStages
 from hemostat_calibration.records import TokenRecord
 
@@ -53,7 +53,8 @@ class ScoringPipeline:
     """Owns the shadow queue, the scorer, what is known of lost answers, and the counts of how captures end and of how
     much of what was sampled is scored.
 
-    stages: None with `reference.backend: none`; then every capture is dropped.
+    stages: None with `reference.backend: none`; then every capture is dropped that no spool takes. spool:
+        `spool.path`; None without it.
     users: gets every record that was scored. decides: False while what records say is to change nothing.
     clock: monotonic seconds. noise_floor: None if it is not measured.
     """
@@ -67,6 +68,7 @@ class ScoringPipeline:
         users: RecordUsers,
         clock: Callable[[], float],
         *,
+        spool: CaptureSpool | None = None,
         noise_floor: NoiseFloorMeter | None = None,
         decides: Callable[[], bool] = lambda: True,
     ) -> None:
@@ -76,8 +78,9 @@ class ScoringPipeline:
         self._clock = clock
         self.users = users
         self.noise_floor = noise_floor
-        self.rate = None if stages is None else shadow.rate
-        """The fraction that is sampled at most; None without a reference."""
+        self._spools = spool is not None
+        self.rate = None if stages is None and spool is None else shadow.rate
+        """The fraction that is sampled at most; None if nothing takes captures."""
         self._workers = WORKERS.get(settings.reference.backend, 1)
         self.coverage = Coverage(settings.evidence.kinds, clock)
         self.endings = EndingCounts(self.coverage.update)
@@ -87,11 +90,11 @@ class ScoringPipeline:
         self.sampling = CaptureSampling(self._workers, self.queue.limit)
         self.answer_losses = AnswerLosses()
         self.scorer: Scorer | None = None
-        if stages is not None:
+        if stages is not None or spool is not None:
             losses, most = self.answer_losses, shadow.max_tokens
             intake = CaptureIntake(self.queue, engines, self.endings, losses, max_tokens=most, clock=clock)
             emit, taken = self.update, self.sampling.taken
-            self.scorer = Scorer(intake, stages, self.endings, emit=emit, clock=clock, taken=taken)
+            self.scorer = Scorer(intake, stages, self.endings, spool=spool, emit=emit, clock=clock, taken=taken)
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """Returns the coroutines that have to run until they are cancelled; there are none without a reference."""
@@ -110,7 +113,8 @@ class ScoringPipeline:
     @property
     def reference_tokens(self) -> int:
         """The number of prompt and output tokens that the reference has scored."""
-        return self.scorer.stages.call.tokens if self.scorer is not None else 0
+        stages = None if self.scorer is None else self.scorer.stages
+        return 0 if stages is None else stages.call.tokens
 
     def samples(self) -> Iterator[Sample]:
         yield from self.endings.samples()
@@ -121,7 +125,7 @@ class ScoringPipeline:
             yield Sample(names.SHADOW_RATE_RATIO, (), self.rate * self.sampling.fraction)
         if self.scorer is not None:
             yield from self.scorer.samples()
-        else:
+        if self.scorer is None or self.scorer.stages is None:
             yield Sample(names.REFERENCE_TOKENS, (), 0.0)
         if self.noise_floor is not None:
             yield from self.noise_floor.samples()
@@ -131,13 +135,13 @@ class ScoringPipeline:
         """Adapts the part of the requests that relays sample to what can be scored. Call it regularly."""
         if self.rate is not None:
             expected = requests_per_second * self.rate
-            self.sampling.update(expected, self.queue.fill, self._clock(), scoring=self._monitor.ready)
+            self.sampling.update(expected, self.queue.fill, self._clock(), scoring=self._monitor.ready or self._spools)
 
     def offer(self, capture: Capture) -> None:
         """Receives a capture from a relay."""
         self.received += 1
         self.sampling.received()
-        if self.scorer is None or not self._monitor.ready:
+        if self.scorer is None or not (self._monitor.ready or self._spools):
             self.endings.unscored(Unscored.REFERENCE_NOT_READY, capture)
         else:
             self.scorer.offer(capture)

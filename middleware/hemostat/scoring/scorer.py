@@ -1,4 +1,5 @@
-"""Scores captures on the reference: takes them from the queue, has their stages done, and emits the records.
+"""Scores captures on the reference: takes them from the queue, has their stages done, and emits the records. If there
+is a spool, a capture goes there first.
 
 Whatever goes wrong ends one capture, is counted by reason, and has no other effect.
 """
@@ -8,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
+from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
 from hemostat.metrics.reasons import Unscored
 from hemostat.metrics.samples import Sample
@@ -20,9 +23,17 @@ from hemostat_calibration.records import TokenRecord
 log = logging.getLogger("hemostat.scorer")
 
 
+class CaptureSpool(Protocol):
+    """The part of `hemostat.scoring.spool.spool.Spool` that takes captures."""
+
+    def update(self, capture: Capture, tap: TapResult | None) -> Unscored | None:
+        """Writes a capture, and returns None; or why it is not written."""
+
+
 class Scorer:
     """Owns the captures between the queue and their ending. Each is scored on the reference of its own model.
 
+    stages: None if captures are only written to the spool. spool: None if there is none.
     emit: is handed every record with its capture. clock: monotonic seconds. taken: gets the seconds that a worker
         took for a capture.
     """
@@ -30,15 +41,17 @@ class Scorer:
     def __init__(
         self,
         intake: CaptureIntake,
-        stages: ScoringStages,
+        stages: ScoringStages | None,
         endings: EndingCounts,
         *,
+        spool: CaptureSpool | None = None,
         emit: Callable[[TokenRecord, Capture], None],
         clock: Callable[[], float],
         taken: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._intake = intake
         self.stages = stages
+        self._spool = spool
         self._endings = endings
         self._emit = emit
         self._taken = taken
@@ -55,7 +68,8 @@ class Scorer:
         return len(self._intake) + self._in_progress
 
     def samples(self) -> Iterator[Sample]:
-        yield from self.stages.samples()
+        if self.stages is not None:
+            yield from self.stages.samples()
 
     async def run(self, workers: int) -> None:
         """Scores `workers` captures at a time, until cancelled."""
@@ -84,6 +98,11 @@ class Scorer:
 
     async def _score(self, capture: Capture) -> None:
         """Emits one record and counts it. Raises NotScored if there is none."""
-        record, complete = await self.stages.score(capture, self._intake.tap(capture))
+        tap, spooled = self._intake.tap(capture), Unscored.SPOOLED
+        if self._spool is not None:
+            spooled = self._spool.update(capture, tap) or spooled
+        if self.stages is None:
+            raise NotScored(spooled)
+        record, complete = await self.stages.score(capture, tap)
         self._emit(record, complete)
         self._endings.scored(complete, left_out=record.position)

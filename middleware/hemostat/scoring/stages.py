@@ -21,13 +21,14 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import ID_BYTES, Capture
 from hemostat.metrics import names
 from hemostat.metrics.reasons import Unscored
 from hemostat.metrics.samples import Sample
-from hemostat.reference.protocol import ReferenceFailure
+from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.scoring.capture_arrays import UnreadableLogprobsError, candidates, decode_capture, output_ids, prompt_ids
 from hemostat.scoring.conditioning import ConditioningFailure, condition
 from hemostat.scoring.endings import NotScored
@@ -110,6 +111,16 @@ def _invalid(capture: Capture, error: InvalidRecordError) -> NotScored:
     return NotScored(Unscored.INVALID_RECORD, message, detail=error.reason)
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A capture that was scored. capture: with its candidates as arrays. info: of the reference that scored it."""
+
+    capture: Capture
+    info: ReferenceInfo
+    scores: ReferenceScores
+    record: TokenRecord
+
+
 class EngineFeatures:
     """Owns the count of features that could not be used. It takes the route of a capture, and gives the features that
     profiles read.
@@ -164,6 +175,11 @@ class ScoringStages:
 
     async def score(self, capture: Capture, tap: TapResult | None) -> tuple[TokenRecord, Capture]:
         """Returns the record, and the capture that it was made of. Raises NotScored."""
+        answered = await self.ask(capture, tap)
+        return answered.record, answered.capture
+
+    async def ask(self, capture: Capture, tap: TapResult | None) -> Answered:
+        """Returns the record with what it was made of. Raises NotScored."""
         route = self._router.route(capture, tap)
         capture = await self._completion.complete(capture)
         compressed, allowed = await read(capture, route, self._max_scored)
@@ -187,7 +203,7 @@ class ScoringStages:
             )
         except InvalidRecordError as error:
             raise _invalid(capture, error) from error
-        return record, capture
+        return Answered(capture, route.info, scores, record)
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.REFERENCE_TOKENS, (), self.call.tokens)

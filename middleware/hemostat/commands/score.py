@@ -1,0 +1,117 @@
+"""`hemostat score`: scores the captures of a spool on a reference, and reports their figures."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hemostat.commands.arguments import API_KEY, UsageError, vllm_server
+from hemostat.commands.report import KEY_HELP, add_outputs, check_outputs, write_report
+from hemostat.config.packages import require
+
+if TYPE_CHECKING:
+    from hemostat.reference.protocol import Reference
+
+HELP = "Score the captures of a spool on a reference, and report their figures."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="The folder of spool.path, or a copy of it.")
+    parser.add_argument(
+        "--reference",
+        required=True,
+        metavar="MODEL",
+        help="The uncompressed model: a folder, a hub name, or the URL[#NAME] of a vLLM server.",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FOLDER",
+        help="The folder for the scored captures. The same command again goes on where it stopped.",
+    )
+    parser.add_argument("--key", default="plain", metavar="KEY", help=KEY_HELP)
+    parser.add_argument(
+        "--model", metavar="NAME", help="The served name whose requests are scored (default: there is only one)."
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="DEVICE", help="Torch device of the reference (default: auto)."
+    )
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument(
+        "--reference-folder",
+        type=Path,
+        metavar="DIR",
+        help="The checkpoint of a reference that is a pooling server, as in reference.folder.",
+    )
+    add_outputs(parser)
+    parser.set_defaults(command=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from hemostat.reference.protocol import ReferenceFailure  # noqa: PLC0415
+
+    require("spool")
+    if not options.folder.is_dir():
+        raise UsageError(f"there is no folder {options.folder}; name the folder of spool.path")
+    check_outputs(options)
+    try:
+        options.out.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out: {options.out} cannot be made ({error.strerror}); name another folder") from None
+    if os.path.samefile(options.out, options.folder):
+        raise UsageError("--out: name another folder than the spool's")
+    try:
+        asyncio.run(_score(options))
+    except ReferenceFailure as failure:
+        raise UsageError(f"the reference: {failure}") from None
+    except OSError as error:
+        raise UsageError(f"--out: {options.out} cannot be written ({error.strerror}); make room, and go on") from None
+    write_report(options.out, options)
+    return 0
+
+
+async def _score(options: argparse.Namespace) -> None:
+    from hemostat.offline.folder import score_folder  # noqa: PLC0415
+    from hemostat.report.progress import Reporter  # noqa: PLC0415
+    from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415
+
+    key, reference = read_key(options.key), make_reference(options)
+    with Reporter() as reporter:
+        rate = 0.0
+
+        def progress(done: int, total: int, per_second: float) -> None:
+            nonlocal rate
+            rate = per_second
+            reporter.step("segments", done, total)
+
+        try:
+            scored = await score_folder(
+                options.folder, options.out, reference, key=key, model=options.model, progress=progress
+            )
+        finally:
+            await reference.close()
+        reporter.log(f"{scored} captures were scored now, {rate:.1f} in a second")
+
+
+def make_reference(options: argparse.Namespace) -> Reference:
+    """Returns the reference that the options name, not started. Raises UsageError."""
+    name: str = options.reference
+    if "://" in name:
+        from pydantic import SecretStr  # noqa: PLC0415
+
+        from hemostat.reference.on_server import ServerReference  # noqa: PLC0415
+
+        server, model = vllm_server("--reference", name, 120.0)
+        api_key = os.environ.get(API_KEY)
+        key = SecretStr(api_key) if api_key else None
+        return ServerReference(server.url, key, model, folder=options.reference_folder, device=options.device)
+    require("transformers")
+    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
+        raise UsageError(f"--reference: there is no folder {name!r}; give a folder, a hub name, or the URL of a vLLM")
+    from hemostat.reference.transformers import TransformersReference  # noqa: PLC0415
+
+    return TransformersReference(str(Path(name).expanduser()), options.dtype, options.device)

@@ -1,0 +1,7 @@
+"""What is scored later than it was served: `hemostat score` and `hemostat report`, on what `spool.path` has kept.
+
+stages      the stages of scoring, with one reference and no profiles
+folder      scores the segments of a folder, each into a file of the same name
+evidence    the figures of scored rows, which the live code computes
+summary     the report: lines, JSON, a page
+"""

@@ -1,0 +1,125 @@
+"""The captures of the segment that is still open: a file of frames, which a crash leaves whole up to its last frame.
+
+The first line is JSON: the version, and the wrapped data key if the spool is encrypted. Each frame behind it is the
+length and the CRC-32 of its bytes, each a little-endian uint32, and the bytes: one `Spooled` in msgpack, encrypted by
+AES-GCM under the frame's number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from hemostat.scoring.spool.keys import KEY_BYTES, SpoolError, SpoolKey
+from hemostat.scoring.spool.spooled import Spooled
+
+SUFFIX = ".journal"
+VERSION = 1
+_FRAME = struct.Struct("<II")
+_MAX_FRAME_BYTES = 1 << 30
+
+
+def _nonce(number: int) -> bytes:
+    """Returns the nonce of a frame. A data key belongs to one journal, so a number never comes twice under a key."""
+    return number.to_bytes(12, "little")
+
+
+class Journal:
+    """A journal that is written. It is locked for as long as it is open. Raises OSError if it cannot be made."""
+
+    def __init__(self, path: Path, key: SpoolKey | None) -> None:
+        self.path = path
+        self._cipher: AESGCM | None = None
+        header: dict[str, object] = {"hemostat_spool_journal": VERSION}
+        if key is not None:
+            data_key = os.urandom(KEY_BYTES)
+            self._cipher = AESGCM(data_key)
+            header |= {"key": key.name, "data_key": key.wrap(data_key).decode()}
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        self.captures = 0
+        self.bytes = 0
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            self._write(json.dumps(header).encode() + b"\n")
+        except OSError:
+            self.close()
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
+
+    def append(self, spooled: Spooled) -> None:
+        """Appends a capture as a whole, or raises OSError and appends nothing of it."""
+        data = msgspec.msgpack.encode(spooled)
+        if self._cipher is not None:
+            data = self._cipher.encrypt(_nonce(self.captures), data, None)
+        self._write(_FRAME.pack(len(data), zlib.crc32(data)) + data)
+        self.captures += 1
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError:
+            if len(rest) < len(data):
+                os.ftruncate(self._descriptor, self.bytes)
+            raise
+        self.bytes += len(data)
+
+    def sync(self) -> None:
+        """Returns once all that was appended is on the disk. Raises OSError."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def in_use(path: Path) -> bool:
+    """Returns True if another process, or this one, still writes a journal."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def read_journal(path: Path, key: SpoolKey | None) -> Iterator[Spooled]:
+    """Yields the captures of a journal up to the first frame that is not whole. Raises SpoolError, OSError."""
+    with path.open("rb") as file:
+        try:
+            header = json.loads(file.readline())
+            version, wrapped = header["hemostat_spool_journal"], header.get("data_key")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise SpoolError(f"{path} is not a journal of a spool; move it elsewhere") from None
+        if version != VERSION:
+            raise SpoolError(f"{path} has version {version}, and this Hemostat reads {VERSION}; use a newer Hemostat")
+        cipher = None
+        if wrapped is not None:
+            if key is None:
+                raise SpoolError(f"{path} is encrypted: name its key {header.get('key')}")
+            try:
+                cipher = AESGCM(key.unwrap(wrapped.encode()))
+            except SpoolError as error:
+                raise SpoolError(f"{path}: {error}; name the key {header.get('key')}") from None
+        number = 0
+        while len(head := file.read(_FRAME.size)) == _FRAME.size:
+            length, checksum = _FRAME.unpack(head)
+            data = file.read(length) if length <= _MAX_FRAME_BYTES else b""
+            if len(data) < length or zlib.crc32(data) != checksum:
+                return
+            if cipher is not None:
+                data = cipher.decrypt(_nonce(number), data, None)
+            number += 1
+            yield msgspec.msgpack.decode(data, type=Spooled)

@@ -1,0 +1,91 @@
+"""Segments: Parquet files, written whole under their final name, and encrypted as a whole if there is a key."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hemostat.scoring.spool.keys import SegmentCipher, SpoolError, SpoolKey
+
+SUFFIX = ".parquet"
+_NAME = re.compile(r"captures-(\d{13})-[0-9a-f]{8}")
+
+
+def segment_name(at: float) -> str:
+    """Returns a new name without its suffix, which begins with the time. at: Unix seconds.
+
+    >>> segment_name(1.5)[:22]
+    'captures-0000000001500'
+    """
+    return f"captures-{round(at * 1000):013d}-{os.urandom(4).hex()}"
+
+
+def began(path: Path) -> float | None:
+    """Returns the Unix time at which a segment or its journal was begun, by its name; None if the name has none."""
+    match = _NAME.fullmatch(path.stem)
+    return None if match is None else int(match[1]) / 1000
+
+
+def segments(folder: Path) -> list[Path]:
+    """Returns the segments of a folder in the order of their names, which is the order of time."""
+    return sorted(path for path in folder.glob("*" + SUFFIX) if not path.name.startswith("."))
+
+
+def write_segment(path: Path, rows: pa.Table, key: SpoolKey | None) -> None:
+    """Writes rows: the file is complete, or it is not there. Only the owner may read it. Raises OSError."""
+    new = path.with_name(f".{path.name}.new")
+    encryption = None if key is None else SegmentCipher(key).encryption()
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            pq.write_table(rows, file, compression="zstd", use_dictionary=False, encryption_properties=encryption)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns once the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_segment(path: Path, key: SpoolKey | None, metadata: dict[bytes, str]) -> pa.Table:
+    """Returns the rows of a segment. metadata: the versions that its schema has to name.
+
+    Raises SpoolError if it cannot be read: it is encrypted with another key, damaged, or no segment of this version.
+    """
+    properties: Any = None if key is None else SegmentCipher(key).decryption()
+    try:
+        with path.open("rb") as file:
+            encrypted = file.read(4) == b"PARE"
+        if encrypted and key is None:
+            raise SpoolError("it is encrypted")
+        rows = pq.read_table(path, decryption_properties=properties if encrypted else None, partitioning=None)
+    except SpoolError as error:
+        raise SpoolError(f"{path} cannot be read: {error}; name its key by --key") from None
+    except (OSError, pa.ArrowException) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SpoolError(f"{path} cannot be read: {why[:200]}; name its key, or move the file elsewhere") from None
+    found = rows.schema.metadata or {}
+    for name, version in metadata.items():
+        if name not in found:
+            raise SpoolError(f"{path} has no {name.decode()} in its metadata: it is another file; move it elsewhere")
+        if found[name].decode() != version:
+            raise SpoolError(
+                f"{path} has version {found[name].decode()} of {name.decode()}, and this Hemostat reads {version}; use "
+                "the Hemostat that wrote it"
+            )
+    return rows

@@ -1,0 +1,209 @@
+"""The spool of a control process: sampled captures go to disk before they are scored.
+
+A capture is appended to the journal, which is synced each second. Once the journal is full or old enough, a segment is
+made of it, and the journal goes: so is a journal that an earlier process left. A segment has the name of its journal,
+and is written whole: whenever a process ends, a capture is in one segment, in one journal, or nowhere.
+
+Above half of its limit the spool admits captures with a probability that falls to 0 at the limit. It depends on how
+full the spool is, and never on what a capture is, and each row has its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from hemostat.engines.taps import TapResult
+from hemostat.ipc.messages import Capture
+from hemostat.metrics.reasons import Unscored
+from hemostat.scoring.capture_arrays import UnreadableLogprobsError, decode_capture
+from hemostat.scoring.spool import journal
+from hemostat.scoring.spool.columns import to_rows
+from hemostat.scoring.spool.journal import Journal, in_use, read_journal
+from hemostat.scoring.spool.keys import SpoolError, SpoolKey
+from hemostat.scoring.spool.segments import SUFFIX, began, segment_name, segments, write_segment
+from hemostat.scoring.spool.spooled import Spooled, SpooledTap
+from hemostat_calibration.backoff import Backoff
+from hemostat_calibration.errors import InvalidRecordError
+
+log = logging.getLogger("hemostat.spool")
+
+SYNC_SECONDS = 1.0
+SEGMENT_SECONDS = 60.0
+"""The age at which a journal becomes a segment."""
+SEGMENT_BYTES = 32 << 20
+"""The size at which a journal becomes a segment."""
+RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+"""The pauses after the first, second, … attempt to write that failed; the last one repeats."""
+
+
+def admission(fill: float) -> float:
+    """Returns the probability with which a capture is admitted. fill: the part of the limit that is used.
+
+    >>> [admission(fill) for fill in (0.0, 0.5, 0.75, 1.0, 1.2)]
+    [1.0, 1.0, 0.5, 0.0, 0.0]
+    """
+    return min(1.0, max(0.0, 2.0 * (1.0 - fill)))
+
+
+def close_journal(path: Path, key: SpoolKey | None) -> int:
+    """Makes a segment of a journal, and removes the journal. Returns how many captures could not be read.
+
+    A segment that is there already was made of the same journal, so nothing is counted twice. Raises OSError and
+    SpoolError.
+    """
+    segment, unreadable = path.with_suffix(SUFFIX), 0
+    if not segment.exists():
+        captures = []
+        for spooled in read_journal(path, key):
+            try:
+                capture = decode_capture(spooled.capture)
+            except (UnreadableLogprobsError, InvalidRecordError):
+                unreadable += 1
+                continue
+            captures.append(msgspec.structs.replace(spooled, capture=capture))
+        if captures:
+            write_segment(segment, to_rows(captures), key)
+    path.unlink()
+    return unreadable
+
+
+class Spool:
+    """Owns the folder `spool.path`.
+
+    max_bytes: the limit of all of its files. max_age: the seconds after which a segment is removed. clock: monotonic
+    seconds. wall: Unix time. draw: returns a random number from 0 to 1. Raises SpoolError if the folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        key: SpoolKey | None,
+        *,
+        max_bytes: int,
+        max_age: float,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        draw: Callable[[], float],
+    ) -> None:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise SpoolError(f"spool.path: cannot make {folder} ({error.strerror}); change it") from None
+        self._folder, self._key = folder, key
+        self._max_bytes, self._max_age = max_bytes, max_age
+        self._clock, self._wall, self._draw = clock, wall, draw
+        self._journal: Journal | None = None
+        self._opened_at = 0.0
+        self._closed_bytes = 0
+        """The size of all files but the open journal."""
+        self._backoff = Backoff(RETRY_SECONDS)
+        self.written = 0
+        self.lost = 0
+        """The number of captures that could not be written."""
+        self.refused = 0
+        """The number of captures that were not admitted."""
+        self.look()
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files."""
+        return self._closed_bytes + (0 if self._journal is None else self._journal.bytes)
+
+    def update(self, capture: Capture, tap: TapResult | None) -> Unscored | None:
+        """Writes a capture, and returns None; or why it is not written."""
+        if capture.ids_only:
+            return Unscored.NO_LOGPROBS
+        probability = admission(self.bytes / self._max_bytes)
+        if probability < 1.0 and self._draw() >= probability:
+            self.refused += 1
+            return Unscored.SPOOL_FULL
+        if not self._backoff.may_try(self._clock()):
+            self.lost += 1
+            return Unscored.SPOOL_FAILED
+        spooled = Spooled(capture, self._wall(), probability, None if tap is None else SpooledTap.of(tap))
+        try:
+            self._open().append(spooled)
+        except OSError as error:
+            self._failed(error)
+            self.lost += 1
+            return Unscored.SPOOL_FAILED
+        if self._backoff.failures:
+            log.warning("spool.path: written again; %d captures were lost so far", self.lost)
+        self._backoff.reset()
+        self.written += 1
+        return None
+
+    def _open(self) -> Journal:
+        if self._journal is None:
+            name = segment_name(self._wall()) + journal.SUFFIX
+            self._journal, self._opened_at = Journal(self._folder / name, self._key), self._clock()
+        return self._journal
+
+    def _failed(self, error: OSError) -> None:
+        if not self._backoff.failures:
+            log.error("spool.path: cannot write (%s); captures are lost until it can be written again", error.strerror)
+        self._backoff.failed(self._clock())
+
+    async def run(self) -> None:
+        """Syncs, closes and removes files, until cancelled."""
+        await asyncio.to_thread(self.recover)
+        while True:
+            await asyncio.sleep(SYNC_SECONDS)
+            await self._do_periodic()
+
+    async def _do_periodic(self) -> None:
+        open_journal = self._journal
+        try:
+            if open_journal is not None:
+                await asyncio.to_thread(open_journal.sync)
+                old = self._clock() - self._opened_at >= SEGMENT_SECONDS
+                if old or open_journal.bytes >= SEGMENT_BYTES:
+                    self._detach()
+                    await asyncio.to_thread(self.recover)
+            await asyncio.to_thread(self.look)
+        except OSError as error:
+            self._failed(error)
+
+    def _detach(self) -> None:
+        if self._journal is not None:
+            self._closed_bytes += self._journal.bytes
+            self._journal.close()
+            self._journal = None
+
+    def recover(self) -> None:
+        """Makes segments of all journals that no process writes any more."""
+        for path in sorted(self._folder.glob("*" + journal.SUFFIX)):
+            try:
+                if in_use(path):
+                    continue
+                unreadable = close_journal(path, self._key)
+            except (OSError, SpoolError) as error:
+                log.error("spool.path: %s stays as it is: %s", path.name, error)
+                continue
+            if unreadable:
+                self.lost += unreadable
+                log.warning("spool.path: %d captures of %s have logprobs that cannot be read", unreadable, path.name)
+
+    def look(self) -> None:
+        """Removes the segments that are too old, and adds up the sizes of the others."""
+        now, total = self._wall(), 0
+        open_path = None if self._journal is None else self._journal.path
+        for path in [*segments(self._folder), *self._folder.glob("*" + journal.SUFFIX)]:
+            at = began(path)
+            with contextlib.suppress(FileNotFoundError):
+                if at is not None and path.suffix == SUFFIX and now - at > self._max_age:
+                    path.unlink()
+                elif path != open_path:
+                    total += path.stat().st_size
+        self._closed_bytes = total
+
+    def close(self) -> None:
+        """Makes a segment of the open journal."""
+        self._detach()
+        self.recover()
