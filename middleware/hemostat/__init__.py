@@ -17,7 +17,6 @@ learner       the contextual learner, in a process of its own
 logs          the logs of every process: text lines, or one JSON object per line
 measurement   streaming figures of the scored requests, in groups; the alarms on them
 metrics       the names and help texts of all metrics, and the Prometheus collector
-offline       `hemostat score` and `hemostat report`: captures that are scored later than they were served
 openai        OpenAI's chat and completions API as vLLM implements it, without IO
 profiles      the life of calibration profiles: proposed, tested, promoted, rolled back
 reference     reference models behind one protocol

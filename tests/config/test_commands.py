@@ -22,7 +22,10 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "a command is needed: serve, relay, control, init, check, profile, engines, canaries, gate, demo"),
+        ([], "a command is needed: serve, relay, control, init, check, profile, engines, canaries, gate, score, report"),
+            [],
+            "a command is needed: serve, relay, control, init, check, profile, engines, canaries, gate, score, report, demo",
+        ),
         (["serv"], "unknown command 'serv'; did you mean serve?"),
         (["diagnose"], "unknown command 'diagnose'; use one of"),
         (["serve", "--confg", "x"], "unrecognized arguments: --confg x"),

@@ -41,8 +41,8 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raises UsageError if the report could not be written."""
-    from hemostat.offline.summary import MARKER  # noqa: PLC0415
     from hemostat.report.written_files import other_content  # noqa: PLC0415
+    from hemostat.scoring.offline.summary import MARKER  # noqa: PLC0415
 
     if not 0.0 <= options.cycle_hours <= 24.0 * 14:
         raise UsageError("--cycle-hours: give 0 to 336 hours")
@@ -55,9 +55,9 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 def write_report(folder: Path, options: argparse.Namespace) -> None:
     """Prints the report of a folder, and writes it where the options say."""
-    from hemostat.offline.evidence import read_evidence  # noqa: PLC0415
-    from hemostat.offline.summary import lines, page  # noqa: PLC0415
     from hemostat.report.written_files import write_atomically  # noqa: PLC0415
+    from hemostat.scoring.offline.evidence import read_evidence  # noqa: PLC0415
+    from hemostat.scoring.offline.summary import lines, page  # noqa: PLC0415
     from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415
 
     report = asyncio.run(read_evidence(folder, read_key(options.key), options.cycle_hours))

@@ -75,8 +75,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 async def _score(options: argparse.Namespace) -> None:
-    from hemostat.offline.folder import score_folder  # noqa: PLC0415
     from hemostat.report.progress import Reporter  # noqa: PLC0415
+    from hemostat.scoring.offline.folder import score_folder  # noqa: PLC0415
     from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415
 
     key, reference = read_key(options.key), make_reference(options)

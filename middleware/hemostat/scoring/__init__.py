@@ -22,6 +22,7 @@
     noise_floor             each model against itself
     records_file            `records.path`
     spool                   `spool.path`: captures on disk, to be scored later
+    offline                 `hemostat score` and `hemostat report`: captures that are scored later than they were served
     score_rows              captured rows in, scored rows out (Arrow)
 
 CONTRIBUTING.md follows one request from the relay to the metrics.

@@ -95,4 +95,4 @@ def page(report: Mapping[str, Any], version: str) -> str:
         Table("Kinds of traffic", ("kind", "requests", "tokens", "KL, nats"), kinds(report)),
     ]
     values = {"headline": headline(report), "tables": tables, "notes": notes(report)}
-    return render("hemostat.offline", "hemostat report", version, [Section("offline.html.jinja", values)])
+    return render("hemostat.scoring.offline", "hemostat report", version, [Section("offline.html.jinja", values)])

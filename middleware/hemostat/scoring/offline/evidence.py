@@ -12,11 +12,11 @@ from hemostat.config.schema import Calibration, Evidence, Shadow
 from hemostat.measurement.by_model import OtherModels
 from hemostat.measurement.dependence import Cycle
 from hemostat.measurement.measurements import Measurements
-from hemostat.offline.stages import OfflineModels, offline_stages
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.protocol import ReferenceInfo
 from hemostat.scored_record import RecordConsumer
 from hemostat.scoring.consumers import Each, Figures
+from hemostat.scoring.offline.stages import OfflineModels, offline_stages
 from hemostat.scoring.record_reader import RecordReader
 from hemostat.scoring.score_rows import VERSIONS, ScoredRow, StoredReference, scored_rows
 from hemostat.scoring.spool.keys import SpoolError, SpoolKey

@@ -13,9 +13,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hemostat.offline.stages import OfflineModels, offline_stages
 from hemostat.reference.protocol import Reference
 from hemostat.scoring.endings import NotScored
+from hemostat.scoring.offline.stages import OfflineModels, offline_stages
 from hemostat.scoring.score_rows import score_rows
 from hemostat.scoring.spool.columns import SCHEMA_VERSION, VERSION_KEY
 from hemostat.scoring.spool.keys import SpoolError, SpoolKey

@@ -1,0 +1,90 @@
+"""Captures of a spool are scored later: with the figures of the live path, once, and going on where a run stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.support.captures import INFO, capture
+from tests.support.scorer_bench import Bench, FakeReference, running
+
+from hemostat.reference.protocol import FailureReason, ReferenceFailure
+from hemostat.scoring.offline.evidence import read_evidence
+from hemostat.scoring.offline.folder import score_folder
+from hemostat.scoring.offline.summary import lines, page
+from hemostat.scoring.score_rows import VERSIONS, scored_rows
+from hemostat.scoring.spool.columns import to_rows
+from hemostat.scoring.spool.keys import SpoolError, SpoolKey
+from hemostat.scoring.spool.segments import read_segment, segments, write_segment
+from hemostat.scoring.spool.spooled import Spooled
+from hemostat_calibration.divergence.per_token import divergence
+
+KEY = SpoolKey(bytes(range(32)))
+
+
+def spool(folder: Path, count: int = 3, each: int = 4, **more: object) -> None:
+    folder.mkdir()
+    for segment in range(count):
+        at = 1_700_000_000.0 + 60 * segment
+        made = [Spooled(capture(f"{segment}-{n}", client=b"k" * 8, **more), at + n) for n in range(each)]
+        write_segment(folder / f"captures-{round(at * 1000):013d}-00000000.parquet", to_rows(made), KEY)
+
+
+async def score(tmp_path: Path, reference: FakeReference, model: str | None = None) -> int:
+    (tmp_path / "out").mkdir(exist_ok=True)
+    return await score_folder(
+        tmp_path / "in", tmp_path / "out", reference, key=KEY, model=model, progress=lambda done, total, rate: None
+    )
+
+
+async def test_each_capture_is_scored_once_and_a_run_goes_on_where_one_stopped(tmp_path: Path) -> None:
+    spool(tmp_path / "in")
+    reference = FakeReference()
+
+    def fail() -> None:
+        if len(reference.asked) > 6:
+            raise ReferenceFailure(FailureReason.DOWN, "gone")
+
+    reference.before = fail
+    with pytest.raises(SpoolError, match="run the same command again"):
+        await score(tmp_path, reference)
+    assert len(segments(tmp_path / "out")) == 1
+    reference.before = lambda: None
+    assert await score(tmp_path, reference) == 8
+    assert await score(tmp_path, reference) == 0
+    report = await read_evidence(tmp_path / "out", KEY, 0.0)
+    assert (report["captures"], report["scored"], report["tokens"]) == (12, 12, 36)
+    assert report["period"] == {"from": 1_700_000_000.0, "to": 1_700_000_123.0}
+    assert "12 of 12 captures scored" in lines(report)[0]
+    assert "12 of 12 captures scored" in page(report, "1")
+
+
+async def test_the_figures_are_the_ones_of_the_live_path_to_the_byte(tmp_path: Path) -> None:
+    spool(tmp_path / "in", 1)
+    await score(tmp_path, FakeReference())
+    (path,) = segments(tmp_path / "out")
+    rows = list(scored_rows(read_segment(path, KEY, VERSIONS)))
+    async with running(Bench()) as bench:
+        await bench.ends(*(row.spooled.capture for row in rows))
+        live = {record.request_id: record for record in bench.records}
+    for row in rows:
+        assert row.scores is not None
+        assert row.info == INFO
+        record = live[row.spooled.capture.request_id]
+        np.testing.assert_array_equal(row.scores.at, record.reference_at)
+        np.testing.assert_array_equal(row.scores.emitted, record.reference_emitted)
+    report = await read_evidence(tmp_path / "out", KEY, 0.0)
+    figures = [divergence(record).kl_rc.mean() for record in live.values()]
+    assert report["raw"]["kl_nats"]["estimate"] == pytest.approx(float(np.mean(figures)), abs=0.0, rel=1e-12)
+
+
+async def test_requests_to_several_models_need_a_name(tmp_path: Path) -> None:
+    spool(tmp_path / "in", 1)
+    path = tmp_path / "in/captures-1800000000000-00000000.parquet"
+    write_segment(path, to_rows([Spooled(capture("a"), 1.0), Spooled(capture("b", model="other"), 1.0)]), KEY)
+    with pytest.raises(SpoolError, match="name one by --model"):
+        await score(tmp_path, FakeReference())
+    await score(tmp_path, FakeReference(), "m")
+    report = await read_evidence(tmp_path / "out", KEY, 0.0)
+    assert report["not_scored"] == {"unknown_model": 1}
