@@ -22,10 +22,7 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "a command is needed: serve, relay, control, init, check, profile, engines, canaries, gate, score, report"),
-            [],
-            "a command is needed: serve, relay, control, init, check, profile, engines, canaries, gate, score, report, demo",
-        ),
+        ([], "a command is needed: serve, relay, control, init, check, profile, engines, canaries, gate, score"),
         (["serv"], "unknown command 'serv'; did you mean serve?"),
         (["diagnose"], "unknown command 'diagnose'; use one of"),
         (["serve", "--confg", "x"], "unrecognized arguments: --confg x"),

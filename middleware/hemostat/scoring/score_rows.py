@@ -65,14 +65,14 @@ SCORED_SCHEMA = pa.schema(
 
 
 class RowScorer(Protocol):
-    """What scores a capture: `ScoringStages`."""
+    """The scorer of captures: `ScoringStages`."""
 
     async def ask(self, capture: Capture, tap: TapResult | None) -> Answered:
         """Returns the record with what it was made of. Raises NotScored."""
 
 
 async def score_rows(rows: pa.Table, scorer: RowScorer, at_once: int = AT_ONCE) -> pa.Table:
-    """Returns scored rows, in the order of `rows`. It has no effect but those of the scorer.
+    """Returns scored rows, in the order of `rows`. Only the scorer has effects.
 
     A row that can never be scored has the reason in `unscored`, and no scores; so has one on which the reference fails
     although it works. Raises NotScored if the reference cannot score now.

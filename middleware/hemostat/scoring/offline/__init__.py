@@ -1,4 +1,4 @@
-"""What is scored later than it was served: `hemostat score` and `hemostat report`, on what `spool.path` has kept.
+"""The parts of `hemostat score` and `hemostat report`, which score captures later than they were served.
 
 stages      the stages of scoring, with one reference and no profiles
 folder      scores the segments of a folder, each into a file of the same name

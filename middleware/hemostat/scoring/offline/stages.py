@@ -21,7 +21,7 @@ TemplateOf = Callable[[Ids, bytes], bytes]
 class OfflineModels:
     """Implements `ServedModelsSource`: all rows belong to one model, and its reference is there.
 
-    adapters: the versions of Hemostat's adapters that rows name; add those of a row before it is scored.
+    adapters: the versions of Hemostat's adapters that rows name; add the ones of a row before it is scored.
     """
 
     def __init__(self, reference: Reference) -> None:

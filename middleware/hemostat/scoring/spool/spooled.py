@@ -11,7 +11,7 @@ from hemostat.ipc.messages import Capture
 
 
 class SpooledTap(msgspec.Struct, frozen=True):
-    """What the engine reported of a capture (`TapResult`), without the features at anchors."""
+    """The numbers that the engine reported of a capture (`TapResult`), without the features at anchors."""
 
     boot_id: str
     applied: str | None
