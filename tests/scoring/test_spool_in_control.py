@@ -9,6 +9,7 @@ from tests.support.control import settings
 from tests.support.waiting import until
 
 from hemostat.control.composition import Control
+from hemostat.scoring.spool.segments import segments
 
 
 async def test_captures_go_to_the_spool_without_a_reference(tmp_path: Path) -> None:
@@ -26,4 +27,4 @@ async def test_captures_go_to_the_spool_without_a_reference(tmp_path: Path) -> N
     assert one.spool is not None
     assert one.spool.written == 1
     await one.close()
-    assert len(list(tmp_path.glob("*.parquet"))) == 1
+    assert len(segments(tmp_path)) == 1
