@@ -15,7 +15,11 @@ from typing import Any
 import hypothesis
 import pytest
 from httpx._transports import default as httpx_transports
-from tests.support import compiled, slow
+from tests.support import (
+    compiled,
+    slow,
+    temperature_bias,  # noqa: F401  registers the family that only tests have, also where a file runs alone
+)
 from tests.support.minutes import Minutes
 from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, RAISING_ARGUMENTS, RunningVllm, running_vllm
 from xdist.scheduler.loadscope import LoadScopeScheduling
