@@ -5,12 +5,14 @@ The control process answers the plugin's messages with a `PassivePolicy`, and ge
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
 
-import msgspec
+from hemostat_calibration.errors import InvalidArgumentError
 
-Text = Annotated[str, msgspec.Meta(max_length=256)]
-Count = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
+MAX_TEXT = 256
+MAX_CLIENT_BYTES = 64
+MAX_COUNT = 10**12
+MAX_ROUTES, MAX_REASONS = 16, 64
 
 ROUTES = {
     "chatcmpl-": "/v1/chat/completions",
@@ -20,7 +22,8 @@ ROUTES = {
 """The route of a request by the beginning of the id that vLLM's server gives it. `/v1/messages` is served as a chat."""
 
 
-class PassivePolicy(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class PassivePolicy:
     """The rules by which the plugin samples requests. Without a policy it samples none."""
 
     rate: float
@@ -42,14 +45,16 @@ class PassivePolicy(msgspec.Struct, frozen=True):
     """The lower-case name of the header that names the client."""
 
 
-class PassiveRequest(msgspec.Struct, frozen=True):
-    """The parts of a sampled request that decide how its answer is scored and counted."""
+@dataclass(frozen=True, slots=True)
+class PassiveRequest:
+    """The parts of a sampled request that decide how its answer is scored and counted. Raises InvalidArgumentError for
+    a text, a digest or a number that is too long or too large."""
 
-    route: Text
-    request_id: Text
-    model: Text
-    label: Text = ""
-    client: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
+    route: str
+    request_id: str
+    model: str
+    label: str = ""
+    client: bytes = b""
     """A salted digest of the header that names the client; empty if it is not known."""
     stream: bool = False
     grammar: bool = False
@@ -58,21 +63,52 @@ class PassiveRequest(msgspec.Struct, frozen=True):
     top_p: float = 1.0
     sampling_top_k: int = 0
     min_p: float = 0.0
-    max_tokens: Count = 0
+    max_tokens: int = 0
     """The largest number of generated tokens; 0 if it is not limited."""
 
+    def __post_init__(self) -> None:
+        for name in ("route", "request_id", "model", "label"):
+            _check_text(name, getattr(self, name))
+        if len(self.client) > MAX_CLIENT_BYTES:
+            raise InvalidArgumentError(f"client has {len(self.client)} bytes: at most {MAX_CLIENT_BYTES}")
+        _check_count("max_tokens", self.max_tokens)
 
-class PassiveCounts(msgspec.Struct, frozen=True):
-    """The counts of one process of vLLM's API server since its start."""
 
-    requests: Annotated[dict[Text, Count], msgspec.Meta(max_length=16)]
+@dataclass(frozen=True, slots=True)
+class PassiveCounts:
+    """The counts of one process of vLLM's API server since its start. Raises InvalidArgumentError for a count that is
+    out of range, and for more names than there can be."""
+
+    requests: dict[str, int]
     """The number of requests by route, sampled or not."""
-    sampled: Count
+    sampled: int
     """The number of choices that were handed on."""
-    unscored: Annotated[dict[Text, Count], msgspec.Meta(max_length=64)]
+    unscored: dict[str, int]
     """The number of sampled requests that were not handed on, by reason."""
     headers: bool
     """It is True if the middleware for clients' headers is in force."""
+
+    def __post_init__(self) -> None:
+        _check_count("sampled", self.sampled)
+        for name, counts, most in (
+            ("requests", self.requests, MAX_ROUTES),
+            ("unscored", self.unscored, MAX_REASONS),
+        ):
+            if len(counts) > most:
+                raise InvalidArgumentError(f"{name} has {len(counts)} names: at most {most}")
+            for key, count in counts.items():
+                _check_text(name, key)
+                _check_count(name, count)
+
+
+def _check_text(name: str, text: str) -> None:
+    if len(text) > MAX_TEXT:
+        raise InvalidArgumentError(f"{name} has {len(text)} characters: at most {MAX_TEXT}")
+
+
+def _check_count(name: str, count: int) -> None:
+    if not 0 <= count <= MAX_COUNT:
+        raise InvalidArgumentError(f"{name} is {count}: it must be from 0 to {MAX_COUNT}")
 
 
 def route_of(request_id: str) -> str:

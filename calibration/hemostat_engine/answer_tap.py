@@ -19,7 +19,6 @@ import importlib.machinery
 import importlib.util
 import inspect
 import logging
-import os
 import sys
 import uuid
 from array import array
@@ -409,9 +408,7 @@ class _ImportWatch(importlib.abc.MetaPathFinder):
 
 
 def watch() -> None:
-    """Wraps `AsyncLLM.generate` now, or as soon as its module is imported. Without an admin port it does nothing."""
-    if not os.environ.get("HEMOSTAT_ADMIN_URL"):
-        return
+    """Wraps `AsyncLLM.generate` now, or as soon as its module is imported."""
     if ENGINE_MODULE in sys.modules:
         install()
     elif not any(isinstance(finder, _ImportWatch) for finder in sys.meta_path):

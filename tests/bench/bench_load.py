@@ -125,7 +125,7 @@ async def scored(control: ControlProcess, relays: Sequence[Relay], captures: int
 
 
 async def reported(control: ControlProcess, relays: Sequence[Relay], reports: int) -> float:
-    """Reports of outcomes per second of CPU time."""
+    """Reports of outcomes per second of CPU time; at least so many, where it is less than the kernel counts."""
     before, cpu, first = (await control.ask())["reports"], control.cpu_seconds, sum_reports(relays)
     while (sent := sum_reports(relays) - first) < reports:
         for relay in relays:
@@ -136,7 +136,7 @@ async def reported(control: ControlProcess, relays: Sequence[Relay], reports: in
     async with asyncio.timeout(HANG_SECONDS):
         while (await control.ask())["reports"] - before < sent:
             await asyncio.sleep(0.05)
-    return sent / (control.cpu_seconds - cpu)
+    return sent / max(control.cpu_seconds - cpu, 1.0 / os.sysconf("SC_CLK_TCK"))
 
 
 async def work(sizes: Sizes) -> list[Row]:

@@ -7,9 +7,11 @@ import errno
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import duckdb
@@ -236,6 +238,24 @@ def test_a_journal_that_was_torn_anywhere_loses_its_last_capture_only(tmp_path: 
         assert kept == [str(number) for number in range(3) if ends[number + 1] <= length]
     path.write_bytes(data[: ends[1]] + b"\0" + data[ends[1] + 1 :])
     assert [spooled.capture.request_id for spooled in read_journal(path, KEY)] == ["0"]
+
+
+def test_a_journal_that_was_changed_stays_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its checksum fits, but no key made it."""
+    path = tmp_path / "captures-1700000000000-00000000.journal"
+    changed = Journal(path, KEY)
+    begins = changed.bytes
+    changed.append(Spooled(numbered("x"), 1.0))
+    changed.close()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    struct.pack_into("<I", data, begins + 4, zlib.crc32(data[begins + 8 :]))
+    path.write_bytes(data)
+    world = World(tmp_path)
+    world.spool.recover()
+    assert "was changed at frame 0" in caplog.text
+    assert path.exists()
+    assert world.ids() == []
 
 
 def test_a_journal_whose_segment_is_there_is_not_counted_twice(tmp_path: Path) -> None:

@@ -18,8 +18,6 @@ from __future__ import annotations
 import logging
 import os
 
-from hemostat_engine import answer_tap
-
 ENABLED = "HEMOSTAT_ADAPTERS"
 """The environment variable whose value 1 enables the plugin."""
 
@@ -29,7 +27,13 @@ log = logging.getLogger("vllm.hemostat")
 
 def register() -> None:
     """Registers the plugin; vLLM calls this entry point in every process, possibly several times. It never raises."""
-    answer_tap.watch()
+    if os.environ.get("HEMOSTAT_ADMIN_URL"):
+        try:
+            from hemostat_engine import answer_tap  # noqa: PLC0415 - numpy only when enabled
+
+            answer_tap.watch()
+        except Exception as error:  # noqa: BLE001 - vLLM must start whatever happens here
+            log.warning("answers are not handed out: %s: %s", type(error).__name__, error)
     if os.environ.get(ENABLED) != "1":
         return
     try:

@@ -106,7 +106,7 @@ class Evidenced:
         capture, tap = row.spooled.capture, row.spooled.tap
         if self.reference is None:
             self.reference, self.model = row.info, capture.model
-            self._models.use(self.model, row.info)
+            self._models.set_pair(self.model, row.info)
         elif (row.info.digest, capture.model) != (self.reference.digest, self.model):
             raise SpoolError(
                 f"the folder has scores of {self.model} by {self.reference.model} and of {capture.model} by "

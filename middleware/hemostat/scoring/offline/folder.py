@@ -63,7 +63,7 @@ async def score_folder(
         if path.name in done:
             continue
         rows = read_segment(path, key, {VERSION_KEY: SCHEMA_VERSION})
-        models.use(model_of(rows, model, path), info)
+        models.set_pair(model_of(rows, model, path), info)
         models.adapters |= set(pc.unique(rows["adapter"]).to_pylist()) - {None}
         parts = []
         for start in range(0, len(rows), BATCH_ROWS):

@@ -29,7 +29,7 @@ class OfflineModels:
         self.served = ServedModels()
         self.adapters: set[str] = set()
 
-    def use(self, model: str, info: ReferenceInfo) -> None:
+    def set_pair(self, model: str, info: ReferenceInfo) -> None:
         """Sets the served name of the rows, and the identity of the reference."""
         pair = ModelPair(model, frozenset({model}), scorer=self._reference, reference=info, state=ReferenceState.READY)
         self.served = ServedModels((pair,), model)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hemostat.scoring.spool.keys import KEY_BYTES, SpoolError, SpoolKey
@@ -119,7 +120,11 @@ def read_journal(path: Path, key: SpoolKey | None) -> Iterator[Spooled]:
             data = file.read(length) if length <= _MAX_FRAME_BYTES else b""
             if len(data) < length or zlib.crc32(data) != checksum:
                 return
-            if cipher is not None:
-                data = cipher.decrypt(_nonce(number), data, None)
+            try:
+                if cipher is not None:
+                    data = cipher.decrypt(_nonce(number), data, None)
+                spooled = msgspec.msgpack.decode(data, type=Spooled)
+            except (InvalidTag, msgspec.MsgspecError):
+                raise SpoolError(f"{path} was changed at frame {number}; move it elsewhere") from None
             number += 1
-            yield msgspec.msgpack.decode(data, type=Spooled)
+            yield spooled

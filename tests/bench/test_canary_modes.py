@@ -1,6 +1,6 @@
 """Canaries of simulated engines whose kernels switch between modes: healthy ones are not accused, and faults are found.
 
-The fast version of `tests/bench/canary_modes.py`.
+The fast version of `canary_modes`.
 """
 
 from __future__ import annotations
