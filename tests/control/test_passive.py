@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 from tests.support.control import settings
 
 from hemostat.control.composition import Control
@@ -83,12 +86,26 @@ def test_turns_of_one_conversation_begin_with_the_prompt_before() -> None:
 
 
 def test_kinds_and_parameters() -> None:
-    longer = msgspec.structs.replace(REQUEST, top_p=0.5, temperature=1.0, label="batch", grammar=True, max_tokens=9)
+    longer = dataclasses.replace(REQUEST, top_p=0.5, temperature=1.0, label="batch", grammar=True, max_tokens=9)
     assert kind_of(longer, 1001, several_models=True) == "chat model served label batch grammar cut long brief"
     assert msgspec.json.decode(decoding_of(REQUEST))["max_tokens"] == 100
-    assert decoding_of(msgspec.structs.replace(REQUEST, temperature=math.nan)) == b""
+    assert decoding_of(dataclasses.replace(REQUEST, temperature=math.nan)) == b""
 
 
 def test_a_relay_honours_the_key_that_opts_out() -> None:
     body = b'{"model": "m", "prompt": "x", "vllm_xargs": {"hemostat_shadow": "off"}}'
     assert read_request(body, form=Form.COMPLETIONS).unscorable is Unscored.OPTED_OUT
+
+
+@pytest.mark.parametrize(
+    ("counts", "named"),
+    [
+        ({"sampled": -1}, "sampled is -1"),
+        ({"requests": {str(route): 1 for route in range(17)}}, "requests has 17 names"),
+        ({"unscored": {"x" * 300: 1}}, "unscored has 300 characters"),
+    ],
+)
+def test_counts_that_no_plugin_has_are_refused_where_they_are_decoded(counts: dict[str, Any], named: str) -> None:
+    whole = {"requests": {}, "sampled": 0, "unscored": {}, "headers": True}
+    with pytest.raises(msgspec.ValidationError, match=named):
+        msgspec.convert(whole | counts, PassiveCounts)

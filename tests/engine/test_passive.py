@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import inspect
 import json
 from typing import Any
@@ -144,7 +145,7 @@ def test_a_request_that_a_relay_has_sampled_is_recorded_once_and_for_the_relay()
 
 
 def test_a_client_cannot_make_the_plugin_act_and_is_sampled_like_others() -> None:
-    server = Server(msgspec.structs.replace(POLICY, tap=True))
+    server = Server(dataclasses.replace(POLICY, tap=True))
     server.serve(params({"hemostat_force": [1], "hemostat_tap": "own", "hemostat_tap_top": "2", "theirs": 1}))
     (given,) = server.engine.given
     assert given.extra_args.keys() == {"theirs", "hemostat_tap", "hemostat_mac"}
@@ -198,7 +199,7 @@ def test_each_choice_is_handed_on_and_an_aborted_one_is_counted() -> None:
 
 
 def test_an_answer_that_becomes_too_long_is_left_and_still_served() -> None:
-    server = Server(msgspec.structs.replace(POLICY, max_tokens=5))
+    server = Server(dataclasses.replace(POLICY, max_tokens=5))
     seen = server.serve()
     assert [o.outputs[0].logprobs for o in seen] == [None, None]
     assert (server.recorded(), server.unscored()) == ([], {Lost.TOO_LONG: 1})
