@@ -153,7 +153,7 @@ _TABLE: dict[Cause, dict[Variant, frozenset[State]]] = {
 
 _NAMES = {
     Cause.NONE: "nothing",
-    Cause.WEIGHTS: "weights",
+    Cause.WEIGHTS: "weights or kernels",
     Cause.KV_CACHE: "KV cache",
     Cause.PREFIX_CACHE: "prefix cache",
     Cause.BATCH: "batch",
@@ -274,9 +274,9 @@ class CauseBaseline:
         ):
             raise InvalidArgumentError("the canaries' variants lack replays")
 
-    def explain(self, now: Measured, tolerance: float, changes: Sequence[str] = ()) -> Verdict:
-        """Returns the cause. tolerance: nats, as for canaries. changes: what else is served than then, as text; then it
-        may be anything."""
+    def explain(self, now: Measured, tolerance: float) -> Verdict:
+        """Returns the cause of what is measured. What else is served than then, such as another path or another version
+        of vLLM, has no influence. tolerance: nats, as for canaries."""
         bounds = self._bounds(tolerance)
         readings = {variant: self._reading(variant, now, bounds) for variant in Variant}
         fits = [
@@ -285,7 +285,7 @@ class CauseBaseline:
             if all(readings[variant].state in allowed for variant, allowed in states.items())
         ]
         if fits == [Cause.WEIGHTS]:
-            return self._whole(now, readings, bounds, changes)
+            return self._whole(now, readings, bounds)
         if fits == [Cause.CHUNK_BOUNDARY]:
             return self._chunk(readings, bounds)
         if fits == [Cause.NONE]:
@@ -343,9 +343,7 @@ class CauseBaseline:
 
     # --- causes that need more than the table ----------------------------------------------------------------------
 
-    def _whole(
-        self, now: Measured, readings: Mapping[Variant, _Reading], bounds: _Bounds, changes: Sequence[str]
-    ) -> Verdict:
+    def _whole(self, now: Measured, readings: Mapping[Variant, _Reading], bounds: _Bounds) -> Verdict:
         """Returns the cause if everything has changed: the cache holds coarser values, or the model computes something
         else."""
         figures = (
@@ -370,8 +368,6 @@ class CauseBaseline:
         held = f"of 1,024 values that the cache held, {distinct} were distinct, now {left}{named}"
         if PRECISION_BITS / 2 < moved < PRECISION_BITS or (named and moved <= PRECISION_BITS / 2):
             return _verdict(Cause.UNKNOWN, f"{figures}; {held}, which says neither weights nor KV cache")
-        if changes:
-            return _verdict(Cause.UNKNOWN, f"{figures}; {held}; other than then: {', '.join(changes)}")
         return _verdict(Cause.KV_CACHE if moved >= PRECISION_BITS else Cause.WEIGHTS, f"{figures}; {held}")
 
     def _chunk(self, readings: Mapping[Variant, _Reading], bounds: _Bounds) -> Verdict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -150,19 +150,28 @@ def test_the_command_says_the_cause_in_one_line(
     assert main(["canaries", "take", url, str(path), "--prompts", str(prompts)]) == EQUAL
     capsys.readouterr()
 
-    def cause(*servers: str) -> tuple[int, str]:
+    def cause(*servers: str, facts: Sequence[str] = ()) -> tuple[int, str]:
         code = main(["canaries", "cause", servers[0], str(path), *servers[1:]])
         captured = capsys.readouterr()
-        assert (captured.out + captured.err).count("\n") == 1
+        assert (captured.out + captured.err).count("\n") == 1 + len(facts)
+        assert captured.out.splitlines()[1:] == list(facts)
         return code, captured.out
 
     code, text = cause(url)
     assert (code, text[:8]) == (EQUAL, "nothing:")
     with serving(model(noise=0.3)) as other:
-        assert cause(other)[1].startswith("weights: all variants have changed, with a context of at most 32 tokens by ")
+        text = "weights or kernels: all variants have changed, with a context of at most 32 tokens by "
+        assert cause(other)[1].startswith(text)
         code, text = cause(url, other)
         assert code == CHANGED
-        assert text.startswith(f"one engine of several: {other} differs from then, 1 other does not; there weights: ")
+        assert text.startswith(
+            f"one engine of several: {other} differs from then, 1 other does not; there weights or kernels: "
+        )
+    with serving(model(noise=0.3, root="/models/b")) as other:
+        facts = ["  path: fake, now /models/b"]
+        assert cause(other, facts=facts)[1].startswith("weights or kernels: "), "a new checkpoint has a new folder"
+        text = f"one engine of several: {other} differs from then"
+        assert cause(url, other, facts=[f"  {other}: {facts[0].strip()}"])[1].startswith(text)
     fake.fault = "decoding"
     code, text = cause(url)
     assert (code, text[:8]) == (COULD_NOT_TELL, "unknown:")

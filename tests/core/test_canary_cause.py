@@ -140,14 +140,6 @@ def test_without_the_plugin_less_is_said() -> None:
     assert baseline.explain(beside, TOLERANCE_NATS).cause is Cause.UNKNOWN
 
 
-def test_what_is_served_besides_makes_a_change_of_everything_unknown_and_is_named() -> None:
-    world = World()
-    verdict = world.baseline.explain(world.measured(*Variant), TOLERANCE_NATS, ["vLLM: 0.31.0, now 0.32.0"])
-    assert verdict.cause is Cause.UNKNOWN
-    assert "vLLM: 0.31.0, now 0.32.0" in verdict.text
-    assert world.baseline.explain(world.measured(Variant.CACHED), TOLERANCE_NATS, ["x"]).cause is Cause.PREFIX_CACHE
-
-
 def test_of_several_engines_the_one_that_differs_is_named() -> None:
     none, whole, batch = (Verdict(cause, f"{cause}: figures") for cause in (Cause.NONE, Cause.WEIGHTS, Cause.BATCH))
     assert of_engines({"a": none, "b": none}).cause is Cause.NONE

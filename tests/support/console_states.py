@@ -385,7 +385,7 @@ def many_engines(state: State) -> None:
     told["failures"] = {named[2]: f"http://{named[2]}/v1/completions: Connection refused"}
     row = told["engines"][5]
     far = row["baseline"] | {"votes": 50, "distance_nats": 0.19}
-    cause = "one engine of several: 10.0.0.6:8000 differs from then, 7 others do not; there weights: all variants"
+    cause = "one engine of several: 10.0.0.6:8000 differs from then, 7 others do not; there weights or kernels: all"
     row |= {"changed": True, "since": state.at - 4000, "baseline": far, "cause": cause}
     state.says = f"Canaries: {named[5]} (qwen3-8b-w4a16) has changed: 50 of 50 sequences differ"
     state.problem("HemostatCanaryChanged", state.says, 4000)

@@ -77,7 +77,7 @@ class Judge:
         reading = canaries.base
         if reading is None or base.cause is None:
             return
-        reading.cause = base.cause.explain(measured, self._tolerance, base.origin.changes(canaries.now))
+        reading.cause = base.cause.explain(measured, self._tolerance)
         self.record(self.statement(canaries, canaries.now.model, reading, base), figures(reading))
         self._states.save()
 

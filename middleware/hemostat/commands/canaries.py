@@ -112,17 +112,18 @@ def _cause(options: argparse.Namespace) -> int:
         raise UsageError(f"{options.file} has no variants: the model's context, or the set, is too short for them")
     baseline = taken.cause
 
-    async def explain() -> Verdict:
-        verdicts = {}
+    async def explain() -> tuple[Verdict, list[str]]:
+        verdicts, facts = {}, []
         for server in (options.server, *options.others):
             async with _client(server, taken.origin.model) as client:
-                changes = taken.origin.changes(await client.origin())
+                where = f"{server}: " if options.others else ""
+                facts += [f"{where}{change}" for change in taken.origin.changes(await client.origin())]
                 measured = await client.variants().measure(baseline.text)
-                verdicts[server] = baseline.explain(measured, options.tolerance, changes)
-        return of_engines(verdicts)
+                verdicts[server] = baseline.explain(measured, options.tolerance)
+        return of_engines(verdicts), facts
 
-    verdict = _run(explain())
-    print(verdict.text)  # noqa: T201
+    verdict, facts = _run(explain())
+    print("\n  ".join([verdict.text, *facts]))  # noqa: T201
     if verdict.cause is Cause.UNKNOWN:
         return COULD_NOT_TELL
     return EQUAL if verdict.cause is Cause.NONE else CHANGED
