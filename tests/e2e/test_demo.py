@@ -46,6 +46,7 @@ def demo(
     command = [Path(sys.executable).parent / "hemostat", "demo", "--requests", str(requests), "--prompts", prompts]
     done = subprocess.run(
         [*command, "--report", folder / "report.json", "--keep", folder / "kept", "--no-console", *flags],
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=900,

@@ -118,6 +118,9 @@ def test_bounded_run_ends_with_the_report(tmp_path: Path) -> None:
     assert output.count("propose abababab (learned): learned from 3001 tokens") == 1, "printed once"
     assert output.count("chat text sampled (100.0 % of the traffic): identity; needs about 34 more") == 1
     assert [event["decision"] for event in report["decisions"]] == ["propose"]
+    page = (tmp_path / "report.html").read_text()
+    assert "20 of 20 requests were answered; 200 tokens were scored by the reference." in page
+    assert str(tmp_path / "report.html") in output
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
@@ -134,6 +137,7 @@ def test_signal_stops_every_program(tmp_path: Path, sig: signal.Signals) -> None
     assert "stopped" in output
     assert started_by(tmp_path) == []
     assert json.loads((tmp_path / "report.json").read_text())["requests"]["sent"] >= 1
+    assert "<h2>What to do next</h2>" in (tmp_path / "report.html").read_text(), "also after an early end"
 
 
 def test_killed_demo_leaves_no_process(tmp_path: Path) -> None:
@@ -205,12 +209,15 @@ def test_invalid_override_is_rejected_by_serve(tmp_path: Path) -> None:
 
 def test_user_errors_are_raised_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "text").write_text("a letter")
     for options, message in (
         (DemoOptions(prompts=tmp_path / "none.jsonl"), "none.jsonl"),
         (DemoOptions(force_profile=tmp_path / "none"), "--force-profile"),
         (DemoOptions(force_profile=tmp_path / "file"), "--force-profile"),
         (DemoOptions(keep=tmp_path / "file"), "another place"),
         (DemoOptions(report=tmp_path), "--report"),
+        (DemoOptions(html=tmp_path), "--html"),
+        (DemoOptions(html=tmp_path / "text"), "--html: .* was not written by this command"),
     ):
         with pytest.raises(HemostatError, match=message):
             run(options)

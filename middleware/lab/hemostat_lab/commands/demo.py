@@ -26,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="Write the figures to this file at the end.")
     parser.add_argument(
+        "--html",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE.html",
+        help="Write the result as a page to this file at the end (default: report.html).",
+    )
+    parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="Keep the checkpoints and every scored request in this folder."
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="Seed of the random numbers (default: 0).")
@@ -56,6 +63,7 @@ def _run(options: argparse.Namespace) -> int:
             requests=options.requests,
             prompts=options.prompts,
             report=options.report,
+            html=options.html,
             keep=options.keep,
             seed=options.seed,
             compression=options.compression,

@@ -9,6 +9,8 @@ runner.py      starts, waits, stops
 
 Further modules:
 
-    checkpoints  the demo's checkpoints
-    vllm_server  a vLLM server as a child process, for the demo and the tests
+    checkpoints    the demo's checkpoints
+    result         the result as a page: what it cost, what was recovered, what to do next
+    token_classes  the loss by class of token, from the records
+    vllm_server    a vLLM server as a child process, for the demo and the tests
 """

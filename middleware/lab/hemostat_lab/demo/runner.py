@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.live import Live
 
 from hemostat.commands.arguments import EXIT_INTERRUPTED
+from hemostat.report.written_files import write_atomically
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import with_detail
 from hemostat_lab.demo import prompts, view
@@ -41,6 +42,8 @@ from hemostat_lab.demo.programs import (
     watch_programs,
 )
 from hemostat_lab.demo.prompts import generated_prompts
+from hemostat_lab.demo.result import page
+from hemostat_lab.demo.token_classes import losses_by_class
 from hemostat_lab.demo.traffic import drive
 from hemostat_lab.demo.vllm_server import VllmServer, runnable
 from hemostat_lab.models.checkpoint_folders import FolderTakenError, copy_checkpoint
@@ -116,11 +119,11 @@ class _Demo:
 
     async def _main(self, scratch: Path) -> None:
         options = self._options
-        logs = scratch
+        logs, records = scratch, (options.keep or scratch) / RECORDS
         if options.keep is not None:
             logs = options.keep / "logs"
             logs.mkdir(exist_ok=True)
-            (options.keep / RECORDS).unlink(missing_ok=True)
+            records.unlink(missing_ok=True)
         self._say("the checkpoints of both models: made at the first run, kept for the next ones")
         checkpoints = await self._first([], asyncio.to_thread(self._checkpoints))
         served = await self._first([], asyncio.to_thread(runnable, checkpoints.compressed, self._say))
@@ -138,12 +141,16 @@ class _Demo:
         )
         config = scratch / "hemostat.yaml"
         settings = serve_settings(options, checkpoints, vllm.url, data_port, admin_port, engine_token)
+        settings["records"] = {"path": str(records.absolute())}
         config.write_text(yaml.safe_dump(settings, sort_keys=False))
         self._say(f"starting vLLM on the {options.compression} model, and Hemostat with the reference in process")
         with stopping(vllm):
             vllm.start()
             with serving(serve_command(config, options.overrides), logs / "hemostat.log") as serve:
-                await self._measure(scene, vllm, serve, logs)
+                try:
+                    await self._measure(scene, vllm, serve, logs)
+                finally:
+                    self._write_page(scene, checkpoints, records)
 
     def _checkpoints(self) -> Checkpoints:
         cached = cached_checkpoints(self._options.compression, self._say)
@@ -218,6 +225,18 @@ class _Demo:
             text = json.dumps(view.report(scene), indent=2)
             self._options.report.write_text(text + "\n", encoding="utf-8")
             self._say(f"report: {self._options.report}")
+
+    def _write_page(self, scene: view.Scene, checkpoints: Checkpoints, records: Path) -> None:
+        """Writes the page with the result, also after an early end."""
+        if not scene.status:
+            return
+        try:
+            classes = losses_by_class(records, checkpoints.reference)
+        except (OSError, ValueError) as error:
+            self._say(f"the loss by class of token is not known: {error}")
+            classes = []
+        write_atomically(self._options.html, page(scene, checkpoints, classes).encode())
+        self._say(f"what it cost, what was recovered, and what to do next: {self._options.html.absolute()}")
 
     async def _until_ready(self, scene: view.Scene, vllm: VllmServer) -> None:
         """Wait until both models answer, their vocabularies were compared, and the engine holds a forced profile."""
