@@ -20,7 +20,7 @@ from tests.support.waiting import until
 
 from hemostat.ipc.origin import parse_origin
 from hemostat.relay.upstreams.group import Upstreams
-from hemostat.relay.upstreams.health import FAILURES, MAX_HOLD_SECONDS, HealthState
+from hemostat.relay.upstreams.health import FAILURES, HOLD_SECONDS, HealthState
 
 CHAT = b"/v1/chat/completions"
 
@@ -244,7 +244,7 @@ async def test_a_lone_engine_that_has_ended_counts_as_up_only_after_it_is_back()
         health = relay.upstreams.engines[0].health
         await engine.stop()
         await until(lambda: health.state is HealthState.EJECTED)
-        relay.upstreams.sweep(asyncio.get_running_loop().time() + MAX_HOLD_SECONDS)
+        relay.upstreams.sweep(asyncio.get_running_loop().time() + HOLD_SECONDS[-1])
         assert relay.upstreams.report()[0].state == "ejected"
         client = await connect()
         await client.send(chat("hello"))
@@ -262,7 +262,7 @@ async def test_a_lone_engine_without_checks_counts_as_up_only_after_a_request_su
         client = await connect()
         for _ in range(FAILURES):
             assert await ask(client, chat("hello")) == 502
-        relay.upstreams.sweep(asyncio.get_running_loop().time() + MAX_HOLD_SECONDS)
+        relay.upstreams.sweep(asyncio.get_running_loop().time() + HOLD_SECONDS[-1])
         assert relay.upstreams.report()[0].state != "up"
         await engine.start()
         assert await ask(client, chat("hello")) == 200

@@ -18,15 +18,16 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
+from hemostat_calibration.backoff import Backoff
+
 FAILURES: Final = 3
 """The number of failures in a row that are certainly the engine's (see `Health.request_failed`), after which it is
 ejected."""
 FAILED_CHECKS: Final = 2
-HOLD_SECONDS: Final = 1.0
-"""The time of the first ejection."""
-MAX_HOLD_SECONDS: Final = 60.0
+HOLD_SECONDS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+"""The time of an ejection, by the number of ejections in a row."""
 STABLE_SECONDS: Final = 60.0
-"""An engine that was up for this long is ejected for HOLD_SECONDS again."""
+"""After an engine was up for this long, its next ejection is the first in a row again."""
 
 
 class HealthState(Enum):
@@ -44,8 +45,7 @@ class Health:
     __slots__ = (
         "_checked",
         "_failed_checks",
-        "_held_until",
-        "_in_a_row",
+        "_hold",
         "_proven",
         "_returned",
         "ejections",
@@ -64,9 +64,8 @@ class Health:
         """It is True if the last check, or the last attempt to connect, did not fail."""
         self.ejections = 0
         """The number of ejections since the start."""
-        self._in_a_row = 0
+        self._hold = Backoff(HOLD_SECONDS)
         self._failed_checks = 0
-        self._held_until = 0.0
         self._proven = True
         """It is True if, while the engine is up, a check or a request has succeeded since the last ejection."""
         self._returned = float("-inf")
@@ -112,7 +111,7 @@ class Health:
 
     def advance(self, now: float) -> None:
         """Lets the engine return if the hold is over. It is called about once a second."""
-        if not self.up and now >= self._held_until and not self._failed_checks:
+        if not self.up and self._hold.may_try(now) and not self._failed_checks:
             self.up = True
             self._proven = self._checked  # the last check has passed
             self.failures = FAILURES - 1
@@ -120,9 +119,10 @@ class Health:
 
     def eject(self, now: float) -> None:
         """Ejects an engine that is up: it gets no requests from now on."""
-        self._in_a_row = 1 if now - self._returned > STABLE_SECONDS else self._in_a_row + 1
+        if now - self._returned > STABLE_SECONDS:
+            self._hold.reset()
+        self._hold.failed(now)
         self.ejections += 1
         self.up = False
-        self._held_until = now + min(HOLD_SECONDS * 2.0 ** min(self._in_a_row - 1, 30), MAX_HOLD_SECONDS)
         if self._checked and not self._failed_checks:
             self._failed_checks = 1  # the last check is older than what has just failed
