@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 import transformers
+from tests.support.children import children
 from tests.support.fake_vllm import FakeVllm, serving
+from tests.support.waiting import until
 
 from hemostat.config.schema import Settings
-from hemostat.reference import device, worker, worker_messages
+from hemostat.reference import device, worker
 from hemostat.reference.device import IDLE_BYTES, RESERVE_BYTES, CudaDevice, choose, look
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ReferenceState
@@ -147,7 +150,7 @@ def test_the_needed_memory_is_that_of_the_loaded_weights(tmp_path: Path, dtype: 
     assert worker._weight_bytes(SimpleNamespace(dtype=None, get_text_config=lambda: None), dtype) is None
 
 
-async def test_the_choice_is_said_before_the_weights_are_loaded(
+async def test_the_choice_is_said_before_the_weights_are_loaded_and_kept_after_a_restart(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "hemostat.reference")
@@ -167,19 +170,15 @@ async def test_the_choice_is_said_before_the_weights_are_loaded(
         assert caplog.messages == [said]
         transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
         info = await reference.start()
+        assert info.device == "cpu: PyTorch finds no CUDA device"
+        assert caplog.messages == [said, said]
+        (pid,) = children("hemostat.reference.worker")
+        os.kill(pid, signal.SIGKILL)
+        again = "the reference is loaded on cpu: it was chosen at the start"
+        await until(lambda: again in caplog.messages)
+        assert any("worker ended" in message for message in caplog.messages)
     finally:
         await reference.close()
-    assert info.device == "cpu: PyTorch finds no CUDA device"
-    assert caplog.messages == [said, said]
-
-
-def test_a_worker_that_is_started_again_does_not_move_to_another_device() -> None:
-    reference = TransformersReference("m", device="auto")
-    reference._worker._keep_device(worker_messages.Chosen("cuda:1", "free"))
-    assert reference._worker._load == worker_messages.Load(
-        "m", "auto", "auto", reference._worker._load.threads, "cuda:1"
-    )
-    assert msgspec.structs.asdict(reference._worker._load)["only"] == "cuda:1"
 
 
 @pytest.mark.parametrize(

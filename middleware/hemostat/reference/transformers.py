@@ -45,7 +45,7 @@ class TransformersReference:
 
     async def score(self, request: ScoreRequest) -> ReferenceScores:
         """See `Reference.score`, and `ReferenceWorker.score` for E_r[Δz]."""
-        _, loaded = self._worker.running()
+        loaded = self._worker.running()
         if request.adapter:
             raise ReferenceFailure(FailureReason.NO_ADAPTER, f"a reference in process has no adapter {request.adapter}")
         if not len(request.prompt) or not len(request.output):

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import logging
 import os
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -15,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat.ipc.child_process import ChildExited, FramedChild
+from hemostat.ipc.supervisor import ChildRefused, Supervisor
 from hemostat.reference import worker_messages
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceScores, ScoreRequest
 from hemostat_calibration.arrays import Floats
-from hemostat_calibration.backoff import Backoff
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates, RecoveredDivergence
 
@@ -27,62 +26,53 @@ log = logging.getLogger("hemostat.reference")
 RESTART_SECONDS = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
 """The longest pause before a worker that ended is started again, by the number of failures in a row."""
 
+LoadRequest = worker_messages.Load | worker_messages.LoadHead
 TokenRequest = Callable[[int], worker_messages.Request]
 
 
 class ReferenceWorker:
-    """A worker process. When it ends, the pending request fails (DOWN), and another one is started.
+    """A worker process. When it ends, what was requested fails (DOWN), and another one is started.
 
-    Every method raises ReferenceFailure.
+    Implements `hemostat.ipc.supervisor.ChildOwner`. Its other methods raise ReferenceFailure.
     """
 
-    def __init__(self, load: worker_messages.Load | worker_messages.LoadHead) -> None:
+    def __init__(self, load: LoadRequest) -> None:
         self._load = load
-        self._process: _Process | None = None
-        self._loaded: worker_messages.Loaded | None = None
-        self._starting = asyncio.Lock()
+        self._process: Supervisor[LoadRequest, worker_messages.Loaded] = Supervisor(
+            "hemostat.reference.worker", self, RESTART_SECONDS, {}
+        )
         self._keeper: asyncio.Task[None] | None = None
+        self._loaded: asyncio.Future[worker_messages.Loaded] | None = None
+        """The outcome of the last start; a failure once the process has ended."""
+        self._load_failure: ReferenceFailure | None = None
+        """The process's message that the model does not load."""
+        self._chosen: worker_messages.Chosen | None = None
+        """The device, if the worker has chosen it."""
+        self._only = ""
+        """The device of the worker that loaded last, if it has chosen it."""
+        self._child: FramedChild | None = None
+        self._numbers = itertools.count()
+        self._pending: dict[int, asyncio.Future[worker_messages.Answer]] = {}
+        self._held: set[str] = set()
+        self._turn = asyncio.Lock()
         self._closed = False
 
     async def start(self) -> worker_messages.Loaded:
-        """Loads what there is to load; returns at once when it is loaded. May be called again after a failure."""
-        async with self._starting:
-            if self._closed:
-                raise ReferenceFailure(FailureReason.DOWN, "the reference is closed")
-            if self._process is None or self._process.exited.is_set():
-                self._process = None
-                self._process, self._loaded = await _Process.start(self._load)
-                self._keep_device(self._process.chosen)
-            if self._keeper is None:
-                self._keeper = asyncio.create_task(self._keep(), name="reference worker")
-            assert self._loaded is not None
-            return self._loaded
+        """Loads what there is to load; returns at once when it is loaded. May be called again after a failure. Between
+        the end of a worker and the start of the next one it raises at once."""
+        if self._closed:
+            raise ReferenceFailure(FailureReason.DOWN, "the reference is closed")
+        if self._loaded is None or self._process.target is None:
+            self._loaded = asyncio.get_running_loop().create_future()
+            self._process.set_target(self._load)
+        if self._keeper is None:
+            self._keeper = asyncio.create_task(self._process.run(), name="reference worker")
+        return await asyncio.shield(self._loaded)
 
     @property
     def device(self) -> str:
         """The device that the worker has chosen, with the reason; "" if the configuration names it."""
-        chosen = self._process.chosen if self._process is not None else None
-        return f"{chosen.device}: {chosen.reason}" if chosen is not None else ""
-
-    def _keep_device(self, chosen: worker_messages.Chosen | None) -> None:
-        """Keeps the device: a worker that is started again is on the same device or on the CPU: another device may be
-        free just because the engine that serves clients is being started there."""
-        if chosen is None:
-            return
-        self._load = msgspec.structs.replace(self._load, only=chosen.device)
-
-    async def _keep(self) -> None:
-        backoff = Backoff(RESTART_SECONDS, random.random)
-        while True:
-            if self._process is not None and not self._process.exited.is_set():
-                await self._process.exited.wait()
-                log.error("the reference worker ended: %s", self._process.exit_summary())
-            await asyncio.sleep(backoff.pause())
-            try:
-                await self.start()
-                backoff.reset()
-            except ReferenceFailure as failure:
-                log.error("the reference did not start again: %s", failure)
+        return f"{self._chosen.device}: {self._chosen.reason}" if self._chosen is not None else ""
 
     async def score(self, request: ScoreRequest, states: npt.NDArray[np.uint16] | None = None) -> ReferenceScores:
         """Scores as `Reference.score` says. E_r[Δz] is exact if Δz depends on the token and a given code. Otherwise it
@@ -90,7 +80,7 @@ class ReferenceWorker:
 
         states: for an output head, which does not read the prompt: see `worker_messages.Score`.
         """
-        process, loaded = self.running()
+        loaded = self.running()
         size = loaded.vocab_size
         bases = {p.version: p for p in request.profiles if p.version in request.codes and p.vocab_size == size}
         for version, profile in bases.items():
@@ -108,7 +98,7 @@ class ReferenceWorker:
             )
         if allowed is not None or not loaded.compares:
             request = replace(request, compressed=None)
-        answer = await process.score(request, bases, states)
+        answer = await self._score(request, bases, states)
         tokens, width = request.ids.shape
 
         def floats(data: bytes) -> Floats:
@@ -133,85 +123,7 @@ class ReferenceWorker:
             recovered=RecoveredDivergence(*floats(answer.recovered).reshape(7, tokens)) if answer.recovered else None,
         )
 
-    async def token_ids(self, request: TokenRequest) -> list[int]:
-        return await self.running()[0].token_ids(request)
-
-    async def close(self) -> None:
-        """Ends the process; the request under way fails."""
-        self._closed = True
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
-        async with self._starting:
-            if self._process is not None:
-                await self._process.close()
-
-    def running(self) -> tuple[_Process, worker_messages.Loaded]:
-        if self._process is None or self._process.exited.is_set():
-            raise ReferenceFailure(FailureReason.DOWN, "the reference worker is not running")
-        assert self._loaded is not None
-        return self._process, self._loaded
-
-
-def threads_or_default(threads: int | None) -> int:
-    """Returns the number of threads. For None, this is half of the cores that this process may use, at least one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return threads or max(1, cores // 2)
-
-
-def _up(profile: CalibrationProfile) -> npt.NDArray[np.floating]:
-    """Returns the matrix [V, r] whose product with a given code is Δz; only a family with anchors has codes."""
-    basis = profile.spec.basis
-    assert basis is not None
-    return basis(profile.parameters)
-
-
-def _basis(profile: CalibrationProfile) -> worker_messages.Basis:
-    up = _up(profile)
-    return worker_messages.Basis(up.astype("<f2").tobytes(), up.shape[1], profile.clamp_nats)
-
-
-class _Process:
-    """One worker process and its pending requests."""
-
-    def __init__(self) -> None:
-        self._child: FramedChild | None = None
-        self._numbers = itertools.count()
-        self._pending: dict[int, asyncio.Future[worker_messages.Answer]] = {}
-        self._held: set[str] = set()
-        self._turn = asyncio.Lock()
-        self._first: asyncio.Future[worker_messages.Answer] = asyncio.get_running_loop().create_future()
-        self._ending: asyncio.Task[None] | None = None
-        self.exited = asyncio.Event()
-        self.chosen: worker_messages.Chosen | None = None
-        """The device, where the worker has chosen it."""
-
-    @classmethod
-    async def start(
-        cls, load: worker_messages.Load | worker_messages.LoadHead
-    ) -> tuple[_Process, worker_messages.Loaded]:
-        """Raises ReferenceFailure if the process does not start or the model does not load."""
-        worker = cls()
-        try:
-            worker._child = await FramedChild.start("hemostat.reference.worker", worker._receive)
-        except ChildExited as gone:
-            raise ReferenceFailure(FailureReason.DOWN, f"the reference worker: {gone}") from gone
-        worker._ending = asyncio.create_task(worker._end(worker._child), name="reference worker's end")
-        try:
-            worker._send(load)
-            answer = await worker._first
-        except BaseException:
-            await worker.close()
-            raise
-        if isinstance(answer, worker_messages.Loaded):
-            return worker, answer
-        await worker.close()
-        name = load.model if isinstance(load, worker_messages.Load) else f"the output head of {load.folder}"
-        if isinstance(answer, worker_messages.Failed):
-            raise ReferenceFailure(answer.reason, f"{name} does not load: {answer.message}")
-        raise ReferenceFailure(FailureReason.PROTOCOL, f"the reference worker began with {type(answer).__name__}")
-
-    async def score(
+    async def _score(
         self,
         request: ScoreRequest,
         bases: Mapping[str, CalibrationProfile],
@@ -257,11 +169,15 @@ class _Process:
         return answer.ids
 
     async def _ask(self, number: int, request: worker_messages.Request) -> worker_messages.Answer:
+        self.running()
+        assert self._child is not None
         future: asyncio.Future[worker_messages.Answer] = asyncio.get_running_loop().create_future()
         self._pending[number] = future
         try:
-            self._send(request)
+            self._child.send(worker_messages.REQUESTS.encode(request))
             answer = await future
+        except ChildExited as why:
+            raise _ended(why) from why
         finally:
             self._pending.pop(number, None)
         if isinstance(answer, worker_messages.Failed):
@@ -269,41 +185,113 @@ class _Process:
             raise ReferenceFailure(answer.reason, answer.message)
         return answer
 
-    def _send(self, request: worker_messages.Request) -> None:
-        assert self._child is not None
-        try:
-            self._child.send(worker_messages.REQUESTS.encode(request))
-        except ChildExited as gone:
-            raise ReferenceFailure(FailureReason.DOWN, f"the reference worker is not running: {gone}") from gone
-
-    def _receive(self, body: bytes) -> None:
-        answer = worker_messages.ANSWERS.decode(body)
-        if isinstance(answer, worker_messages.Chosen):
-            self.chosen = answer
-            log.info("the reference is loaded on %s: %s", answer.device, answer.reason)
-            return
-        number = getattr(answer, "id", -1)
-        future = self._first if number < 0 else self._pending.get(number)
-        if future is not None and not future.done():
-            future.set_result(answer)
-
-    async def _end(self, child: FramedChild) -> None:
-        """When the process ends, fail all pending requests."""
-        await child.exited.wait()
-        self.exited.set()
-        for future in (self._first, *self._pending.values()):
-            if not future.done():
-                future.set_exception(
-                    ReferenceFailure(FailureReason.DOWN, f"the reference worker ended: {self.exit_summary()}")
-                )
-
-    def exit_summary(self) -> str:
-        """Returns the exit code and the last line of standard error."""
-        assert self._child is not None
-        return self._child.exit_summary()
+    def running(self) -> worker_messages.Loaded:
+        """Returns what the running worker has loaded."""
+        if self._loaded is None or not self._loaded.done():
+            raise ReferenceFailure(FailureReason.DOWN, "the reference worker is not running")
+        return self._loaded.result()
 
     async def close(self) -> None:
-        assert self._child is not None
-        await self._child.close()
-        if self._ending is not None:
-            await self._ending
+        """Ends the process; the request under way fails."""
+        self._closed = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        self._fail(ReferenceFailure(FailureReason.DOWN, "the reference is closed"))
+
+    # --- the process -----------------------------------------------------------------------------------------------
+
+    def wants_child(self) -> bool:
+        return True
+
+    def starting(self, target: LoadRequest) -> None:
+        if self._loaded is None or self._loaded.done():
+            self._loaded = asyncio.get_running_loop().create_future()
+
+    async def begin(self, child: FramedChild, target: LoadRequest) -> None:
+        """Sends what to load. A worker that is started again is on the same device or on the CPU: another device may be
+        free just because the engine that serves clients is being started there."""
+        self._child = child
+        child.send(worker_messages.REQUESTS.encode(msgspec.structs.replace(target, only=self._only)))
+
+    def receive(self, body: bytes) -> None:
+        answer = worker_messages.ANSWERS.decode(body)
+        match answer:
+            case worker_messages.Chosen():
+                self._chosen = answer
+                log.info("the reference is loaded on %s: %s", answer.device, answer.reason)
+            case worker_messages.Loaded():
+                self._process.ready(answer)
+            case worker_messages.Failed(id=number) if number < 0:
+                self._load_failure = ReferenceFailure(
+                    answer.reason, f"{_name(self._load)} does not load: {answer.message}"
+                )
+                self._process.refused(str(self._load_failure))
+            case _:
+                if (future := self._pending.get(answer.id)) is not None and not future.done():
+                    future.set_result(answer)
+
+    def began(self, ready: worker_messages.Loaded, target: LoadRequest) -> None:
+        if self._chosen is not None:
+            self._only = self._chosen.device
+        assert self._loaded is not None
+        self._loaded.set_result(ready)
+
+    async def exchange(self, child: FramedChild) -> bool:
+        """Returns False: requests are sent where they are made."""
+        return False
+
+    def exited(self, why: ChildExited) -> None:
+        self._fail(_ended(why))
+
+    async def closed(self) -> None:
+        return
+
+    def failed(self, why: ChildExited | ChildRefused) -> None:
+        if isinstance(why, ChildRefused):
+            assert self._load_failure is not None
+            self._fail(self._load_failure)
+            self._process.set_target(None)  # Something has to be mended first: the next `start` tries again.
+        else:
+            self._fail(_ended(why))
+            log.error("the reference worker ended: %s", why)
+
+    def _fail(self, failure: ReferenceFailure) -> None:
+        """Fails all that waits for the process, and what asks for it until the next start."""
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(failure)
+        if self._loaded is None or self._loaded.done():
+            self._loaded = asyncio.get_running_loop().create_future()
+        self._loaded.set_exception(failure)
+        self._loaded.exception()  # it may have no waiter
+
+    def reset(self) -> None:
+        self._child = None
+        self._held = set()
+
+
+def _ended(why: ChildExited) -> ReferenceFailure:
+    return ReferenceFailure(FailureReason.DOWN, f"the reference worker ended: {why}")
+
+
+def _name(load: LoadRequest) -> str:
+    return load.model if isinstance(load, worker_messages.Load) else f"the output head of {load.folder}"
+
+
+def threads_or_default(threads: int | None) -> int:
+    """Returns the number of threads. For None, this is half of the cores that this process may use, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return threads or max(1, cores // 2)
+
+
+def _up(profile: CalibrationProfile) -> npt.NDArray[np.floating]:
+    """Returns the matrix [V, r] whose product with a given code is Δz; only a family with anchors has codes."""
+    basis = profile.spec.basis
+    assert basis is not None
+    return basis(profile.parameters)
+
+
+def _basis(profile: CalibrationProfile) -> worker_messages.Basis:
+    up = _up(profile)
+    return worker_messages.Basis(up.astype("<f2").tobytes(), up.shape[1], profile.clamp_nats)
