@@ -11,6 +11,7 @@ from hemostat_calibration.guard import kind_test
 from hemostat_calibration.guard.decisions import Action, Admission
 from hemostat_calibration.guard.guard import MIN_CYCLES, Guard
 from hemostat_calibration.statistics.dependence import (
+    MIN_EFFECTIVE,
     MIN_HISTORY,
     MIN_UNITS,
     BatchMeans,
@@ -84,7 +85,28 @@ def test_nothing_is_known_of_few_units():
         means.update(np.zeros(3))
 
 
+def test_v_of_bets_is_1_until_independence_is_refuted():
+    """An upper limit would be above 1.3 in most independent series; what depends is still seen."""
+    alone = fed(np.random.default_rng(0).normal(size=(200, SERIES)))
+    assert np.median(alone.inflation()) > 1.3
+    assert (alone.inflation_of_bets() == 1.0).mean() > 0.7
+    for length in (3, 10):
+        in_runs = fed(runs(np.random.default_rng(length), length, 400))
+        assert (in_runs.inflation_of_bets() >= length).mean() > 0.85
+        assert (in_runs.inflation_of_bets() >= in_runs.inflation()).all()
+
+
+def test_v_of_bets_takes_few_batches_where_asked():
+    """Three days of 256 units, as above: of sums of 100 units their upper limit counts, of independent ones nothing."""
+    rng = np.random.default_rng(0)
+    days = fed(np.repeat(rng.normal(0.0, 0.5, (3, SERIES)), 256, axis=0) + rng.normal(size=(768, SERIES)))
+    assert (days.inflation_of_bets(units=100) >= days.inflation_of_sums(100)).mean() > 0.95
+    alone = fed(rng.normal(size=(768, SERIES)))
+    assert (alone.inflation_of_bets(units=100) == 1.0).mean() > 0.5
+
+
 def test_units_that_do_not_differ_inflate_nothing():
+    assert fed(np.full((100, 1), 0.3)).inflation_of_bets().tolist() == [1.0]
     assert fed(np.full((100, 1), 0.3)).inflation().tolist() == [1.0]
 
 
@@ -105,6 +127,7 @@ def test_runs_of_one_client_between_those_of_others_are_seen_by_client():
     by_client = clients.inflation(means.variance)
     assert np.median(by_client) > 7.0
     assert np.median(means.inflation()) < 5.0
+    assert (clients.inflation_of_bets(means.variance) > 7.0).mean() > 0.9
 
 
 def test_clients_that_differ_for_good_are_no_dependence():
@@ -115,6 +138,17 @@ def test_clients_that_differ_for_good_are_no_dependence():
         row = effects[at % 10] + 0.5 * rng.normal(size=SERIES)
         clients, means = clients.update(np.full(SERIES, at % 10), row), means.update(row)
     assert np.median(clients.inflation(means.variance)) < 1.2
+    assert np.median(clients.inflation_of_bets(means.variance)) == 1.0
+
+
+def test_a_gain_that_depends_on_nothing_is_proven_by_some_thirty_gains():
+    """Not before `MIN_EFFECTIVE` of them, however large."""
+    rng, guard, units = np.random.default_rng(1), with_history(0.0), 0
+    while guard.decide("test", "kind").action is Action.WAIT:
+        gain = float(np.clip(rng.normal(0.35, 0.1), -1.0, 1.0))
+        guard.update("test", "kind", b"%d" % units, b"client %d" % (units % 8), gain, gain, 50)
+        units += 1
+    assert MIN_EFFECTIVE <= units <= 30
 
 
 def test_a_kind_is_known_after_enough_units_that_are_not_all_alike():
@@ -160,7 +194,7 @@ def in_test(guard: Guard, first: int, count: int, step: float, gain: float = 0.3
 
 def with_history(cycle_hours: float = 24.0) -> Guard:
     """A guard that knows how much the figure that is noted depends: not at all."""
-    rng, guard = np.random.default_rng(0), Guard(cycle=3600.0 * cycle_hours)
+    rng, guard = np.random.default_rng(1), Guard(cycle=3600.0 * cycle_hours)
     for at in range(200):
         guard.update_dependence("kind", b"client %d" % (at % 8), float(rng.normal()), now=3600.0 * 0.5 * at)
     guard.begin_candidate("test", {"kind": (1.0, 1.0)})
@@ -178,7 +212,7 @@ def test_a_candidate_is_not_promoted_before_its_gains_span_a_cycle():
     assert guard.spans_cycle("test", "kind")
     assert guard.decide("test", "kind").action is Action.PROMOTE
     without = with_history(0.0)
-    in_test(without, 0, 45, 0.25)
+    in_test(without, 0, 30, 0.25)
     assert without.decide("test", "kind").action is Action.PROMOTE, "where there is no cycle, nothing waits for it"
 
 

@@ -21,7 +21,9 @@ end. Units must be of the held-out side of the split.
   cycle, and of their own v̂ the few long batches that a cycle has count, too. Only held-out gains are asked: the gains
   of units that were learned from have another mean, and the gains of adapters would take exact distances of all units.
   Where the traffic has no cycle (`cycle` is 0), it is assumed that gains depend on each other only over times of which
-  many fit in a test, and fewer than `MIN_UNITS` of them no more than what is noted.
+  many fit in a test. `MIN_EFFECTIVE` effective gains are enough then.
+- v̂ is 1 until what is noted, or the gains, refute that units are independent (`BatchMeans.inflation_of_bets`), except
+  for the gains of a test that has to span a cycle: of these the upper limit of v̂ counts.
 
 The evidence is described, with its sources, in `wealth`; the closed test in `closing`. What is bounded, whatever the
 gains' distribution and however often one looks, as long as no gain is below −width, exactly where no expected gain
@@ -157,7 +159,7 @@ class Guard:
 
     def noted_inflation(self, kind: str, units: int) -> float:
         """Returns v̂ of sums of so many units of a kind, as far as what was noted says it: 1 or more. The tests of a
-        gate take at least this, too."""
+        gate take at least this. It is the upper limit, and not the v̂ of bets that candidates' tests take."""
         in_cycles = self._cycle > 0.0
         return max([1.0, *(d.inflation_of_sums(units) if in_cycles else d.inflation for d in self._noted(kind))])
 
@@ -346,11 +348,10 @@ class Guard:
         test = self._test(name, kind)
         needed = self._needed(test)
         if test.role is Role.CANDIDATE:
-            noted = bool(self._state.dependence)
             proven = (
                 not test.frozen
                 and self.is_known(kind)
-                and test.reaches(needed, lambda: self._inflation(kind, test), known=noted, seconds=self._cycle)
+                and test.reaches(needed, lambda: self._inflation(kind, test), seconds=self._cycle)
                 and test.gains_by_token
                 and test.gains_in_kl
                 and self._adjusted(name, test) >= needed
@@ -504,7 +505,7 @@ class Guard:
         test's own gains, the larger one. Where the traffic has no cycle, and for what serves, whose harm has to be
         found soon, units depend on each other over no longer times than many of them fit in."""
         in_cycles = self._in_cycles(test)
-        known = [d.inflation_of_sums(test.units) if in_cycles else d.inflation for d in self._noted(kind)]
+        known = [d.inflation_of_bets(test.units if in_cycles else 0) for d in self._noted(kind)]
         return max([*known, test.own_inflation(in_cycles)])
 
     def _noted(self, kind: str) -> list[KindDependence]:

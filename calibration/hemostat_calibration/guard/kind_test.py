@@ -23,7 +23,14 @@ from hemostat_calibration.guard.wealth import (
     log_proof,
     without_any,
 )
-from hemostat_calibration.statistics.dependence import MAX_CLIENTS, MIN_UNITS, BatchMeans, client_row, known_row
+from hemostat_calibration.statistics.dependence import (
+    MAX_CLIENTS,
+    MIN_BATCHES_OF_BETS,
+    MIN_EFFECTIVE,
+    BatchMeans,
+    client_row,
+    known_row,
+)
 from hemostat_calibration.statistics.running_mean import RunningMean
 
 MAX_UNITS = 4096
@@ -117,16 +124,15 @@ class KindTest:
     def window_is_over(self) -> bool:
         return self.role is Role.SERVING and (self.units >= self.window or self._ends_window(more=0))
 
-    def may_decide(self, known: bool, seconds: float = 0.0) -> bool:
+    def may_decide(self, seconds: float = 0.0) -> bool:
         """Returns True if the test may decide.
 
-        known: how much units of the kind depend on each other is known apart from this test. seconds: the time that a
-        candidate's gains have to span. If they have to span none, and v̂ is known apart from the test, fewer than
-        `MIN_UNITS` of them need not tell how much they depend on each other themselves.
+        seconds: the time that a candidate's gains have to span. If they have to span none, `MIN_EFFECTIVE` of them are
+        enough to know how much they depend on each other, by the v̂ that is taken of them.
         """
         if self.role is Role.CANDIDATE:
-            too_few = known and not seconds and self.units < MIN_UNITS
-            if not self.spans(seconds) or not (too_few or self.batches.enough()[0]):
+            effective = self.batches.effective()[0] if seconds else self.batches.units / self.own_inflation()
+            if not self.spans(seconds) or effective < MIN_EFFECTIVE:
                 return False
         return self.clients >= MIN_CLIENTS or self.units >= MIN_UNITS_OF_FEW_CLIENTS
 
@@ -137,13 +143,14 @@ class KindTest:
     def own_inflation(self, in_cycles: bool = False) -> float:
         """Returns v̂ of the gains, 1 or more; 1 if too few are known.
 
-        in_cycles: take v̂ of sums as long as the test, which also asks the few batches of a length that there are few
-        of.
+        in_cycles: take the upper limit of v̂ of sums as long as the test, whether independence is refuted or not: few
+        units refute what the gains of a cycle have in common.
         """
         if self.role is Role.SERVING:
             return self.inherited
-        batches = self.batches
-        result = float((batches.inflation_of_sums(self.units) if in_cycles else batches.inflation())[0])
+        if not in_cycles:
+            return float(self.batches.inflation_of_bets(MIN_BATCHES_OF_BETS)[0])
+        result = float(self.batches.inflation_of_sums(self.units)[0])
         return result if math.isfinite(result) else 1.0
 
     def update_dependence(self, gain: float, now: float, longest_gap: float) -> None:
@@ -270,13 +277,13 @@ class KindTest:
             self.evidence = v, result
         return self.evidence[1]
 
-    def reaches(self, needed: float, inflation: Callable[[], float], known: bool = False, seconds: float = 0.0) -> bool:
+    def reaches(self, needed: float, inflation: Callable[[], float], seconds: float = 0.0) -> bool:
         """Returns True if the log evidence is `needed` or more, and may decide. Most units need no evaluation of the
-        evidence or of v̂. inflation: returns v̂. known, seconds: see `may_decide`.
+        evidence or of v̂. inflation: returns v̂. seconds: see `may_decide`.
         """
         if log_bound(self.wealth[: self.clients]) < needed:
             return False
-        return self.may_decide(known, seconds) and self.log_e(inflation()) >= needed
+        return self.may_decide(seconds) and self.log_e(inflation()) >= needed
 
     def harm_reaches(self, needed: float, inflation: float) -> bool:
         """Returns True if the log evidence that a serving profile's gain is below 0 is `needed` or more, and may

@@ -69,7 +69,7 @@ FRACTIONS = np.array([0.99, 0.5, 0.25, 0.1])
 """The fractions f that are bet: shares of the stake that would lose everything on the worst observation. They are below
 1, so that a factor is never 0 and can be left out again.
 """
-PRIOR = np.array([0.7, 0.1, 0.1, 0.1])
+PRIOR = np.array([0.8, 0.1, 0.05, 0.05])
 
 SLOTS = 1.0 / np.arange(5.0, 5.0 + MAX_CLIENTS)
 SLOTS /= SLOTS.sum()

@@ -27,11 +27,20 @@ The evidence of a bet that multiplies its wealth by factors 1 + f x grows, under
 times. For one bet, and sums that behave like a Brownian motion, the probability that it ever reaches 1/α is α^(1/v) in
 place of α. Its power 1/v restores α; it must be taken of each bet before bets, clients or kinds are mixed: a mixture
 chooses the bet that suits the run, and dividing the logarithm of the mixture leaves what the choice gained.
+
+**For bets, v̂ is 1 until the units refute it** (`BatchMeans.inflation_of_bets`). An upper limit of v is 1.4 or so for
+independent units, and the maximum over several lengths is more: it would cost a third of all units where nothing
+depends on anything. So v̂ of a bet is 1 as long as no v(ℓ) is more than `REFUTES` standard errors √(2/(b − 1)) above 1.
+As soon as one is, the upper limits of all lengths count, with `LUGSAIL` times the correction: what is known to depend
+may be corrected generously, since independent units do not pay for it. What is not noticed is a v only a little above
+1, of which the error is α^(1/v): it stays below α in simulations, where v̂ is 1 or more and rises with every unit that
+is seen.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -53,6 +62,15 @@ MIN_EFFECTIVE = 20.0
 """The number of effective units with fewer of which v̂ is not believed."""
 LEVELS = 15
 """The number of batch lengths: 1, 2, 4, …, 2¹⁴ units."""
+REFUTES = 1.5
+"""The number of standard errors by which v(ℓ) has to be above 1 to refute that units are independent: about one of
+fifteen independent series is so far above at a given length."""
+LUGSAIL = 2.0
+"""The weight of the lugsail correction in the v̂ of bets, where independence is refuted: what comes in runs that are
+longer than the batches so far is taken for twice as much."""
+MIN_BATCHES_OF_BETS = 8
+"""The least number of batches of one length in the v̂ of bets on the same units: two batches of 8 units tell something
+of a test of 16."""
 _QUANTILE = -0.8416212335729143
 """The 20 % quantile of the normal distribution."""
 _X, _N, _XX, _XN, _NN = range(5)
@@ -163,6 +181,35 @@ class BatchMeans:
                 excess = ratio * float(upper_factor(batches)) - 1.0
                 result = np.fmax(result, 1.0 + excess * min(units / 2.0**level, 1.0))
         return result
+
+    def inflation_of_bets(self, least: int = MIN_BATCHES, units: int = 0) -> Floats:
+        """Returns the variance inflation v̂ for bets, float64 [S]: 1 where no batch length refutes that units are
+        independent, and otherwise the largest upper limit, with a larger correction than `inflation` has.
+
+        least: the least number of batches of a length. units: where it is above 0, lengths with `FEW_BATCHES` count,
+        too, for sums of up to so many further units; see `inflation_of_sums`.
+
+        >>> alone, in_runs = BatchMeans.of(1), BatchMeans.of(1)
+        >>> for unit in range(96):
+        ...     alone = alone.update(np.array([np.sin(1e6 * unit * unit)]))
+        ...     in_runs = in_runs.update(np.array([np.sin(1e6 * (unit // 3) ** 2)]))
+        >>> float(alone.inflation_of_bets()[0]), bool(in_runs.inflation_of_bets()[0] > 3.0)
+        (1.0, True)
+        """
+        series = self.sums.shape[2]
+        result, refuted = np.ones(series), np.zeros(series, np.bool_)
+        ratios = self.ratios(FEW_BATCHES if units else least)
+        for level in range(1, len(ratios)):
+            batches, ratio = self.units >> level, ratios[level]
+            many = batches >= least
+            refuted |= ratio > 1.0 + REFUTES * math.sqrt(2.0 / (batches - 1.0))
+            upper = float(upper_factor(batches))
+            if many:
+                limit = (ratio + LUGSAIL * np.maximum(ratio - ratios[level - 1], 0.0)) * upper
+            else:
+                limit = 1.0 + (ratio * upper - 1.0) * min(units / 2.0**level, 1.0)
+            result = np.fmax(result, limit)
+        return np.where(refuted, result, 1.0)
 
     def effective(self) -> Floats:
         """Returns the number of effective units, n / v̂, of each series, float64 [S]; 0 before `MIN_UNITS` units."""
@@ -282,6 +329,8 @@ CLIENT_LEVELS = 6
 """The number of batch lengths: 1, 2, …, 32 successive units of one client."""
 MIN_CLIENT_BATCHES = 48
 """The least number of batches of one length, over all clients."""
+MIN_CLIENT_BATCHES_OF_BETS = 12
+"""The same in the v̂ of bets: what a client sends in runs is seen there first."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -342,14 +391,29 @@ class ClientBatches:
         """Returns v̂ of each series as `BatchMeans.inflation` does, from the batch lengths with `MIN_CLIENT_BATCHES`:
         float64 [S], 1 if there are none. variance: float64 [S], of single units of all clients.
         """
-        sizes = 2.0 ** np.arange(CLIENT_LEVELS)[:, None]
-        scale = np.where(variance > 0.0, variance, np.inf)
-        ratios = self.squares / (np.maximum(self.batches, 1.0) * sizes * scale)
+        ratios = self._ratios(variance)
         corrected = ratios[1:] + np.maximum(ratios[1:] - ratios[:-1], 0.0)
         usable = self.batches[1:] >= MIN_CLIENT_BATCHES
         limits = np.where(usable, corrected * upper_factor(np.maximum(self.batches[1:], MIN_CLIENT_BATCHES)), 1.0)
         result: Floats = np.maximum(limits.max(axis=0), 1.0)
         return result
+
+    def inflation_of_bets(self, variance: Floats) -> Floats:
+        """Returns v̂ of each series as `BatchMeans.inflation_of_bets` does, from the batch lengths with
+        `MIN_CLIENT_BATCHES_OF_BETS`: float64 [S]. variance: see `inflation`."""
+        ratios, batches = self._ratios(variance), np.maximum(self.batches[1:], MIN_CLIENT_BATCHES_OF_BETS)
+        usable = self.batches[1:] >= MIN_CLIENT_BATCHES_OF_BETS
+        refuted = usable & (ratios[1:] > 1.0 + REFUTES * np.sqrt(2.0 / (batches - 1.0)))
+        corrected = ratios[1:] + LUGSAIL * np.maximum(ratios[1:] - ratios[:-1], 0.0)
+        limits = np.where(usable, corrected * upper_factor(batches), 1.0)
+        return np.where(refuted.any(axis=0), np.maximum(limits.max(axis=0), 1.0), 1.0)
+
+    def _ratios(self, variance: Floats) -> Floats:
+        """Returns v(ℓ) of each length and series: float64 [`CLIENT_LEVELS`, S]."""
+        sizes = 2.0 ** np.arange(CLIENT_LEVELS)[:, None]
+        scale = np.where(variance > 0.0, variance, np.inf)
+        ratios: Floats = self.squares / (np.maximum(self.batches, 1.0) * sizes * scale)
+        return ratios
 
 
 def upper_factor(batches: npt.ArrayLike) -> Floats:
@@ -441,6 +505,11 @@ class KindDependence:
         if self.units < MIN_UNITS:
             return 1.0
         return max(self.inflation, float(self.in_time.inflation_of_sums(units)[0]))
+
+    def inflation_of_bets(self, units: int = 0) -> float:
+        """Returns v̂ for bets, 1 until independence is refuted. units: see `BatchMeans.inflation_of_bets`."""
+        by_client = self.by_client.inflation_of_bets(self.in_time.variance)
+        return float(np.maximum(self.in_time.inflation_of_bets(units=units), by_client)[0])
 
     def spans(self, seconds: float) -> bool:
         """Returns True if the units, from the first one to the last, span so many seconds."""
