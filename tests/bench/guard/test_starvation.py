@@ -12,3 +12,11 @@ def test_builds_that_come_fast_do_not_keep_a_good_one_from_being_promoted():
 
 def test_a_build_that_gains_nothing_gives_way_to_a_newer_one():
     assert max(world.useless_first(2, 0)) <= 500
+
+
+def test_how_often_builds_come_changes_nothing_of_the_test_that_runs():
+    """The first build is promoted by the same request, with 50 and more newer ones and without any."""
+    alone, beside = (world.offered(2, 0, tokens=3_000, kinds=1, every=every) for every in (None, 1))
+    assert [world.first(traffic) for traffic in alone] == [world.first(traffic) for traffic in beside]
+    assert all(traffic.promoted and traffic.builds == 1 for traffic in alone)
+    assert all(traffic.builds > 50 for traffic in beside)
