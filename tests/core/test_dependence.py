@@ -151,6 +151,14 @@ def test_a_gain_that_depends_on_nothing_is_proven_by_some_thirty_gains():
     assert MIN_EFFECTIVE <= units <= 30
 
 
+def test_for_what_serves_the_upper_limit_of_the_noted_v_counts():
+    """A watch goes on for so long that a v that is a little too small would take back what does no harm."""
+    guard = with_history(0.0)
+    assert guard.evidence("test", "kind").inflation == 1.0
+    guard.begin_watch("serving", "kind", 1.0, like="test")
+    assert guard.evidence("serving", "kind").inflation == guard.noted_inflation("kind", 1) > 1.1
+
+
 def test_a_kind_is_known_after_enough_units_that_are_not_all_alike():
     rng = np.random.default_rng(0)
     alike, different = KindDependence(), KindDependence()

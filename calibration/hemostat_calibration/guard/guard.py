@@ -22,8 +22,10 @@ end. Units must be of the held-out side of the split.
   of units that were learned from have another mean, and the gains of adapters would take exact distances of all units.
   Where the traffic has no cycle (`cycle` is 0), it is assumed that gains depend on each other only over times of which
   many fit in a test. `MIN_EFFECTIVE` effective gains are enough then.
-- v̂ is 1 until what is noted, or the gains, refute that units are independent (`BatchMeans.inflation_of_bets`), except
-  for the gains of a test that has to span a cycle: of these the upper limit of v̂ counts.
+- v̂ is 1 until what is noted, or the gains, refute that units are independent (`BatchMeans.inflation_of_bets`). There
+  are two exceptions. For the gains of a test that has to span a cycle the upper limit of v̂ counts. For what serves the
+  upper limit of the noted v̂ counts, too: a watch goes on for thousands of units, in which a v̂ that is a little too
+  small takes back what does no harm.
 
 The evidence is described, with its sources, in `wealth`; the closed test in `closing`. What is bounded, whatever the
 gains' distribution and however often one looks, as long as no gain is below −width, exactly where no expected gain
@@ -504,8 +506,10 @@ class Guard:
         """Returns v̂ of sums as long as the test, as far as it is known: the v̂ of what was noted, or of the
         test's own gains, the larger one. Where the traffic has no cycle, and for what serves, whose harm has to be
         found soon, units depend on each other over no longer times than many of them fit in."""
-        in_cycles = self._in_cycles(test)
-        known = [d.inflation_of_bets(test.units if in_cycles else 0) for d in self._noted(kind)]
+        in_cycles, noted = self._in_cycles(test), self._noted(kind)
+        known = [d.inflation_of_bets(test.units if in_cycles else 0) for d in noted]
+        if test.role is Role.SERVING:
+            known += [d.inflation for d in noted]
         return max([*known, test.own_inflation(in_cycles)])
 
     def _noted(self, kind: str) -> list[KindDependence]:

@@ -62,6 +62,16 @@ def test_what_some_hundred_conversations_tell_is_enough(name):
     assert np.isfinite(taken).sum() > most(120, 0.05) >= np.isfinite(result).sum()
 
 
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("name", ["runs of 12", "runs of 6 of the gains alone, one client, a spread of 0.4"])
+def test_dependence_that_begins_with_the_test_is_seen_in_its_gains(name):
+    """What was noted before tells nothing of it; if units were taken for independent, more would be promoted."""
+    world, few = worlds.late_worlds(worlds.FEW)[name], {"history": worlds.FEW, "in_cycles": False}
+    taken = worlds.lives_of(world, 120, np.random.default_rng(4), dependence=False, **few)
+    result = worlds.lives_of(world, 120, np.random.default_rng(4), **few)
+    assert np.isfinite(taken).sum() > most(120, 0.05) >= np.isfinite(result).sum()
+
+
 @pytest.mark.parametrize(("mean", "limit"), [(0.3, 24), (0.15, 48), (0.08, 96)])
 def test_the_correction_costs_little_where_nothing_depends_on_anything(mean, limit):
     """A promotion takes at most 1.6 times the units of a test that knows the distribution."""

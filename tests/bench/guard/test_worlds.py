@@ -29,6 +29,7 @@ QUICK = set(MODULES) - {
     "excess",
     "kinds",
     "sampled_outcomes",
+    "serving",
     "starvation",
     "templates",
     "watch",
