@@ -156,7 +156,7 @@ def test_for_what_serves_the_upper_limit_of_the_noted_v_counts():
     guard = with_history(0.0)
     assert guard.evidence("test", "kind").inflation == 1.0
     guard.begin_watch("serving", "kind", 1.0, like="test")
-    assert guard.evidence("serving", "kind").inflation == guard.noted_inflation("kind", 1) > 1.1
+    assert guard.evidence("serving", "kind").inflation == guard.noted_inflation("kind", 1) > 1.05
 
 
 def test_a_kind_is_known_after_enough_units_that_are_not_all_alike():

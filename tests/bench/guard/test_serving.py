@@ -7,7 +7,7 @@ from tests.bench.guard import most, serving
 LIVES = 30
 
 
-@pytest.mark.parametrize("name", ["runs of 3 by one client", "runs of 5 of the gains alone"])
+@pytest.mark.parametrize("name", ["runs of 20", "runs of 5 of the gains alone"])
 def test_units_taken_for_independent_would_take_back_what_does_no_harm(name, monkeypatch):
     monkeypatch.setattr(serving, "UNITS", 600)
     independent, back = serving.lives_of(serving.WORLDS[name], LIVES, np.random.default_rng(0), 0.0)
