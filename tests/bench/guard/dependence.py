@@ -273,8 +273,8 @@ def late(world: World, begins: int) -> World:
 
 
 def template_runs(length: int) -> World:
-    """So many successive units are of one of 8 templates, whoever sends them. Templates differ with a standard deviation
-    of 0.15, and nothing is gained on average over them."""
+    """So many successive units are of one of 8 templates, whoever sends them. Templates differ with a standard
+    deviation of 0.15, and nothing is gained on average over them."""
 
     def world(rng: np.random.Generator, n: int, lives: int) -> Stream:
         def effects() -> Floats:
