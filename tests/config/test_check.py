@@ -9,12 +9,14 @@ import re
 import shutil
 import socket
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.support import postgres
+from tests.support.admin_server import served
 from tests.support.certificates import certificate
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, running
@@ -23,12 +25,15 @@ from tests.support.tiny_checkpoints import make_pair
 from hemostat import __version__
 from hemostat.commands.setup_check import Finding, State, check, exit_code, table
 from hemostat.config.schema import Settings
+from hemostat.control.composition import Control
+from hemostat.engines.messages import AnswerMessage
 from hemostat.ipc.addresses import server_context
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.relay_listener import RelayListener, Security
 from hemostat.reference.match import served_as_reference
 from hemostat.reference.protocol import ReferenceInfo
 from hemostat.reference.server import VllmServer
+from hemostat_calibration.passive import PassiveCounts
 from hemostat_lab.compression.checkpoint_writer import compress
 from hemostat_lab.demo.vllm_server import free_port
 
@@ -114,6 +119,31 @@ async def test_what_engines_are_let_in_with(admin: dict[str, Any], state: str, s
     assert result.state.value == state
     assert said in result.detail
     assert ("HEMOSTAT_ENGINE_TOKEN" in result.fix) == (state == "note")
+
+
+@pytest.mark.parametrize("headers", [True, False])
+async def test_a_running_control_process_says_that_the_plugin_measures_alone(tmp_path: Path, headers: bool) -> None:
+    async def alone(plane: Control, _: Path) -> None:
+        plane.engines.reports.passive.enabled = True
+
+    with served(tmp_path, alone) as running:
+        admin = {"port": running.port, "token": "a", "engine_token": "b"}
+        result = await findings_of({"plugin": False}, {}, admin=admin)
+        assert result["plugin alone"].state is State.NO
+        assert "restart vLLM with HEMOSTAT_ADMIN_URL and HEMOSTAT_ENGINE_TOKEN" in result["plugin alone"].fix
+        message = AnswerMessage("boot", [], 0, PassiveCounts({}, 0, {}, headers))
+        running.do(lambda plane: plane.engines.reports.update_answers(message, time.monotonic()))
+        result = await findings_of({"plugin": False}, {}, admin=admin)
+        assert "NO" not in states(result).values()
+        assert ("X-Hemostat-Shadow: off opts" in result["plugin alone"].detail) == headers
+        assert ("--middleware" in result["plugin alone"].fix) != headers
+        assert "need the proxy" in result["proxy"].detail
+        assert "requests under a grammar are not scored" in result["engine plugin"].detail
+        result = await findings_of({}, {}, admin={"port": running.port}, calibration={"mode": "auto"})
+        assert states(result)["engine token"] == states(result)["proxy"] == "NO"
+        assert result["proxy"].detail.startswith("calibration.mode auto: ")
+        running.do(lambda plane: setattr(plane.engines.reports.passive, "enabled", False))
+        assert {"plugin alone", "proxy"}.isdisjoint(await findings_of({}, {}, admin=admin))
 
 
 async def test_each_served_model_is_matched_or_said_to_be_left_out() -> None:

@@ -31,6 +31,11 @@ from hemostat.config.loading import load
 from hemostat.config.schema import Settings
 from hemostat.reference.probes import Finding
 from hemostat_calibration.errors import HemostatError
+from hemostat_engine.answer_sender import AnswerQueue, AnswerSender
+from hemostat_engine.passive import PassiveSampler
+from hemostat_engine.peers import Peers
+from hemostat_engine.secrets import Secrets
+from hemostat_engine.settings import Settings as EngineSettings
 from hemostat_lab.demo.vllm_server import free_port
 
 MODELS = ["--upstream", "http://127.0.0.1:8000", "--reference", "http://127.0.0.1:8001"]
@@ -311,7 +316,7 @@ def test_only_tokens_that_were_made_here_are_printed(
     """One that the operator has set may be in force elsewhere, and what is printed is in a log."""
     monkeypatch.setenv("HEMOSTAT_ADMIN__TOKEN", "from-the-environment")
 
-    async def nothing(settings: Settings) -> list[Finding]:
+    async def nothing(settings: Settings, *, alone: bool) -> list[Finding]:
         return []
 
     monkeypatch.setattr(first_start, "check", nothing)
@@ -368,6 +373,38 @@ async def test_two_models_are_enough(tmp_path: Path) -> None:
             assert await report("wrong") == 401
             assert await report(exported[1]) != 401
     assert os.listdir(tmp_path) == ["log"], "nothing is left behind"
+
+
+def test_two_models_are_enough_for_the_plugin_alone(tmp_path: Path) -> None:
+    """A plugin gets its policy with the variables that are printed for it."""
+    log, port = tmp_path / "log", free_port()
+    with serving(FakeVllm()) as upstream, serving(FakeVllm()) as reference, log.open("w") as file:
+        flags = ["--upstream", upstream, "--reference", reference, "--rate", "0.5", "--admin-port", str(port)]
+        command = [sys.executable, "-m", "hemostat", "control", *flags]
+        with subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file) as process:
+            try:
+                deadline = time.monotonic() + HANG_SECONDS
+                while f"admin port http://127.0.0.1:{port}" not in log.read_text():
+                    assert time.monotonic() < deadline, log.read_text()
+                    assert process.poll() is None, log.read_text()
+                    time.sleep(0.05)
+                said = log.read_text()
+                exported = re.search(r"^  export HEMOSTAT_ADMIN_URL=(\S+) HEMOSTAT_ENGINE_TOKEN=(\S+)$", said, re.M)
+                assert exported
+                secrets = Secrets()
+                sampler = PassiveSampler(secrets)
+                peers = Peers(EngineSettings(admin_url=exported[1], engine_token=exported[2]))
+                sender = AnswerSender(AnswerQueue(), peers, "boot", secrets, sampler)
+                # The rate is 0 until the reference is ready.
+                while (told := sampler.policy()) is None or told[0].rate != 0.5:
+                    assert time.monotonic() < deadline, log.read_text()
+                    sender.look()
+                    time.sleep(0.1)
+            finally:
+                process.terminate()
+    assert "need the proxy (hemostat serve)" in said
+    assert "measures the divergence of 50 % of the requests (shadow.rate)" in said
+    assert "data port" not in said
 
 
 def test_the_first_lines_say_that_nothing_is_measured_and_who_can_connect(tmp_path: Path) -> None:

@@ -18,10 +18,12 @@ from tests.support.admin_server import KINDS
 
 from hemostat.admin.alerts import ALERTS
 from hemostat.admin.history import MAX_POINTS, POINT_SECONDS, History
+from hemostat.admin.problem_sources import NO_PLUGINS
 from hemostat.admin.problems import Found, problem
 from hemostat.admin.status_parts import UpstreamStatus
 from hemostat.config.schema import Gate, Settings
 from hemostat.config.waiting_times import waiting_times
+from hemostat.engines.passive import PLUGIN_ALONE
 from hemostat.gate.live.measuring import questions
 from hemostat.gate.live.report import as_json, of_verdict
 from hemostat.gate.live.stored import FAIL, StoredGate, Subject
@@ -256,6 +258,18 @@ def no_data(state: State) -> None:
                    "canaries: no set", "What comes when", "after about 50 scored requests"]  # fmt: skip
 
 
+def plugin_alone(state: State) -> None:
+    """Just started, without relays: no vLLM with the plugin reports yet."""
+    no_data(state)
+    state.status["state"]["problems"] = []
+    state.problem("HemostatNoRelays", NO_PLUGINS, 40)
+    state.says = NO_PLUGINS
+    state.status["passive"] = {"servers": 0, "reads_headers": False, "needs_proxy": PLUGIN_ALONE}
+    state.status["relays"] = 0
+    state.shows = ["✗ The plugin reports", "restart vLLM with HEMOSTAT_ADMIN_URL", "need the proxy (hemostat serve)",
+                   "Only hemostat_shadow: off in vllm_xargs opts a request out"]  # fmt: skip
+
+
 def first_hour(state: State) -> None:
     """An hour of traffic: there are figures, and nothing that takes a day."""
     status = state.status
@@ -425,6 +439,7 @@ def failed_gate(state: State) -> None:
 CHANGES: dict[str, Callable[[State], None]] = {
     "healthy": lambda _: None,
     "no data": no_data,
+    "plugin alone": plugin_alone,
     "first hour": first_hour,
     "vLLM dead": vllm_dead,
     "reference dead": reference_dead,

@@ -52,8 +52,10 @@ ALERTS: dict[str, Alert] = {
     for alert in (
         Alert(
             "HemostatNoRelays", "critical", "relays",
-            "It is not known: either nothing is served, or relays serve without sampling and without profiles.",
-            "Test the data port; the supervisor's log says why relays ended.",
+            "It is not known: either nothing is served, or relays serve without sampling and without profiles. "
+            "No client is affected where the plugin measures alone.",
+            "Test the data port; the supervisor's log says why relays ended. "
+            "Where the plugin measures alone, run hemostat check.",
         ),
         Alert(
             "HemostatUpstreamDown", "critical", "vLLM",

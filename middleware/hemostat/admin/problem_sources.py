@@ -64,6 +64,11 @@ UNDECIDED = ("reading", "suspended")
 """The states of `hemostat.control.ownership` in which something is wrong."""
 
 
+NO_RELAYS = "No relay process is connected: whether requests are served is not known"
+NO_PLUGINS = "No vLLM with Hemostat's plugin reports: nothing is measured"
+"""The same problem, where plugins sample in place of relays."""
+
+
 class GateProblem(Protocol):
     """The part of `hemostat.gate.live.keeper.ShadowGate` that is read here."""
 
@@ -99,7 +104,8 @@ class ServingProblems:
         relays = self._relays
         relays.update(now, self._link.reporting, self._link.total())
         if not self._link.relays:
-            yield Found("HemostatNoRelays", "No relay process is connected: whether requests are served is not known")
+            alone = self._engines.reports.passive.enabled
+            yield Found("HemostatNoRelays", NO_PLUGINS if alone else NO_RELAYS)
         engines = {
             name: engine for name, engine in self._engines.current().items() if name not in self._engines.drained
         }

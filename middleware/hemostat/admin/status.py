@@ -21,6 +21,7 @@ from hemostat.admin.status_parts import (
     EngineParts,
     EnginesStatus,
     ModelStatus,
+    PassiveStatus,
     ProfileStatus,
     QueueStatus,
     RecoveredStatus,
@@ -140,6 +141,8 @@ class Status(msgspec.Struct, frozen=True):
     models: list[ModelStatus]
     reference: ReferenceStatus
     engines: EnginesStatus
+    passive: PassiveStatus | None
+    """None if relays sample: docs/engines.md#measuring-with-the-plugin-alone."""
     upstream: list[UpstreamStatus]
     """The engines that requests go to."""
     outlier_engine: Report
@@ -258,6 +261,7 @@ class StatusSource:
             models=scoring.models(),
             reference=scoring.reference(),
             engines=engines.engines(now),
+            passive=engines.passive(now),
             upstream=engines.upstream(measured.by_engine.report(), now),
             outlier_engine=measured.by_engine.status(),
             canaries=canaries,

@@ -10,6 +10,7 @@ import msgspec
 
 from hemostat.canaries.keeper import Canaries
 from hemostat.config.schema import Shadow
+from hemostat.engines.passive import PLUGIN_ALONE
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Stats
 from hemostat.learner.client import Learner
@@ -107,6 +108,17 @@ class EnginesStatus(msgspec.Struct, frozen=True):
     counters: dict[str, int]
     ignored_addresses: int
     """The number of addresses that relays have reported as engines, and that are none of the upstream's."""
+
+
+class PassiveStatus(msgspec.Struct, frozen=True):
+    """The state of measuring with the plugin alone."""
+
+    servers: int
+    """The number of processes of vLLM's API servers whose plugin reports."""
+    reads_headers: bool
+    """It is True if each of them reads clients' headers, so that `X-Hemostat-Shadow: off` opts out."""
+    needs_proxy: str
+    """The sentence that says what does not work without the proxy."""
 
 
 class UpstreamStatus(msgspec.Struct, frozen=True):
@@ -219,6 +231,13 @@ class EngineParts:
             counters=self.registry.reports.counters(now),
             ignored_addresses=len(self.registry.configured.ignored),
         )
+
+    def passive(self, now: float) -> PassiveStatus | None:
+        """Returns None if this control process has relays, so that plugins sample nothing themselves."""
+        plugins = self.registry.reports.passive
+        if not plugins.enabled:
+            return None
+        return PassiveStatus(plugins.live(now), plugins.reads_headers(now), PLUGIN_ALONE)
 
     def upstream(self, figures: list[Report], now: float) -> list[UpstreamStatus]:
         """Returns the status of each engine. figures: the list from `measurement.by_engine`."""

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hemostat.commands.arguments import UsageError, load_settings
-from hemostat.commands.setup_check import PLUGIN_FLAG, check, exit_code, table
+from hemostat.commands.setup_check import HEADERS_FLAG, PLUGIN_FLAG, check, exit_code, table
 from hemostat.config.fields import is_secret
 from hemostat.config.schema import Settings
 
@@ -98,14 +98,14 @@ def settings_with_tokens(options: argparse.Namespace, *, keep: bool = False) -> 
     return settings, frozenset(made)
 
 
-def introduce(settings: Settings, made: frozenset[str]) -> str:
+def introduce(settings: Settings, made: frozenset[str], *, alone: bool = False) -> str:
     """Prints how vLLM is started with the plugin, probes both models, and prints what was found. Returns the text that
     says what will be measured, and what the token of the console is. made: the names of the tokens that were made here,
-    whose values are shown. Raises UsageError if either model cannot be used.
+    whose values are shown. alone: the plugin measures alone. Raises UsageError if either model cannot be used.
     """
     # Printed first, as it is needed where vLLM does not run yet.
-    print(plugin_command(settings, made), flush=True)  # noqa: T201
-    findings = asyncio.run(check(settings))
+    print(plugin_command(settings, made, alone=alone), flush=True)  # noqa: T201
+    findings = asyncio.run(check(settings, alone=alone))
     print(table(findings), flush=True)  # noqa: T201
     if exit_code(findings):
         raise UsageError("not started: correct what is marked NO above")
@@ -128,18 +128,30 @@ def _measured(settings: Settings) -> str:
     )
 
 
-def plugin_command(settings: Settings, made: frozenset[str]) -> str:
-    """Returns how vLLM is started with the plugin. made: tokens that were made here, of which the value is shown."""
+def plugin_command(settings: Settings, made: frozenset[str], *, alone: bool = False) -> str:
+    """Returns how vLLM is started with the plugin. made: tokens that were made here, of which the value is shown.
+    alone: the plugin measures alone, so that vLLM needs no flag.
+    """
     admin = settings.admin
     host = socket.gethostname() if admin.host in {"0.0.0.0", "::"} else admin.host  # noqa: S104
     host = f"[{host}]" if ":" in host else host
     shown = "…  # as you have set admin.engine_token"
     if admin.engine_token and "engine_token" in made:
         shown = admin.engine_token.get_secret_value()
+    variables = f"  export HEMOSTAT_ADMIN_URL=http://{host}:{admin.port} HEMOSTAT_ENGINE_TOKEN={shown}"
+    if alone:
+        return "\n".join(
+            [
+                "hemostat: to measure, restart vLLM, with hemostat-vllm in its environment, with these variables:",
+                variables,
+                f"hemostat: so that X-Hemostat-Shadow: off opts a request out, add {HEADERS_FLAG};",
+                f"hemostat: to score requests under a grammar, add {PLUGIN_FLAG}",
+            ]
+        )
     return "\n".join(
         [
             "hemostat: to calibrate, and to score requests under a grammar, start vLLM with the plugin:",
-            f"  export HEMOSTAT_ADMIN_URL=http://{host}:{admin.port} HEMOSTAT_ENGINE_TOKEN={shown}",
+            variables,
             *(f"  {line}" for line in vllm_commands(f"--max-logprobs {settings.shadow.top_k} {PLUGIN_FLAG}")),
         ]
     )

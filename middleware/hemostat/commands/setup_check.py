@@ -8,15 +8,18 @@ from collections.abc import Awaitable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from hemostat.adapters.live.builder import BuildFailed, check_pair
 from hemostat.adapters.live.folders import CheckpointFolders, FolderError, find_compressed, find_folders
 from hemostat.adapters.serving.check import probe_adapters
+from hemostat.admin.status_parts import PassiveStatus
 from hemostat.checkpoints.output_embedding import EmbeddingError
 from hemostat.config import packages
 from hemostat.config.operation import Admin
 from hemostat.config.schema import Settings
+from hemostat.engines.passive import PLUGIN_ALONE
 from hemostat.ipc.addresses import ControlAddresses
 from hemostat.ipc.messages import NOT_ACTIVE, Stats
 from hemostat.ipc.relay_end import ControlLink
@@ -46,17 +49,36 @@ SPECULATES_FIX = (
 )
 
 
-async def check(settings: Settings) -> list[Finding]:
-    """Returns all findings; raises nothing that a server or a model can cause."""
+HEADERS_FLAG = "--middleware hemostat_engine.client_headers.ClientHeaders"
+ADMIN_SECONDS = 5.0
+
+
+class _Running(msgspec.Struct, frozen=True):
+    """The part of a running control process's status that says how it measures."""
+
+    passive: PassiveStatus | None = None
+
+
+async def check(settings: Settings, *, alone: bool | None = None) -> list[Finding]:
+    """Returns all findings; raises nothing that a server or a model can cause.
+
+    alone: True if the plugin in vLLM will measure alone. None asks the control process that runs with these settings.
+    """
+    running = await _running(settings) if alone is None else None
+    alone = alone or running is not None
     findings = [await _control_processes(settings) if settings.control.addresses else await _store(settings)]
     if settings.calibration.mode != "off":
         findings.append(_evidence(settings))
-    findings.append(_engine_token(settings.admin))
+    findings.append(_engine_token(settings.admin, alone=alone))
+    if running is not None:
+        findings.append(_reporting(running))
+    if alone:
+        findings.append(_proxy(settings))
     upstream = settings.upstream
     server = VllmServer(upstream.servers[0], upstream.api_key, ca=upstream.ca)
     references = make_references(settings)
     try:
-        findings += await _upstream(server, settings)
+        findings += await _upstream(server, settings, alone=alone)
         answers = all(f.state is not State.NO for f in findings if f.what == "upstream")
         if answers:
             findings += await other_engines(server, settings)
@@ -163,16 +185,60 @@ def _evidence(settings: Settings) -> Finding:
     return Finding("evidence", State.OK, text)
 
 
-def _engine_token(admin: Admin) -> Finding:
+async def _running(settings: Settings) -> PassiveStatus | None:
+    """Returns what the control process on this machine's admin port says of the plugins that sample; None if relays
+    sample there, or if none answers."""
+    admin = settings.admin
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(admin.host, admin.host)  # noqa: S104
+    if not admin.port:
+        return None
+    server = VllmServer(f"http://{f'[{host}]' if ':' in host else host}:{admin.port}", None, timeout=ADMIN_SECONDS)
+    try:
+        return (await server.get("/api/v1/status", _Running)).passive
+    except ReferenceFailure:
+        return None
+    finally:
+        await server.close()
+
+
+def _reporting(passive: PassiveStatus) -> Finding:
+    """Reports if plugins report to the control process, and how clients opt out."""
+    what, count = "plugin alone", passive.servers
+    if not count:
+        fix = f"{INSTALL} with HEMOSTAT_ADMIN_URL and HEMOSTAT_ENGINE_TOKEN"
+        return Finding(what, State.NO, "the plugin of no vLLM reports to the control process: nothing is measured", fix)
+    processes = f"{count} process{'es' if count > 1 else ''} of vLLM's API server report{'' if count > 1 else 's'}"
+    if passive.reads_headers:
+        return Finding(what, State.OK, f"{processes}; X-Hemostat-Shadow: off opts a request out")
+    text = f"{processes}; a request is opted out only by hemostat_shadow: off in its vllm_xargs"
+    return Finding(what, State.OK, text, f"for X-Hemostat-Shadow, start vLLM with {HEADERS_FLAG}")
+
+
+def _proxy(settings: Settings) -> Finding:
+    """Reports what needs the proxy, which there is none of."""
+    calibration = settings.calibration
+    asked = {
+        "calibration.mode auto": calibration.mode == "auto",
+        "calibration.force": calibration.force is not None,
+        "adapter.enabled": settings.adapter.enabled,
+    }
+    if wanted := [name for name, on in asked.items() if on]:
+        return Finding("proxy", State.NO, f"{', '.join(wanted)}: {PLUGIN_ALONE}", "remove it, or run hemostat serve")
+    return Finding("proxy", State.NOTE, PLUGIN_ALONE)
+
+
+def _engine_token(admin: Admin, *, alone: bool) -> Finding:
     what, fix = "engine token", "set admin.engine_token, and the same in HEMOSTAT_ENGINE_TOKEN where vLLM runs"
     if admin.engine_token is not None:
         return Finding(what, State.OK, "engines have a token that can change nothing else")
+    if admin.token is None and alone:
+        return Finding(what, State.NO, "not set: the plugin in vLLM cannot report, so nothing is measured", fix)
     if admin.token is None:
         return Finding(what, State.NOTE, "not set: the plugin in vLLM can neither report nor fetch profiles", fix)
     return Finding(what, State.NOTE, "not set: engines need admin.token, with which a vLLM host can change all", fix)
 
 
-async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:
+async def _upstream(server: VllmServer, settings: Settings, *, alone: bool) -> list[Finding]:
     try:
         card = await server.model(None)
         version = await _or(server.version(), "of unknown version")
@@ -190,7 +256,7 @@ async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:
     if measured:
         result = await find_markers(server, card.id, settings.reasoning)
         findings.append(Finding("reasoning", State.OK if result.markers else State.NOTE, result.detail))
-    findings.append(await _plugin(server, card.id, settings))
+    findings.append(await _plugin(server, card.id, settings, alone=alone))
     if settings.adapter.enabled:
         findings += await probe_adapters(server, card.id, settings)
         findings.append(await _adapter_checkpoints(settings, card.id, card.root or ""))
@@ -250,8 +316,9 @@ def _folders(settings: Settings, served: str, root: str, reference_root: str) ->
         return Finding(CHECKPOINTS, State.NO, str(error), "adapters are made from both folders, on this machine")
 
 
-async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding:
-    needed = settings.calibration.mode == "auto" or settings.calibration.force is not None
+async def _plugin(server: VllmServer, model: str, settings: Settings, *, alone: bool) -> Finding:
+    """Reports if vLLM has loaded the logits processor. alone: no profile can serve in any case."""
+    needed = not alone and (settings.calibration.mode == "auto" or settings.calibration.force is not None)
     drafts = await speculates(server)
     try:
         version = await plugin_of(server, model)
@@ -264,6 +331,9 @@ async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding
         if why := misfit(version):
             return Finding("engine plugin", State.NOTE, f"{said}; {why}", INSTALL)
         return Finding("engine plugin", State.OK, f"{said} ({version})")
+    if alone:
+        text = "the logits processor is not loaded: requests under a grammar are not scored"
+        return Finding("engine plugin", State.NOTE, text, "" if drafts else f"start vLLM with {PLUGIN_FLAG}")
     if drafts:
         text = f"not loaded: {SPECULATES}"
         return Finding("engine plugin", State.NO if needed else State.NOTE, text, SPECULATES_FIX)

@@ -1,5 +1,5 @@
 // The engines that requests go to, and the proxy in front of them.
-import { counts, fixed, known, lasted, ms, nats, NONE, percent, perSecond, plural, when, whole } from "./format.js";
+import { counts, fixed, known, lasted, ms, nats, NONE, percent, perSecond, pluginAlone, plural, when, whole } from "./format.js";
 import { Action, Bar, Chart, Coloured, Explain, Facts, html, Link, Section, Table, Version } from "./parts.js";
 import { Canaries } from "./canaries.js";
 import { marks } from "./events.js";
@@ -24,8 +24,8 @@ export function Engines(data) {
     <${Facts} of=${[
       ["requests", `${fixed(rate((x) => x.proxy.requests), 1)} per second, ${whole(proxy.requests)} so far`],
       ["failed", `${percent(proxy.failed_ratio, 2)}, ${whole(proxy.failed)} of ${whole(proxy.requests)}`],
-      ["overhead of the relay", `median ≤ ${ms(proxy.overhead_seconds.p50)}, 99 % ≤ ${ms(proxy.overhead_seconds.p99)}, since the start`],
-      ["processes", `${plural(s.relays, "relay")}, ${plural(s.engines.live, "engine")} with the plugin`],
+      s.passive ? ["relays", pluginAlone(s.passive)] : ["overhead of the relay", `median ≤ ${ms(proxy.overhead_seconds.p50)}, 99 % ≤ ${ms(proxy.overhead_seconds.p99)}, since the start`],
+      ["processes", `${s.passive ? plural(s.passive.servers, "API server") : plural(s.relays, "relay")}, ${plural(s.engines.live, "engine")} with the plugin`],
       ["by outcome", counts(proxy.by_outcome)], ["by route", counts(proxy.by_route)], ["engine plugins", counts(s.engines.counters)]]} /><//>`;
 }
 

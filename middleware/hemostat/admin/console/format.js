@@ -62,6 +62,10 @@ export function lasted(seconds) {
 /** The name of the reference's checkpoint or model, if it is ready. */
 export const named = (reference) => (reference.state === "ready" ? reference.detail.split("/").pop() : reference.detail) || NONE;
 
+/** What measuring with the plugin alone means, and how clients opt out. */
+export const pluginAlone = ({ needs_proxy: text, reads_headers: headers }) => (
+  `${text[0].toUpperCase()}${text.slice(1)}. ${headers ? "X-Hemostat-Shadow: off" : "Only hemostat_shadow: off in vllm_xargs"} opts a request out.`);
+
 /** Growth per second of a counter of the history; null where it decreased, because the process was restarted. */
 export const perSecond = (past, name) => (past[name] || []).map((x, i, all) => (
   i && known(x) && known(all[i - 1]) && x >= all[i - 1] ? (x - all[i - 1]) / (past.time[i] - past.time[i - 1]) : null));

@@ -1,5 +1,5 @@
 // The first page: what is wrong, what compression costs, what is served since when, what to do.
-import { brief, briefly, counts, fixed, known, lasted, ms, named, nats, ofTokens, percent, perSecond, plural, range, interval, when, whole } from "./format.js";
+import { brief, briefly, counts, fixed, known, lasted, ms, named, nats, ofTokens, percent, perSecond, pluginAlone, plural, range, interval, when, whole } from "./format.js";
 import { Action, Chart, html, Link, Spark } from "./parts.js";
 import { marks, servedSince } from "./events.js";
 import { MODES } from "./profiles.js";
@@ -7,8 +7,8 @@ import { MODES } from "./profiles.js";
 /** Parts of the deployment, as `area` of a problem names them, with what each says while it has none. What is said of a problem comes with it. */
 const AREAS = {
   vLLM: (s) => (s.upstream.length ? `${s.upstream.filter((e) => e.up).length} of ${plural(s.upstream.length, "engine")} up` : "not known yet"),
-  relays: (s) => `${s.relays} connected`,
-  errors: ({ proxy: { recent } }) => `${whole(recent.failed)} of ${plural(recent.requests, "request")} in the last minute`,
+  relays: (s) => (s.passive ? `none, the plugin reports from ${plural(s.passive.servers, "API server")}` : `${s.relays} connected`),
+  errors: ({ passive, proxy: { recent } }) => passive ? null : `${whole(recent.failed)} of ${plural(recent.requests, "request")} in the last minute`,
   reference: (s) => s.reference.state,
   store: (s) => s.control.state,
   alarm: (s) => (s.alarm.tests.some((t) => t.begun) ? "none" : "learning"),
@@ -69,8 +69,8 @@ function Traffic({ s, past, rate }) {
   const { failed, requests: all } = s.proxy.recent;
   const requests = rate((x) => x.proxy.requests), p99 = past.overhead_p99?.at(-1) ?? s.proxy.overhead_seconds.p99;
   return html`<${Tile} title="Traffic" to="engines" big=${fixed(requests, 1)} unit="requests/s">
-    <p class="sub">Overhead of the relay: 99 % of requests at most ${ms(p99)}. <span class=${failed > 0 ? "bad-text" : ""}>Failed in the last minute: ${whole(failed)} of ${whole(all)}.</span></p>
-    <div class="sparks"><${Spark} label="requests/s" values=${perSecond(past, "requests")} /><${Spark} label="overhead, 99 %" values=${past.overhead_p99 || []} /></div><//>`;
+    ${s.passive ? html`<p class="sub">${pluginAlone(s.passive)}</p>` : html`<p class="sub">Overhead of the relay: 99 % of requests at most ${ms(p99)}. <span class=${failed > 0 ? "bad-text" : ""}>Failed in the last minute: ${whole(failed)} of ${whole(all)}.</span></p>`}
+    <div class="sparks"><${Spark} label="requests/s" values=${perSecond(past, "requests")} />${!s.passive && html`<${Spark} label="overhead, 99 %" values=${past.overhead_p99 || []} />`}</div><//>`;
 }
 
 /** Against the budget, or without one against the noise floor. */
@@ -125,13 +125,15 @@ function Measured({ s, past }) {
 function Checklist({ s }) {
   const up = s.upstream.some((e) => e.up), why = s.reference.detail;
   const rows = [
-    ["vLLM answers", up, s.relays ? (s.upstream.length ? "it does not answer: start it, or correct upstream.url" : "no relay has reported yet") : "no relay is connected"],
+    ["vLLM answers", up, s.relays ? (s.upstream.length ? "it does not answer: start it, or correct upstream.url" : "no relay has reported yet") : s.passive ? "it has not answered yet" : "no relay is connected"],
     [`The reference is ready${s.reference.state === "ready" ? `: ${named(s.reference)}` : ""}`, s.reference.state === "ready", `${s.reference.state}${why ? `: ${why}` : ""}`],
-    ["First request", s.proxy.generations > 0, `send one to port ${s.data_port || "of the relays"}: /v1/chat/completions`],
+    ...(s.passive ? [["The plugin reports", s.passive.servers > 0, "restart vLLM with HEMOSTAT_ADMIN_URL and HEMOSTAT_ENGINE_TOKEN"]] : []),
+    ["First request", s.proxy.generations > 0, s.passive ? "send one to vLLM: /v1/chat/completions" : `send one to port ${s.data_port || "of the relays"}: /v1/chat/completions`],
     ["First score", s.requests.scored > 0, s.requests.shadowed ? `${plural(s.requests.shadowed, "request")} captured; skipped: ${counts(s.requests.skipped)}; dropped: ${counts(s.requests.dropped)}` : `no request captured yet; ${percent(s.shadow.rate)} of them are sampled`],
   ];
   return html`<section class="checklist"><h2>Until the first score</h2><ol>${rows.map(([name, done, missing]) => html`<li class=${done ? "good" : "wait"}>
-    <strong>${done ? "✓" : "✗"} ${name}</strong>${!done && html`<span class="sub"> – ${briefly(missing)}</span>`}</li>`)}</ol></section>`;
+    <strong>${done ? "✓" : "✗"} ${name}</strong>${!done && html`<span class="sub"> – ${briefly(missing)}</span>`}</li>`)}</ol>
+    ${s.passive && html`<p class="sub">${pluginAlone(s.passive)}</p>`}</section>`;
 }
 
 function steps(s) {
