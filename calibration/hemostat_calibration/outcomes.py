@@ -180,11 +180,6 @@ class Trial:
         return self._units
 
     @property
-    def clients(self) -> int:
-        """The number of clients that were seen, at most MAX_CLIENTS."""
-        return len(self._clients)
-
-    @property
     def limits_clients(self) -> bool:
         """It is True if a client's share is limited."""
         return len(self._clients) >= MIN_CLIENTS

@@ -31,7 +31,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.arrays import Floats, Ids, Singles
-from hemostat_calibration.records import RecoveredDivergence
 
 LOGIT_NOISE = 0.03
 """The standard deviation of a logit as engines hand it out, nats: computed in bfloat16, reported in float16."""
@@ -60,16 +59,6 @@ class StateRecovery:
         centred = features - features.mean(axis=1, keepdims=True)
         states: Singles = centred @ self.gain.T
         return states
-
-    def variances(self, rows: Singles, origin: Singles) -> Singles:
-        """Returns (w − w₀)ᵀ P (w − w₀), float32 [n], of rows w, float32 [n, d]; w₀: `origin`, float32 [d].
-
-        >>> recovery = recover_states(np.array([[1.0], [-1.0]], np.float32), noise=1.0)
-        >>> recovery.variances(np.array([[2.0]], np.float32), np.zeros(1, np.float32)).round(2)
-        array([1.96], dtype=float32)
-        """
-        variances: Singles = np.square((rows - origin) @ self.factor).sum(axis=1)
-        return variances
 
 
 def recover_states(weight: Singles, noise: float = LOGIT_NOISE) -> StateRecovery:
@@ -101,40 +90,11 @@ def checked_ids(ids: Ids, logprobs: Floats) -> npt.NDArray[np.bool_]:
     return listed
 
 
-def compare(log_r: Floats, log_c: Floats, variances: Singles, ids: Ids, logprobs: Floats) -> RecoveredDivergence:
-    """Returns the divergences of r and ĉ.
-
-    log_r, log_c: float64 [T, V], log-probabilities of r and ĉ. variances: `StateRecovery.variances` of all rows of W,
-    [V]. ids, logprobs: [T, K], the compressed side's candidates as the engine reported them.
-
-    >>> log_r, log_c = np.log([[0.5, 0.4, 0.1]]), np.log([[0.7, 0.2, 0.1]])
-    >>> ids = np.array([[0, 1, -1]])
-    >>> recovered = compare(log_r, log_c, np.zeros(3, np.float32), ids, np.array([[*log_c[0, :2], -np.inf]]))
-    >>> recovered.kl_rc.round(6).tolist(), recovered.tv.round(6).tolist(), recovered.usable.tolist()
-    ([0.109023], [0.2], [True])
-    """
-    r, c = np.exp(log_r), np.exp(log_c)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        log_mean = np.logaddexp(log_r, log_c) - np.log(2.0)
-        kl_rc = np.where(r > 0.0, r * (log_r - log_c), 0.0).sum(axis=1)
-        kl_cr = np.where(c > 0.0, c * (log_c - log_r), 0.0).sum(axis=1)
-        js = np.where(r > 0.0, r * (log_r - log_mean), 0.0) + np.where(c > 0.0, c * (log_c - log_mean), 0.0)
-        entropy = -np.where(c > 0.0, c * log_c, 0.0).sum(axis=1)
-    return RecoveredDivergence(
-        kl_rc=kl_rc,
-        kl_cr=kl_cr,
-        js=0.5 * js.sum(axis=1),
-        tv=np.minimum(0.5 * np.abs(r - c).sum(axis=1), 1.0),
-        entropy=entropy,
-        predicted=0.5 * c @ variances.astype(np.float64),
-        observed=observed_error(ids, logprobs, np.take_along_axis(log_c, np.maximum(ids, 0).astype(np.int64), axis=1)),
-    )
-
-
 def observed_error(ids: Ids, logprobs: Floats, recovered: Floats) -> Floats:
     """Returns KL(c‖ĉ) over `checked_ids` and one bucket, float64 [T], nats, at least 0.
 
-    ids, logprobs: as in `compare`. recovered: log ĉ at `ids`, [T, K].
+    ids, logprobs: [T, K], the compressed side's candidates as the engine reported them. recovered: log ĉ at `ids`,
+    [T, K].
 
     >>> ids, logprobs = np.array([[0, 1, 2, -1]]), np.array([[-0.5, -1.5, -3.0, -np.inf]])
     >>> [observed_error(ids, logprobs, logprobs - less).round(4).tolist() for less in (0.0, 0.1)]

@@ -98,7 +98,6 @@ class LoadedWeights:
         self._path = path
         self._commit = commit
         self._found = ""
-        self._thread: threading.Thread | None = None
 
     @classmethod
     def of(cls, model_config: Any) -> LoadedWeights:
@@ -115,13 +114,7 @@ class LoadedWeights:
 
     def start(self) -> None:
         if self._path:
-            self._thread = threading.Thread(target=self._compute, name="hemostat-weights", daemon=True)
-            self._thread.start()
-
-    def wait(self) -> None:
-        """Waits until the fingerprint is computed; for tests."""
-        if self._thread is not None:
-            self._thread.join()
+            threading.Thread(target=self._compute, name="hemostat-weights", daemon=True).start()
 
     def report(self) -> dict[str, str]:
         """Returns the members `model` and `weights` of a report; none where there is no fingerprint (yet)."""

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 from tests.support.admissible import far, nearest, tail
+from tests.support.state_recovery import compare, variances
 
 from hemostat_calibration.divergence.bounds import MIN_RATIO, bounds
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.records import TokenRecord
-from hemostat_calibration.state_recovery import compare, recover_states
+from hemostat_calibration.state_recovery import recover_states
 from hemostat_calibration.statistics.streaming import RatioEstimate
 
 EXTRA_ANCHORS = (-64, 0, 16, 64, 448)
@@ -38,7 +39,7 @@ class Knowledge:
         for extra in EXTRA_ANCHORS:
             ids = chosen[: width + extra]
             recovery = recover_states(weight[ids])
-            self._sets[extra] = (ids, recovery, recovery.variances(weight, self._origin))
+            self._sets[extra] = (ids, recovery, variances(recovery, weight, self._origin))
         self._means: dict[tuple[Any, ...], RatioEstimate] = {}
         self.requests = self.positions = 0
 
@@ -63,13 +64,13 @@ class Knowledge:
         self._add(("best", "lower"), best[0])
         self._add(("best", "upper"), best[1])
         self._add(("exact",), truth["kl_rc"])
-        for ids, recovery, variances in self._sets.values():
+        for ids, recovery, of_rows in self._sets.values():
             z = log_c[:, ids]
             features = (z - z.mean(axis=1, keepdims=True)).astype(np.float16).astype(np.float32)
             z = (recovery.states(features) @ self._weight.T).astype(np.float64)
             z -= z.max(axis=1, keepdims=True)
             log_q = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-            result = compare(log_r, log_q, variances, record.compressed.ids, record.compressed.logprobs)
+            result = compare(log_r, log_q, of_rows, record.compressed.ids, record.compressed.logprobs)
             error = (np.exp(log_c) * (log_c - log_q)).sum(axis=1)
             figures = {
                 "kl_rc": result.kl_rc,

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from tests.support.exact import exact
 from tests.support.records import Truth, log_softmax, make_record, top, truths
 from tests.support.slow import examples
+from tests.support.state_recovery import compare, variances
 from tests.support.temperature_bias import temperature_bias
 
 from hemostat_calibration.divergence.per_token import calibrated, divergence
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.record_checks import validate
 from hemostat_calibration.records import MAX_RECOVERY_ERROR, Candidates, RecoveredDivergence, Sampling
-from hemostat_calibration.state_recovery import checked_ids, compare, observed_error, recover_states
+from hemostat_calibration.state_recovery import checked_ids, observed_error, recover_states
 
 VOCAB, D, TOKENS, K = 600, 24, 40, 10
 
@@ -43,8 +44,8 @@ class World:
         recovery = recover_states(weight[ids])
         log_c = log_softmax(recovery.states(features).astype(np.float64) @ weight.T)
         listed = top(self.compressed if logits is None else log_softmax(logits), K, self.emitted)
-        variances = recovery.variances(weight, weight.mean(0))
-        return log_c, compare(self.reference, log_c, variances, listed.ids, listed.logprobs)
+        of_rows = variances(recovery, weight, weight.mean(0))
+        return log_c, compare(self.reference, log_c, of_rows, listed.ids, listed.logprobs)
 
     def record(self, recovered, **options):
         return validate(replace(make_record(self.truth, K, **options), recovered=recovered))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.support.lora_world import unusable_reason
 from tests.support.real_adapter_host import SECONDS, CopyInProcess, Engines, Profiles, corrections_of, hosting
 from tests.support.running_vllm import RunningVllm
 from tests.support.waiting import until
@@ -35,7 +36,7 @@ async def test_loaded_isolated_in_agreement_replaced_and_a_wrong_one_rejected(
     profiles = Profiles(corrections)
     async with hosting(lora_server, profiles, copy) as host:
         profiles.versions = [whole.version]
-        await until(lambda: host.ready == {whole.version} or host.unusable or profiles.rejected, SECONDS)
+        await until(lambda: host.ready == {whole.version} or unusable_reason(host) or profiles.rejected, SECONDS)
         status = host.status()
         assert host.ready == {whole.version}, status
         assert (status["way"], status["capacity"]) == ("resolver", 1)

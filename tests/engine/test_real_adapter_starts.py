@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tests.support.engine_admin import EngineAdmin
+from tests.support.lora_world import unusable_reason
 from tests.support.real_adapter_host import SECONDS, CopyInProcess, Engines, Profiles, corrections_of, hosting, settled
 from tests.support.running_vllm import (
     LORA_ARGUMENTS,
@@ -80,10 +81,10 @@ async def test_a_server_that_comes_back_without_enable_lora_is_asked_for_no_adap
             admin.now += 3600.0  # what the first one reported is too old to count
             with running_vllm(checkpoints, tmp_path, VLLM_ARGUMENTS, LORA_ENVIRONMENT, port=port, given=admin) as again:
                 await until(lambda: len(Engines(again).live(0.0)) == 1, SECONDS)
-                await until(lambda: bool(host.unusable), SECONDS)
+                await until(lambda: bool(unusable_reason(host)), SECONDS)
                 assert host.ready == {}
-                assert (host.capacity, "\n" in host.unusable) == (0, False)
-                assert "--enable-lora" in host.unusable, host.unusable
+                assert (host.capacity, "\n" in unusable_reason(host)) == (0, False)
+                assert "--enable-lora" in unusable_reason(host), unusable_reason(host)
                 assert any("--enable-lora" in record.getMessage() for record in caplog.records)
                 result = values(host.samples())
                 assert result[names.ADAPTER_LOADS, "refused"] == 0
@@ -144,14 +145,14 @@ async def test_with_vllms_own_product_a_server_that_was_full_is_not_used_until_i
             assert complete(server, folder.name)[0] == 200
         async with hosting(server, profiles, copy) as host:
             profiles.versions = [adapter.version]
-            await until(lambda: bool(host.unusable), SECONDS)
+            await until(lambda: bool(unusable_reason(host)), SECONDS)
             assert host.ready == {}
-            assert "restart vLLM with --max-loras 3" in host.unusable
+            assert "restart vLLM with --max-loras 3" in unusable_reason(host)
             # That they are unloaded does not mend it.
             for folder in folders:
                 assert post(server, "/v1/unload_lora_adapter", {"lora_name": folder.name})[0] == 200
             await until(lambda: not Engines(server).live(0.0)[0].adapters, SECONDS)
-            await until(lambda: host.status()["loaded"] == [] and bool(host.unusable), SECONDS)
+            await until(lambda: host.status()["loaded"] == [] and bool(unusable_reason(host)), SECONDS)
             (report,) = Engines(server).live(0.0)
             assert report.lora is not None
             assert report.lora.was_full

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,13 +129,20 @@ def test_a_single_file(tmp_path: Path) -> None:
     assert len({fingerprint(str(tmp_path / f"{n}.gguf")) for n in range(2)} - {""}) == 2
 
 
+def computed() -> None:
+    """Returns once no fingerprint is being computed."""
+    for thread in threading.enumerate():
+        if thread.name == "hemostat-weights":
+            thread.join()
+
+
 def test_what_vllm_says_is_read_and_what_it_does_not_say_is_not_known() -> None:
     config = SimpleNamespace(
         served_model_name=["m", "other"], model="a/b", hf_config=SimpleNamespace(_commit_hash=COMMIT)
     )
     result = LoadedWeights.of(config)
     result.start()
-    result.wait()
+    computed()
     assert result.report() == {"model": "m", "weights": fingerprint("a/b", COMMIT)}
     unknown: list[Any] = [
         None,
@@ -154,7 +162,7 @@ def test_what_vllm_says_is_read_and_what_it_does_not_say_is_not_known() -> None:
     for model in [*unknown, Raises()]:
         result = LoadedWeights.of(model)
         result.start()
-        result.wait()
+        computed()
         assert result.report() == {}
 
 
@@ -168,7 +176,7 @@ def test_files_that_cannot_be_read_are_logged_once_and_nothing_fails(
     loaded_weights = LoadedWeights("m", str(checkpoint(tmp_path / "a")))
     with caplog.at_level(logging.WARNING):
         loaded_weights.start()
-        loaded_weights.wait()
+        computed()
         assert loaded_weights.report() == loaded_weights.report() == {}
     assert [record.message for record in caplog.records] == [
         f"the weights in {tmp_path / 'a'} have no fingerprint: stale file handle"
@@ -193,7 +201,7 @@ def test_the_registry_gets_it_once_it_is_known(tmp_path: Path) -> None:
         assert admin.registry.live_engines(0.0) == 1
         assert not admin.registry.weights({"m"}, 0.0)
         agent.start()
-        loaded_weights.wait()
+        computed()
         agent.stop()
         agent.tick(1e9)
         assert admin.registry.weights({"m"}, 0.0) == {of(tmp_path / "a"): 1}

@@ -293,9 +293,9 @@ def test_nothing_is_promoted_in_a_kind_before_it_is_known_how_much_its_requests_
     assert candidate["effective_units"] == pytest.approx(candidate["units"] / candidate["inflation"])
     assert not bench.serves()
     again = bench.restart()
-    assert again.profiles.trials.guard.dependence(REST_KIND) is not None
+    assert again.profiles.trials.guard.noted_inflation(REST_KIND, 10) > 1.0
     feed(LEARNED[1:100])
     feed(JUDGED[400:401])
     assert bench.profiles.serving.selected == version
     bench.profiles.forget_evidence("other models")
-    assert bench.profiles.trials.guard.dependence(REST_KIND) is None
+    assert bench.profiles.trials.guard.noted_inflation(REST_KIND, 10) == 1.0

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from tests.support.exact import exact
 from tests.support.records import log_softmax, top
+from tests.support.state_recovery import compare, variances
 
 from hemostat.reference.protocol import CompressedLogits, ReferenceFailure, ScoreRequest
 from hemostat.reference.transformers import TransformersReference
 from hemostat_calibration.allowed_sets import AllowedSets
-from hemostat_calibration.state_recovery import compare, recover_states
+from hemostat_calibration.state_recovery import recover_states
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -121,7 +122,7 @@ def test_torch_and_numpy_say_the_same(compressed: Compressed) -> None:
     expected = compare(
         log_r,
         log_softmax(recovery.states(compressed.features).astype(np.float64) @ compressed.weight.T),
-        recovery.variances(compressed.weight, compressed.weight.mean(0)),
+        variances(recovery, compressed.weight, compressed.weight.mean(0)),
         compressed.listed.ids,
         compressed.listed.logprobs,
     )

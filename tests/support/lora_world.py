@@ -20,7 +20,7 @@ from tests.support.loops import looping
 from hemostat.adapters.serving import host as host_module
 from hemostat.adapters.serving import probes as probes_module
 from hemostat.adapters.serving import versions as versions_module
-from hemostat.adapters.serving.host import AdapterHost
+from hemostat.adapters.serving.host import AdapterHost, HostState
 from hemostat.adapters.serving.loading import SharedFolder
 from hemostat.adapters.serving.probing import CopyUnavailable
 from hemostat.config.schema import Settings
@@ -30,6 +30,11 @@ from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.arrays import Ids, Singles
 from hemostat_calibration.profiles.adapter import adapter_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
+
+
+def unusable_reason(host: AdapterHost) -> str:
+    """Returns why no adapter is used; "" while some may be."""
+    return host.detail if host.state is HostState.UNUSABLE else ""
 
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from tests.support.lora_world import unusable_reason
 from tests.support.running_vllm import RunningVllm
 from tests.support.waiting import until
 
@@ -129,6 +130,6 @@ async def hosting(
 async def settled(host: AdapterHost, profiles: Profiles) -> None:
     """Returns once an adapter may be asked for, or it is known why none may; else an error with the host's status."""
     try:
-        await until(lambda: bool(host.ready) or bool(host.unusable) or bool(profiles.rejected), SECONDS)
+        await until(lambda: bool(host.ready) or bool(unusable_reason(host)) or bool(profiles.rejected), SECONDS)
     except TimeoutError:
         raise AssertionError(host.status()) from None

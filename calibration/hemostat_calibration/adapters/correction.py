@@ -59,7 +59,7 @@ def low_rank(
 
     >>> delta = np.array([[3.0, 0.0], [0.0, 4.0]])
     >>> factors, errors = low_rank(delta, 1, DiagonalGram(1, np.array([4.0, 1.0])))
-    >>> factors.product().round(6).tolist(), errors.tolist()
+    >>> (factors.b @ factors.a).round(6).tolist(), errors.tolist()
     ([[3.0, 0.0], [0.0, 0.0]], [52.0, 16.0])
     """
     if delta.ndim != 2 or rank < 0 or not np.isfinite(delta).all():

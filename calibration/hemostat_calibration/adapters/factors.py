@@ -24,8 +24,8 @@ class LowRank:
     rows of a and columns of b are the correction of rank k. Raises InvalidArgumentError if shapes or types do not fit.
 
     >>> factors = LowRank(np.ones((2, 3), np.float32), np.ones((5, 2), np.float32))
-    >>> factors.rank, factors.first(1).product().shape
-    (2, (5, 3))
+    >>> factors.rank, factors.first(1).rank
+    (2, 1)
     """
 
     a: Singles
@@ -44,10 +44,6 @@ class LowRank:
     def first(self, rank: int) -> LowRank:
         """Returns the first `rank` components, all of them where there are fewer."""
         return LowRank(self.a[:rank], self.b[:, :rank])
-
-    def product(self) -> Singles:
-        """Returns b @ a, float32 [outputs, inputs]."""
-        return self.b @ self.a
 
     def for_rounding(self) -> LowRank:
         """Returns the same product, with components of equal length in b and ‖a‖ = ‖b‖.

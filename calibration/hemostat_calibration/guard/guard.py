@@ -155,10 +155,6 @@ class Guard:
         for name in [kind] if kind is not None else list(self._state.dependence):
             self._state.dependence.pop(name, None)
 
-    def dependence(self, kind: str = ALL_KINDS) -> KindDependence | None:
-        """Returns what was noted of a kind, or of all kinds; None if nothing was."""
-        return self._state.dependence.get(kind)
-
     def noted_inflation(self, kind: str, units: int) -> float:
         """Returns v̂ of sums of so many units of a kind, as far as what was noted says it: 1 or more. The tests of a
         gate take at least this. It is the upper limit, and not the v̂ of bets that candidates' tests take."""

@@ -64,8 +64,8 @@ def adapter_profile(
     >>> import numpy as np
     >>> layers = {"model.layers.0.mlp.up_proj": LowRank(np.ones((1, 3), np.float32), np.ones((2, 1), np.float32))}
     >>> profile = adapter_profile(model="m", vocab_size=5, layers=layers)
-    >>> profile.family, adapter_layers(profile)["model.layers.0.mlp.up_proj"].product().round(3).tolist()
-    ('adapter', [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    >>> profile.family, adapter_layers(profile)["model.layers.0.mlp.up_proj"].a.round(3).tolist()
+    ('adapter', [[1.0, 1.0, 1.0]])
     """
     parameters: dict[str, npt.NDArray[Any]] = {}
     for name, layer in layers.items():

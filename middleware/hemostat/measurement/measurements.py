@@ -320,10 +320,6 @@ class Measurements:
             "top1_by_decoding": {decoding: top1.summary() for decoding, top1 in stage.top1.items()},
         }
 
-    def sequence(self, name: str) -> MeanSequence:
-        """Returns one raw figure's mean."""
-        return self._raw.sequence(name)
-
     def recovered(self, version: str | None) -> dict[str, Any] | None:
         """Returns the gain over KL(r‖c), the first exact, the second unbiased, over the same tokens; None if nothing
         was measured. JSON-ready."""

@@ -377,13 +377,6 @@ class Trials:
         # Identity is wanted in any case: what an adapter gains is shown against it.
         return (IDENTITY, *(version for version in needed if version != IDENTITY)) if needed else ()
 
-    def compared(self, kind: str) -> list[str]:
-        """Returns the versions whose gains over identity the tests need of a held-out unit of this kind: what serves
-        it, and what is tested, but for adapters."""
-        state = self._serving.kinds.get(kind)
-        versions = dict.fromkeys((*([state.version] if state and state.version else []), *self.tested_versions))
-        return [version for version in versions if not self._gains.is_adapter(version)]
-
     def promotes(self, candidate: Candidate, kind: str) -> bool:
         """Returns True if its test proves it in this kind. None does before its number is stored: a process that is
         killed meanwhile has not spent the test's alpha."""

@@ -1,7 +1,7 @@
 """Computes how far the reference is from the compressed model's recovered distribution, over the full vocabulary. It
 uses torch and does no IO.
 
-See `hemostat_calibration.state_recovery`, whose `compare` computes the same in numpy.
+See `hemostat_calibration.state_recovery`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Comparison:
 
 
 def _variances(weight: torch.Tensor, recovery: StateRecovery) -> torch.Tensor:
-    """Returns float32 [V]: `StateRecovery.variances` of all rows of W about their mean."""
+    """Returns float32 [V]: (w − w₀)ᵀ P (w − w₀) of all rows w of W, w₀ their mean."""
     factor = torch.from_numpy(recovery.factor).to(weight.device)
     block = max(1, BLOCK_ELEMENTS // weight.shape[1])
     origin = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)

@@ -87,7 +87,7 @@ class Models:
         model = transformers.AutoModelForCausalLM.from_pretrained(self.folders.compressed)
         with torch.no_grad():
             for name, factors in corrections.items():
-                model.get_submodule(name).weight += torch.from_numpy(factors.product())
+                model.get_submodule(name).weight += torch.from_numpy(factors.b @ factors.a)
         return model
 
     def logits(self, profile: CalibrationProfile | None, ids: Any, *, processed: bool = True) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm
-from tests.support.lora_world import LoraWorld, adapter, hurry, lora_world
+from tests.support.lora_world import LoraWorld, adapter, hurry, lora_world, unusable_reason
 from tests.support.waiting import until
 
 from hemostat.adapters.serving.host import HostState
@@ -36,8 +36,8 @@ async def ready(world: LoraWorld, *profiles: CalibrationProfile) -> None:
 
 
 async def unusable(world: LoraWorld, text: str) -> None:
-    await until(lambda: text in world.host.unusable)
-    assert "\n" not in world.host.unusable
+    await until(lambda: text in unusable_reason(world.host))
+    assert "\n" not in unusable_reason(world.host)
     assert world.host.ready == frozenset()
     assert world.host.capacity == 0
 
@@ -210,7 +210,7 @@ async def test_rows_that_get_an_adapter_they_did_not_ask_for_are_found() -> None
     async with lora_world(server(slots=1), reports=False, fake={"token_delay": 0.001}) as world:
         world.profiles.want(ONE)
         await unusable(world, "restart vLLM with --max-loras 2 (adapters + 1)")
-        assert "8 of 8 texts" in world.host.unusable
+        assert "8 of 8 texts" in unusable_reason(world.host)
         assert world.host.status()["probes"]["isolation"]["failed"] == 2
         before = len(world.fake.requests)
         await asyncio.sleep(0.1)
@@ -276,7 +276,7 @@ async def test_without_a_copy_only_isolation_is_probed_and_a_copy_that_starts_is
         world.profiles.want(ONE)
         await until(lambda: world.host.status()["probes"]["agreement"]["waiting"] > 1)
         assert world.host.ready == frozenset()
-        assert world.host.unusable == ""
+        assert unusable_reason(world.host) == ""
         world.copy.answers = True
         await ready(world, ONE)
 

@@ -171,7 +171,7 @@ def test_copy_has_what_the_judge_needs(tiny: TinyCheckpoints) -> None:
     for adapter in adapters:
         weight = copy.linears[name].weight
         original = weight.data.clone()
-        weight.data += torch.from_numpy(adapter[name].product())
+        weight.data += torch.from_numpy(adapter[name].b @ adapter[name].a)
         merged.append(copy.logits(IDS))
         weight.data = original
     # More adapters than are kept as tensors, in turns.

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from tests.support.fake_vllm.pooling import as_float, bfloat16
+from tests.support.state_recovery import compare, variances
 
 from hemostat.reference import worker_messages
 from hemostat.reference.hidden import products
 from hemostat.reference.protocol import CompressedLogits
 from hemostat.reference.scoring import RequestFailed
-from hemostat_calibration.state_recovery import compare, recover_states
+from hemostat_calibration.state_recovery import recover_states
 
 V, D, T, ANCHORS, K = 300, 16, 7, 64, 9
 
@@ -81,7 +82,7 @@ def test_scores_states_and_the_distance_from_the_recovered_side(
     wanted = compare(
         reference,
         log_softmax(recovery.states(features).astype(np.float64) @ weight.T),
-        recovery.variances(weight, weight.mean(0)),
+        variances(recovery, weight, weight.mean(0)),
         ids,
         given.logprobs,
     )

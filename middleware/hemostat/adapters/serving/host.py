@@ -137,11 +137,6 @@ class AdapterHost:
             return frozenset()
         return self._ready & slots.held_everywhere(reports, self._ready)
 
-    @property
-    def unusable(self) -> str:
-        """The reason why no adapter is used, in one line; "" while some may be."""
-        return self.detail if self.state is HostState.UNUSABLE else ""
-
     def status(self) -> dict[str, Any]:
         """JSON-ready."""
         return {

@@ -47,7 +47,7 @@ class SmallCopy:
 
     @contextlib.contextmanager
     def adapted(self, adapter: dict[str, LowRank] | None) -> Iterator[None]:
-        self.change = torch.from_numpy(adapter["x"].product()) if adapter else torch.zeros(D, D)
+        self.change = torch.from_numpy(adapter["x"].b @ adapter["x"].a) if adapter else torch.zeros(D, D)
         yield
 
 
