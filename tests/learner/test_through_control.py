@@ -274,7 +274,7 @@ async def test_features_that_cannot_be_used_are_dropped_and_the_rest_is_learned_
         await until(lambda: sum(b.one.learner.tokens_by_source().values()) == TOKENS * len(b.learned_from))
         assert {source for source, tokens in b.one.learner.tokens_by_source().items() if tokens} == {"hidden_from_list"}
         assert b.one.pipeline.scorer is not None
-        assert values(b.one.pipeline.scorer.samples())["hemostat_features_dropped_total", "masked"] == 8
+        assert values(b.one.pipeline.scorer.stages.samples())["hemostat_features_dropped_total", "masked"] == 8
 
 
 async def test_off_ends_the_learner_and_observe_starts_it_again(

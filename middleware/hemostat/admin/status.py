@@ -20,6 +20,7 @@ from hemostat.admin.status_parts import (
     CompressedStatus,
     EngineParts,
     EnginesStatus,
+    LaterStatus,
     ModelStatus,
     PassiveStatus,
     ProfileStatus,
@@ -137,6 +138,8 @@ class Status(msgspec.Struct, frozen=True):
     """The ways in which responses ended, by arm."""
     shadow: ShadowStatus
     queue: QueueStatus
+    later: LaterStatus | None
+    """The period of the figures where the spool is scored in a window; None without one."""
     compressed: CompressedStatus
     models: list[ModelStatus]
     reference: ReferenceStatus
@@ -224,7 +227,7 @@ class StatusSource:
             state=state,
             progress=progress(
                 self.settings,
-                scored=scoring.pipeline.endings.scored_captures,
+                scored=scoring.scored,
                 kl=raw["kl_nats"],
                 alarm=alarm,
                 canaries=canaries,
@@ -257,6 +260,7 @@ class StatusSource:
             endings=endings_by_arm(totals),
             shadow=scoring.shadow(settings, now - self._started),
             queue=scoring.queue(now),
+            later=scoring.later(),
             compressed=scoring.compressed(),
             models=scoring.models(),
             reference=scoring.reference(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from hemostat.metrics.reasons import Outcome
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
+from hemostat.scoring.offline.evidence_time import EvidenceTime
 from hemostat.scoring.pipeline import ScoringPipeline
 from hemostat.scoring.records_file import RecordsFile
 from hemostat_calibration.profiles.profile import IDENTITY
@@ -63,6 +64,18 @@ class ShadowStatus(msgspec.Struct, frozen=True):
     reference_tokens_per_second: float
     """The budget; 0: no limit."""
     uptime_seconds: float
+
+
+class LaterStatus(msgspec.Struct, frozen=True):
+    """The scoring of the spool in the window of `spool.score`."""
+
+    figures_from: float | None
+    """The Unix time of the first request that figures and alarms are of since the start, in seconds; None before it."""
+    figures_until: float | None
+    """The Unix time of their last request."""
+    scored: int
+    not_scored: dict[str, int]
+    """The number of the others by reason."""
 
 
 class QueueStatus(msgspec.Struct, frozen=True):
@@ -143,13 +156,38 @@ class UpstreamStatus(msgspec.Struct, frozen=True):
     With one upstream address, what all engines hold. Adapters: `adapter.engine`."""
 
 
+class SpooledScoring(Protocol):
+    """The part of `hemostat.scoring.offline.window.SpoolScoring` that the status shows."""
+
+    scored: int
+
+    @property
+    def unscored(self) -> Mapping[str, int]: ...
+    @property
+    def evidence_time(self) -> EvidenceTime: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ScoringParts:
-    """The parts that sample and score. records: None if no records are written."""
+    """The parts that sample and score. records: None if no records are written. spooled: None if nothing is scored in a
+    window."""
 
     monitor: ReferenceMonitor
     pipeline: ScoringPipeline
     records: RecordsFile | None
+    spooled: SpooledScoring | None = None
+
+    @property
+    def scored(self) -> int:
+        """The number of captures that were scored, at once or later."""
+        return self.pipeline.endings.scored_captures + (0 if self.spooled is None else self.spooled.scored)
+
+    def later(self) -> LaterStatus | None:
+        if self.spooled is None:
+            return None
+        time = self.spooled.evidence_time
+        until = None if time.began is None else time.now()
+        return LaterStatus(time.began, until, self.spooled.scored, dict(self.spooled.unscored))
 
     def requests(self, totals: Stats) -> RequestsStatus:
         endings = self.pipeline.endings
@@ -164,7 +202,7 @@ class ScoringParts:
             by_outcome[outcome] = by_reason
         return RequestsStatus(
             shadowed=self.pipeline.received,
-            scored=endings.scored_captures,
+            scored=self.scored,
             skipped=by_outcome[Outcome.SKIPPED],
             dropped=by_outcome[Outcome.DROPPED],
             pending=self.pipeline.pending,

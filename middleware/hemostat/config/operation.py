@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,6 +26,7 @@ from hemostat.config.text import short_repr
 
 EXPORTER = "opentelemetry-exporter-otlp-proto-http"
 """The distribution that sends traces. It brings everything else of the extra `tracing`."""
+_WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 _CAPTURES = "on another machine than this one, captures travel with clients' tokens"
 
 
@@ -163,8 +165,7 @@ class SpoolSettings(Section):
 
     path: Path | None = None
     """The folder that sampled requests are written to: docs/offline.md. **Token ids are text**, so none are written by
-    default. With `reference.backend: none` requests are sampled and written, and scored later by `hemostat score`. With
-    a reference they are also scored at once."""
+    default. With `reference.backend: none` requests are sampled and written, and scored later by `hemostat score`."""
     key: str | None = Field(default=None, min_length=1)
     """The key that encrypts the folder: the path of a file, or `env:NAME` with the name of an environment variable.
     Both hold 64 hexadecimal digits (`openssl rand -hex 32`). With plain, nothing is encrypted. It is required with
@@ -174,11 +175,35 @@ class SpoolSettings(Section):
     limit, so that what is kept stays a sample of all of the time."""
     keep_hours: float = Field(default=24.0 * 14, gt=0.0, le=24.0 * 366)
     """The time after which a file of the folder is removed, whether it was scored or not."""
+    score: str = Field(default="now", pattern=f"^(now|never|{_WINDOW.pattern})$")
+    """The time at which the reference scores what is written. With now, requests are also scored at once, if there is a
+    reference. With a window such as 02:00-05:00 (UTC), the reference scores them in these hours of each day, in the
+    order of time. With never, only `hemostat score` does. Nothing is treated by evidence that came later: a window and
+    never require `calibration.mode: off`."""
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """The minutes of the day, UTC, at which the window begins and ends; None if `score` is no window."""
+        match = _WINDOW.fullmatch(self.score)
+        if match is None:
+            return None
+        began, ended = (int(match[part]) * 60 + int(match[part + 1]) for part in (1, 3))
+        return began, ended
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _time_of_scoring(cls, value: object) -> object:
+        match = _WINDOW.fullmatch(str(value))
+        if value not in ("now", "never") and (match is None or match[0][:5] == match[0][6:]):
+            raise ValueError("use now, never, or two times of the day (UTC) like 02:00-05:00")
+        return value
 
     @model_validator(mode="after")
     def _keyed(self) -> SpoolSettings:
         if self.path is not None and self.key is None:
             raise ValueError("key: required with path, as token ids are text; name a key file, or plain")
+        if self.path is None and self.score != "now":
+            raise ValueError(f"path: required with score: {self.score}; name the folder")
         if self.path is not None and (text := missing("spool")):
             raise ValueError(f"path: {text}")
         return self

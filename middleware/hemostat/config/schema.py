@@ -321,6 +321,7 @@ class Settings(Section):
         if self.listen.port == self.admin.port != 0:
             raise ValueError(f"admin.port: {self.admin.port} is listen.port too; choose another")
         self._check_reference()
+        self._check_spool()
         return self
 
     def _check_reference(self) -> None:
@@ -347,6 +348,16 @@ class Settings(Section):
                 f"calibration.model: {short_repr(wanted)} has no reference; add it to reference.models, or name one of "
                 + ", ".join(models)
             )
+
+    def _check_spool(self) -> None:
+        score = self.spool.score
+        if score != "now" and self.calibration.mode != "off":
+            raise ValueError(
+                f"calibration.mode: must be off with spool.score: {score}, as nothing is treated by evidence that came "
+                "later; set one of them"
+            )
+        if self.spool.window is not None and self.reference.backend == "none":
+            raise ValueError(f"spool.score: {score} requires a reference; set reference.backend, or score: never")
 
     def plain(self) -> dict[str, Any]:
         """Returns the settings JSON-ready, with the secrets in clear, for Hemostat's own processes only.

@@ -61,6 +61,7 @@ from hemostat.scoring.distances import DistanceWaits
 from hemostat.scoring.engine_scores import EngineScorer
 from hemostat.scoring.limits import Breakers, TokenBudget
 from hemostat.scoring.noise_floor import NoiseFloorMeter
+from hemostat.scoring.offline.evidence_time import EvidenceTime
 from hemostat.scoring.passive_captures import PassiveCaptures
 from hemostat.scoring.pipeline import ScoringPipeline, reference_budget
 from hemostat.scoring.prompt_templates import PromptTemplates
@@ -78,6 +79,7 @@ from hemostat_calibration.messages import in_words
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 if TYPE_CHECKING:
+    from hemostat.scoring.offline.window import SpoolScoring
     from hemostat.scoring.spool.spool import Spool
 
 LOGPROBS_REFUSED = Unscored.LOGPROBS_REFUSED.labels
@@ -117,6 +119,7 @@ class Control:
         self.history = History()
         self.breakers = Breakers()
         self.spool = make_spool(settings, clock, self._wall)
+        self.evidence_time = None if settings.spool.window is None else EvidenceTime(wall)
         self.records = RecordsFile(settings.records.path, clock) if settings.records.path else None
         self.tracing = make_tracing(settings.tracing.model_dump())
         self.store, self.store_errors = open_store(settings.store.url), StoreErrorLog()
@@ -134,7 +137,14 @@ class Control:
         )
         self.profiles = self.profile_manager.report
         self.requests, self.outcome_sampling = SmoothedRate(), OutcomeSampling()
-        self.measured = Measured(settings, ServedKinds(self.profile_manager), self.outcome_sampling, self.writer, wall)
+        self.measured = Measured(
+            settings,
+            ServedKinds(self.profile_manager),
+            self.outcome_sampling,
+            self.writer,
+            wall,
+            None if self.evidence_time is None else self.evidence_time.now,
+        )
         self._connect_models(settings)
         self._connect_learners(settings)
         self._connect_scoring(settings, draw)
@@ -208,11 +218,12 @@ class Control:
             others.append(Traces(self.tracing, clock))
         if settings.adapter.enabled:
             others.append(Texts(self.adapters.learner, self.profile_manager))
+        stages = None if self.references is None else self._scoring_stages(settings, budget)
         self.pipeline = ScoringPipeline(
             settings,
             self.monitor,
             self.engines.reports,
-            None if self.references is None else self._scoring_stages(settings, budget),
+            stages,
             RecordUsers(
                 self.monitor,
                 measured,
@@ -222,11 +233,33 @@ class Control:
                 self.changes.notify,
                 others=others,
                 records=self.records,
+                late=settings.spool.score != "now",
             ),
             clock,
             spool=self.spool,
             noise_floor=floor,
             decides=lambda: self.ownership.active,
+        )
+        self.later = self._scoring_in_window(settings, stages)
+
+    def _scoring_in_window(self, settings: Settings, stages: ScoringStages | None) -> SpoolScoring | None:
+        """Returns what scores the spool in the window of `spool.score`; None without one."""
+        spool, window = settings.spool, settings.spool.window
+        if window is None or stages is None or self.evidence_time is None or spool.path is None or spool.key is None:
+            return None
+        from hemostat.scoring.offline.window import SpoolScoring  # noqa: PLC0415
+        from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415  an extra
+
+        return SpoolScoring(
+            spool.path,
+            read_key(spool.key),
+            window,
+            stages,
+            emit=self.pipeline.update,
+            save=self.measured.save,
+            evidence_time=self.evidence_time,
+            may_score=lambda: self.ownership.active and self.monitor.ready,
+            wall=self._wall,
         )
 
     def _scoring_stages(self, settings: Settings, budget: TokenBudget) -> ScoringStages:
@@ -329,7 +362,7 @@ class Control:
         self.status = StatusSource(
             settings,
             ProcessParts(self.problems, self.ownership, self.link, relays, self.configuration, data_port),
-            ScoringParts(self.monitor, self.pipeline, self.records),
+            ScoringParts(self.monitor, self.pipeline, self.records, self.later),
             EngineParts(self.engines, self.canaries, self.gate),
             self.measured,
             CalibrationParts(profiles, self.learner, self.adapters.status),
@@ -448,6 +481,8 @@ class Control:
             loops += self.adapters.loops()
         if self.spool is not None:
             loops.append(self.spool.run())
+        if self.later is not None:
+            loops.append(self.later.run())
         return loops + self.pipeline.loops()
 
     def do_periodic(self) -> None:

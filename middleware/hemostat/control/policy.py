@@ -271,7 +271,8 @@ class PolicyPublisher:
         base = served.calibrated
         return Policy(
             generation=0,
-            mode=profiles.serving.mode,
+            # Nothing is treated by evidence that came hours later.
+            mode=profiles.serving.mode if self.settings.spool.score == "now" else "off",
             shadow_rate=shadow.rate * self._shares.captures,
             shadow_allow_on=shadow.allow_on,
             shadow_top_k=shadow.top_k,

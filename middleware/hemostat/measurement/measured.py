@@ -19,7 +19,10 @@ from hemostat_calibration.elapsed import TimeBreak
 
 
 class Measured:
-    """Makes the parts, and hands them what is stored of them. wall: Unix time."""
+    """Makes the parts, and hands them what is stored of them.
+
+    wall: Unix time. requests_time: the Unix time of the requests whose records come; by default it is the same.
+    """
 
     def __init__(
         self,
@@ -28,13 +31,15 @@ class Measured:
         sampling: OutcomeSampling,
         writes: StoreWrites,
         wall: Callable[[], float],
+        requests_time: Callable[[], float] | None = None,
     ) -> None:
+        requests_time = requests_time or wall
         floors = MODELS if settings.shadow.floor_fraction > 0.0 else ()
         control_fraction = settings.calibration.control_fraction
-        self.cycle = Cycle(settings.evidence.cycle_seconds, wall)
+        self.cycle = Cycle(settings.evidence.cycle_seconds, requests_time)
         self.measurements = Measurements(settings.shadow.max_tokens, self.cycle)
-        self.alarms = Alarms(settings.alarm, floors, writes, wall, self.cycle.seconds)
-        self.by_engine = ByEngine(settings.alarm.engine_alpha, settings.upstream.affinity, writes, wall)
+        self.alarms = Alarms(settings.alarm, floors, writes, requests_time, self.cycle.seconds)
+        self.by_engine = ByEngine(settings.alarm.engine_alpha, settings.upstream.affinity, writes, requests_time)
         self.outcomes = Outcomes(settings.evidence.client_share, control_fraction, served, writes, wall, sampling)
 
     def restore(self, snapshot: Snapshot) -> None:

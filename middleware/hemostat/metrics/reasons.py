@@ -196,13 +196,14 @@ class Unscored(StrEnum):
         "the reference failed five times in a row; the circuit breaker is open for ten seconds"
     )
     SPOOLED = "spooled", SKIPPED, CONTROL, (
-        "there is no reference, and it is in the spool, to be scored by `hemostat score`"
+        "it is in the spool, to be scored later; see `spool.score`"
     )
     SPOOL_FULL = "spool_full", DROPPED, CONTROL, (
-        "there is no reference, and the spool, which is more than half full, did not admit it; see `spool.max_bytes`"
+        "it was to be scored later, and the spool, which is more than half full, did not admit it; see "
+        "`spool.max_bytes`"
     )
     SPOOL_FAILED = "spool_failed", DROPPED, CONTROL, (
-        "there is no reference, and it could not be written to `spool.path`, such as to a full disk; writing is tried "
+        "it was to be scored later, and could not be written to `spool.path`, such as to a full disk; writing is tried "
         "again, see the log"
     )
     INTERNAL_ERROR = "internal_error", DROPPED, CONTROL, "a bug, see the log"

@@ -54,7 +54,7 @@ class ScoringPipeline:
     much of what was sampled is scored.
 
     stages: None with `reference.backend: none`; then every capture is dropped that no spool takes. spool:
-        `spool.path`; None without it.
+        `spool.path`; None without it. With another `spool.score` than now, captures only go there.
     users: gets every record that was scored. decides: False while what records say is to change nothing.
     clock: monotonic seconds. noise_floor: None if it is not measured.
     """
@@ -89,12 +89,14 @@ class ScoringPipeline:
         self.queue = ShadowQueue(shadow.max_queue)
         self.sampling = CaptureSampling(self._workers, self.queue.limit)
         self.answer_losses = AnswerLosses()
+        self._stages = stages
         self.scorer: Scorer | None = None
         if stages is not None or spool is not None:
             losses, most = self.answer_losses, shadow.max_tokens
             intake = CaptureIntake(self.queue, engines, self.endings, losses, max_tokens=most, clock=clock)
             emit, taken = self.update, self.sampling.taken
-            self.scorer = Scorer(intake, stages, self.endings, spool=spool, emit=emit, clock=clock, taken=taken)
+            at_once = stages if settings.spool.score == "now" else None
+            self.scorer = Scorer(intake, at_once, self.endings, spool=spool, emit=emit, clock=clock, taken=taken)
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """Returns the coroutines that have to run until they are cancelled; there are none without a reference."""
@@ -113,8 +115,7 @@ class ScoringPipeline:
     @property
     def reference_tokens(self) -> int:
         """The number of prompt and output tokens that the reference has scored."""
-        stages = None if self.scorer is None else self.scorer.stages
-        return 0 if stages is None else stages.call.tokens
+        return 0 if self._stages is None else self._stages.call.tokens
 
     def samples(self) -> Iterator[Sample]:
         yield from self.endings.samples()
@@ -123,9 +124,9 @@ class ScoringPipeline:
         yield from self.answer_losses.samples(self._clock())
         if self.rate is not None:
             yield Sample(names.SHADOW_RATE_RATIO, (), self.rate * self.sampling.fraction)
-        if self.scorer is not None:
-            yield from self.scorer.samples()
-        if self.scorer is None or self.scorer.stages is None:
+        if self._stages is not None:
+            yield from self._stages.samples()
+        else:
             yield Sample(names.REFERENCE_TOKENS, (), 0.0)
         if self.noise_floor is not None:
             yield from self.noise_floor.samples()

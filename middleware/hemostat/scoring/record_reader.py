@@ -71,9 +71,13 @@ def uses_of(record: TokenRecord, *, calibrated: bool, scored_again: bool = False
 
 
 class RecordReader:
-    """Makes scored records of what the scorer hands on. Owns which conversations were scored."""
+    """Makes scored records of what the scorer hands on. Owns which conversations were scored.
 
-    def __init__(self, models: ServedModelsSource, profiles: ProfileManager) -> None:
+    late: True if records come hours after their requests: then they are no evidence for or against profiles.
+    """
+
+    def __init__(self, models: ServedModelsSource, profiles: ProfileManager, *, late: bool = False) -> None:
+        self._left_out = Use.PROFILES if late else NO_USE
         self._models = models
         self._profiles = profiles
         self._seen = SeenUnits()
@@ -82,7 +86,7 @@ class RecordReader:
         served, profiles = self._models.served, self._profiles
         pair = served.of(record.model) or served.calibrated
         calibrated = pair is served.calibrated
-        uses = uses_of(record, calibrated=calibrated, scored_again=capture.ids_only)
+        uses = uses_of(record, calibrated=calibrated, scored_again=capture.ids_only) & ~self._left_out
         profile = applied = None
         if calibrated:
             record = replace(record, kind=profiles.kinds.update(record.kind))

@@ -50,7 +50,7 @@ class RecordUsers:
 
     on_change: called after every record, which may have changed what the relays' policy depends on.
     others: consumers that a deployment has or has not, such as traces: they get every record.
-    records: `records.path`; None without it.
+    records: `records.path`; None without it. late: see `RecordReader`.
     """
 
     def __init__(
@@ -64,9 +64,10 @@ class RecordUsers:
         *,
         others: Sequence[RecordConsumer] = (),
         records: RecordsFile | None = None,
+        late: bool = False,
     ) -> None:
         profiles, measurements = calibration.profiles, measured.measurements
-        self._reader = RecordReader(models, profiles)
+        self._reader = RecordReader(models, profiles, late=late)
         self._measurements = measurements
         self.calibration = calibration
         self.other_models = other_models

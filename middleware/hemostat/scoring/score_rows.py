@@ -32,7 +32,7 @@ SCORES_KEY: Final = b"hemostat.scores"
 SCORES_VERSION: Final = "1"
 VERSIONS: Final = {VERSION_KEY: CAPTURES_VERSION, SCORES_KEY: SCORES_VERSION}
 """The versions that the schema of scored rows names."""
-_OF_THE_ROW = frozenset({FailureReason.OUT_OF_MEMORY, FailureReason.MODEL_ERROR, FailureReason.REFUSED})
+FAILURES_OF_A_ROW = frozenset({FailureReason.OUT_OF_MEMORY, FailureReason.MODEL_ERROR, FailureReason.REFUSED})
 """The failures of a reference that another row need not have."""
 AT_ONCE = 4
 """The number of rows that the scorer is asked for at a time."""
@@ -85,7 +85,7 @@ async def score_rows(rows: pa.Table, scorer: RowScorer, at_once: int = AT_ONCE) 
             try:
                 return await scorer.ask(spooled.capture, None if spooled.tap is None else spooled.tap.result())
             except NotScored as ending:
-                if ending.reason.outcome is Outcome.DROPPED and ending.detail not in _OF_THE_ROW:
+                if ending.reason.outcome is Outcome.DROPPED and ending.detail not in FAILURES_OF_A_ROW:
                     raise
                 return ending.reason.label(ending.detail)
 

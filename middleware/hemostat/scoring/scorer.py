@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
 from hemostat.metrics.reasons import Unscored
-from hemostat.metrics.samples import Sample
 from hemostat.scoring.endings import EndingCounts, NotScored
 from hemostat.scoring.intake import CaptureIntake
 from hemostat.scoring.stages import ScoringStages
@@ -66,10 +65,6 @@ class Scorer:
     def pending(self) -> int:
         """The number of captures that have no ending yet."""
         return len(self._intake) + self._in_progress
-
-    def samples(self) -> Iterator[Sample]:
-        if self.stages is not None:
-            yield from self.stages.samples()
 
     async def run(self, workers: int) -> None:
         """Scores `workers` captures at a time, until cancelled."""

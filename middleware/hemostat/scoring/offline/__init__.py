@@ -1,7 +1,9 @@
-"""The parts of `hemostat score` and `hemostat report`, which score captures later than they were served.
+"""The scoring of captures later than they were served: `hemostat score`, `hemostat report`, a window of `spool.score`.
 
 stages      the stages of scoring, with one reference and no profiles
 folder      scores the segments of a folder, each into a file of the same name
 evidence    the figures of scored rows, which the live code computes
 summary     the report: lines, JSON, a page
+window      scores the spool of a control process in certain hours
+evidence_time  the time of the requests that were scored then
 """

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 from hemostat.scoring.spool.keys import SegmentCipher, SpoolError, SpoolKey
 
 SUFFIX = ".parquet"
+TAKEN_SUFFIX = ".taken"
+"""The suffix of the file next to a segment that says how many of its rows were scored in the window of each day."""
 _NAME = re.compile(r"captures-(\d{13})-[0-9a-f]{8}")
 
 
@@ -34,6 +36,31 @@ def began(path: Path) -> float | None:
 def segments(folder: Path) -> list[Path]:
     """Returns the segments of a folder in the order of their names, which is the order of time."""
     return sorted(path for path in folder.glob("*" + SUFFIX) if not path.name.startswith("."))
+
+
+def taken(path: Path) -> int:
+    """Returns the number of rows of a segment that figures have already, as `set_taken` has written it.
+
+    Raises OSError, and SpoolError if it says no number.
+    """
+    try:
+        return int(path.with_suffix(TAKEN_SUFFIX).read_text(encoding="ascii"))
+    except FileNotFoundError:
+        return 0
+    except ValueError:
+        raise SpoolError(f"{path.with_suffix(TAKEN_SUFFIX)} has no number of rows; move it and its segment") from None
+
+
+def set_taken(path: Path, rows: int) -> None:
+    """Writes how many rows of a segment figures have, next to it. Raises OSError."""
+    new = path.with_name(f".{path.stem}{TAKEN_SUFFIX}.new")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(f"{rows}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path.with_suffix(TAKEN_SUFFIX))
+    sync_folder(path.parent)
 
 
 def write_segment(path: Path, rows: pa.Table, key: SpoolKey | None) -> None:

@@ -26,7 +26,7 @@ from hemostat.scoring.spool import journal
 from hemostat.scoring.spool.columns import to_rows
 from hemostat.scoring.spool.journal import Journal, in_use, read_journal
 from hemostat.scoring.spool.keys import SpoolError, SpoolKey
-from hemostat.scoring.spool.segments import SUFFIX, began, segment_name, segments, write_segment
+from hemostat.scoring.spool.segments import SUFFIX, TAKEN_SUFFIX, began, segment_name, segments, write_segment
 from hemostat.scoring.spool.spooled import Spooled, SpooledTap
 from hemostat_calibration.backoff import Backoff
 from hemostat_calibration.errors import InvalidRecordError
@@ -199,6 +199,7 @@ class Spool:
             with contextlib.suppress(FileNotFoundError):
                 if at is not None and path.suffix == SUFFIX and now - at > self._max_age:
                     path.unlink()
+                    path.with_suffix(TAKEN_SUFFIX).unlink(missing_ok=True)
                 elif path != open_path:
                     total += path.stat().st_size
         self._closed_bytes = total
