@@ -11,6 +11,7 @@ control       the control process: composition of all that is not in the request
 engines       the reports of the engines' plugins, the routes that they call
 gate          the verdict on a candidate: prompts are asked of two servers
 hooks         the interface by which the relay lets another layer inspect and change requests and responses
+interface     what `import hemostat` offers to programs and notebooks: docs/python.md
 interception  in a relay, what the hook of `hemostat.hooks` does
 ipc           messages and framing between Hemostat's own processes
 learner       the contextual learner, in a process of its own
@@ -29,4 +30,28 @@ supervisor    the supervisor of `hemostat serve`, `relay` and `control`
 tracing       OpenTelemetry traces, used where `tracing.endpoint` is set
 """
 
+import importlib
+from typing import Any
+
 __version__ = "0.3.0.dev0"
+
+_PUBLIC = {
+    "ConfidenceSequence": "streaming",
+    "DependenceEstimate": "streaming",
+    "Report": "reports",
+    "compare": "comparison",
+    "score": "scoring",
+}
+"""The public names, and the module of `hemostat.interface` that has each. `__init__.pyi` has their types."""
+__all__ = ["ConfidenceSequence", "DependenceEstimate", "Report", "__version__", "compare", "score"]
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a public name. It is loaded only now, so that a relay that reads the version loads nothing."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hemostat' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"hemostat.interface.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -79,7 +79,10 @@ async def _score(options: argparse.Namespace) -> None:
     from hemostat.scoring.offline.folder import score_folder  # noqa: PLC0415
     from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415
 
-    key, reference = read_key(options.key), make_reference(options)
+    key = read_key(options.key)
+    reference = make_reference(
+        options.reference, device=options.device, dtype=options.dtype, folder=options.reference_folder
+    )
     with Reporter() as reporter:
         rate = 0.0
 
@@ -97,9 +100,9 @@ async def _score(options: argparse.Namespace) -> None:
         reporter.log(f"{scored} captures were scored now, {rate:.1f} in a second")
 
 
-def make_reference(options: argparse.Namespace) -> Reference:
-    """Returns the reference that the options name, not started. Raises UsageError."""
-    name: str = options.reference
+def make_reference(name: str, *, device: str, dtype: str, folder: Path | None = None) -> Reference:
+    """Returns the reference that `--reference` names, not started. The other arguments are options, too. Raises
+    UsageError."""
     if "://" in name:
         from pydantic import SecretStr  # noqa: PLC0415
 
@@ -108,10 +111,10 @@ def make_reference(options: argparse.Namespace) -> Reference:
         server, model = vllm_server("--reference", name, 120.0)
         api_key = os.environ.get(API_KEY)
         key = SecretStr(api_key) if api_key else None
-        return ServerReference(server.url, key, model, folder=options.reference_folder, device=options.device)
+        return ServerReference(server.url, key, model, folder=folder, device=device)
     require("transformers")
     if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
         raise UsageError(f"--reference: there is no folder {name!r}; give a folder, a hub name, or the URL of a vLLM")
     from hemostat.reference.transformers import TransformersReference  # noqa: PLC0415
 
-    return TransformersReference(str(Path(name).expanduser()), options.dtype, options.device)
+    return TransformersReference(str(Path(name).expanduser()), dtype, device)

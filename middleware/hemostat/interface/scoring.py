@@ -1,0 +1,54 @@
+"""Scores captures on a reference, as `hemostat score` does."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from hemostat.commands.score import make_reference
+from hemostat.config.packages import require
+from hemostat.interface.reports import Report, wait
+from hemostat_calibration.errors import HemostatError
+
+
+def score(
+    captures: str | Path,
+    reference: str,
+    *,
+    out: str | Path | None = None,
+    key: str = "plain",
+    model: str | None = None,
+    cycle_hours: float = 24.0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Report:
+    """Returns the report of captures, which a reference scores now.
+
+    captures: the folder of `spool.path`, or a copy of it. reference: a folder or a hub name of the uncompressed model,
+    or the URL[#NAME] of a vLLM server. out: the folder for the scored captures, where the same call goes on after an
+    interruption; None keeps none of them. The other arguments are options of `hemostat score`.
+
+    Raises HemostatError, which says what to change.
+    """
+    require("spool")
+    from hemostat.scoring.offline.folder import score_folder  # noqa: PLC0415  an extra
+    from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415
+
+    source, spool_key = Path(captures), read_key(key)
+    if not source.is_dir():
+        raise HemostatError(f"captures: there is no folder {source}; name the folder of spool.path")
+    with tempfile.TemporaryDirectory(prefix="hemostat-") as temporary:
+        folder = Path(temporary if out is None else out)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+        async def work() -> None:
+            made = make_reference(reference, device=device, dtype=dtype)
+            try:
+                await score_folder(
+                    source, folder, made, key=spool_key, model=model, progress=lambda done, total, rate: None
+                )
+            finally:
+                await made.close()
+
+        wait(work())
+        return Report.read(folder, key=key, cycle_hours=cycle_hours)
