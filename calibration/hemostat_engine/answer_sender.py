@@ -55,7 +55,8 @@ class AnswerQueue:
     def __init__(self, max_bytes: int = MAX_QUEUE_BYTES) -> None:
         self._answers: deque[Answer] = deque()
         self._max_bytes = max_bytes
-        self._bytes = 0
+        self.bytes = 0
+        """The bytes of the answers that are queued."""
         self._lock = threading.Lock()
         self.dropped = 0
         self.filled = threading.Event()
@@ -63,17 +64,17 @@ class AnswerQueue:
     def push(self, answer: Answer) -> bool:
         """Queues an answer; returns False if there is no room, and counts that."""
         with self._lock:
-            if self._bytes + answer.bytes > self._max_bytes or len(self._answers) >= MAX_QUEUED_ANSWERS:
+            if self.bytes + answer.bytes > self._max_bytes or len(self._answers) >= MAX_QUEUED_ANSWERS:
                 self.dropped += 1
                 return False
-            self._bytes += answer.bytes
+            self.bytes += answer.bytes
             self._answers.append(answer)
         self.filled.set()
         return True
 
     def has_room(self) -> bool:
         """Returns False while the queue is half full: requests are not sampled then."""
-        return 2 * self._bytes < self._max_bytes and 2 * len(self._answers) < MAX_QUEUED_ANSWERS
+        return 2 * self.bytes < self._max_bytes and 2 * len(self._answers) < MAX_QUEUED_ANSWERS
 
     def take(self, max_bytes: int, max_answers: int) -> list[dict[str, Any]]:
         """Returns the messages of the oldest answers: of one, and of as many more as stay within both bounds.
@@ -88,7 +89,7 @@ class AnswerQueue:
             ):
                 taken.append(self._answers.popleft())
                 size += taken[-1].bytes
-            self._bytes -= size
+            self.bytes -= size
             if not self._answers:
                 self.filled.clear()
         messages = []
@@ -194,6 +195,7 @@ class AnswerSender:
         self._sampler.heard(peer.url, response.passive, response.nonce_prefix)
         self._prefixes[peer.url] = response.nonce_prefix
         self._secrets.update(response.secrets)
+        self._sampler.handed_on(sum("request" in answer for answer in answers))
 
     def _may_own(self, peer: Peer, nonce: str) -> bool:
         """Returns True if the request came through `peer`, or if it may have, while the prefix of `peer` is not

@@ -45,6 +45,9 @@ MAX_ACTIVE = 128
 """The largest number of generations that are recorded at the same time; further ones are served without being
 recorded."""
 
+MAX_ACTIVE_BYTES = 64 << 20
+"""The largest size of all choices that are being recorded, together. A recording that would need more is given up."""
+
 _PARAMETERS = ("self", "prompt", "sampling_params", "request_id")
 _WRAPPED = "_hemostat_wrapped"
 
@@ -174,12 +177,21 @@ def _shortened(logprobs: Any, ids: Any, top_k: int) -> Any:
     ]
 
 
+class Room:
+    """Counts the bytes of all recordings that are in progress. The server's event loop alone uses it."""
+
+    def __init__(self, max_bytes: int = MAX_ACTIVE_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = 0
+
+
 class Recording:
     """One generation. `params` are what the engine is asked for, `update` takes what it yields, `end` what is left."""
 
     def __init__(
         self,
         queue: AnswerQueue,
+        room: Room,
         nonce: str,
         call: int,
         params: Any,
@@ -195,6 +207,9 @@ class Recording:
         self._sampler = sampler
         self._unfinished = True
         self._queue = queue
+        self._room = room
+        self._held = 0
+        """The bytes of `room` that this recording has."""
         self._nonce = nonce
         self._call = call
         self._number = int(params.n or 1)
@@ -249,6 +264,17 @@ class Recording:
                 del self._choices[completion.index]
                 self._push(completion, rows, output.prompt_token_ids)
         self._unfinished = not output.finished
+        prompt = len(output.prompt_token_ids)
+        self._hold(sum(_bytes(rows.tokens, self.top_k, prompt) for rows in self._choices.values()))
+        if self._room.bytes > self._room.max_bytes:
+            self._leave(Lost.PLUGIN_BUSY)
+            if self._sampled is None:
+                self._queue.drop()
+
+    def _hold(self, size: int) -> None:
+        """Notes the bytes of the choices that have not ended."""
+        self._room.bytes += size - self._held
+        self._held = size
 
     def _push(self, completion: Any, rows: _Rows, prompt_ids: list[int]) -> None:
         """Queues a choice that has ended."""
@@ -259,12 +285,8 @@ class Recording:
             self._lost(Lost.INCOMPLETE)
             return
         answer = RecordedAnswer(self._nonce, names, self.top_k, rows, prompt_ids, reason, request)
-        queued = self._queue.push(answer)
-        if request is not None and self._sampler is not None:
-            if queued:
-                self._sampler.handed_on()
-            else:
-                self._lost(Lost.LINK_FULL)
+        if not self._queue.push(answer):
+            self._lost(Lost.LINK_FULL)
 
     def refuse(self) -> None:
         """Counts that there is no room for the recording."""
@@ -276,11 +298,13 @@ class Recording:
         """Notes that the generation has ended, or that its client has left."""
         if self._unfinished and not self._failed:
             self._leave(Lost.INCOMPLETE)
+        self._hold(0)
 
     def _leave(self, reason: str) -> None:
         """Records nothing more, for a reason that is not a fault."""
         self._failed = True
         self._choices.clear()
+        self._hold(0)
         self._lost(reason)
 
     def _lost(self, reason: str) -> None:
@@ -313,6 +337,7 @@ class AnswerTap:
         self._started = False
         self._calls = Numbering()
         self._active = 0
+        self.room = Room()
 
     def start(self) -> None:
         """Starts the sender, once, so that the secrets are known before the first request that is signed with them."""
@@ -344,7 +369,8 @@ class AnswerTap:
             self._queue.drop()
             return None
         call = self._calls.next(asked.nonce)
-        return Recording(self._queue, asked.nonce, call, params, engine.model_config.max_logprobs, asked.top)
+        most = engine.model_config.max_logprobs
+        return Recording(self._queue, self.room, asked.nonce, call, params, most, asked.top)
 
     def _begin_sampled(
         self, engine: Any, prompt: Any, params: Any, request_id: str, lora_request: Any
@@ -361,7 +387,8 @@ class AnswerTap:
             self._sampler.lost(Lost.CLIENT_LOGPROBS)
             return None
         top = min(sampled.policy.top_k, xargs.MAX_TOP)
-        return Recording(self._queue, sampled.nonce, 0, params, config.max_logprobs, top, sampled, self._sampler)
+        most = config.max_logprobs
+        return Recording(self._queue, self.room, sampled.nonce, 0, params, most, top, sampled, self._sampler)
 
     def enter(self, recording: Recording) -> bool:
         """Returns True if one more generation may be recorded now; then `leave` must be called when it ends. If it may

@@ -100,7 +100,9 @@ class PassiveSampler:
 
     def heard(self, address: str, policy: PassivePolicy | None, nonce_prefix: str) -> None:
         """Notes what the control process at an address has just answered."""
-        self._heard = {**self._heard, address: _Heard(policy, nonce_prefix, self._clock())}
+        now = self._clock()
+        live = {name: heard for name, heard in self._heard.items() if now - heard.at <= POLICY_SECONDS}
+        self._heard = {**live, address: _Heard(policy, nonce_prefix, now)}
 
     def policy(self) -> tuple[PassivePolicy, str] | None:
         """Returns the policy in force and the beginning of its requests' nonces; None if there is none."""
@@ -115,10 +117,10 @@ class PassiveSampler:
         with self._lock:
             self._unscored[reason] += number
 
-    def handed_on(self) -> None:
-        """Counts a choice that was queued for the control process."""
+    def handed_on(self, choices: int) -> None:
+        """Counts choices that the control process has accepted."""
         with self._lock:
-            self._sampled += 1
+            self._sampled += choices
 
     def counts(self) -> PassiveCounts:
         with self._lock:

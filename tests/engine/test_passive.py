@@ -58,6 +58,10 @@ class Server:
         self.sampler = PassiveSampler(self.secrets, self.queue.has_room, lambda: 0.5, lambda: self.now)
         if policy is not None:
             self.sampler.heard("http://control", policy, "prefix")
+        self.start_tap()
+
+    def start_tap(self) -> None:
+        """Wraps `generate` with the queue and the sampler that it has now."""
         self.tap = AnswerTap(self.queue, lambda: None, self.secrets, self.sampler)
         self.generate = wrapped(Engine.generate, self.tap)
 
@@ -109,7 +113,7 @@ def test_a_sampled_request_is_recorded_with_what_it_is_counted_by_and_its_answer
     assert (request.temperature, request.max_tokens, request.stream, request.grammar) == (0.0, 7, True, False)
     assert answer["nonce"].startswith("prefix-")
     counts = server.sampler.counts()
-    assert (counts.requests, counts.sampled, counts.unscored) == ({"/v1/completions": 1}, 1, {})
+    assert (counts.requests, counts.sampled, counts.unscored) == ({"/v1/completions": 1}, 0, {})
 
 
 def test_without_a_policy_or_after_it_has_expired_nothing_is_sampled() -> None:
@@ -213,14 +217,29 @@ def test_memory_and_rate_are_bounded_and_what_is_beyond_is_counted(monkeypatch: 
     assert server.unscored() == {Lost.PLUGIN_BUSY: 3}
     server = Server()
     server.queue = AnswerQueue(max_bytes=1)
-    server.tap = AnswerTap(server.queue, lambda: None, server.secrets, server.sampler)
-    server.generate = wrapped(Engine.generate, server.tap)
+    server.start_tap()
     server.serve()
     assert server.unscored() == {Lost.LINK_FULL: 1}
     monkeypatch.setattr(answer_tap, "MAX_ACTIVE", 0)
     server = Server()
     server.serve()
     assert (server.engine.given[0].logprobs, server.unscored()) == (None, {Lost.PLUGIN_BUSY: 1})
+
+
+def test_all_recordings_together_are_bounded_and_give_their_room_back() -> None:
+    server = Server(choices=[[[3, 8], [4]], [[3], [4, 9]]])
+    room = server.tap.room
+    room.max_bytes = 200
+    server.serve(params(n=2))
+    assert len(server.recorded()) == 2
+    assert room.bytes == 0
+    server.serve(params(n=2), limit=1)
+    assert (room.bytes, server.unscored()) == (0, {Lost.INCOMPLETE: 1})
+    room.max_bytes = 50
+    seen = server.serve(params(n=2))
+    assert [o.outputs[0].logprobs for o in seen] == [None] * 4
+    assert (room.bytes, server.recorded()) == (0, [])
+    assert server.unscored() == {Lost.INCOMPLETE: 1, Lost.PLUGIN_BUSY: 1}
 
 
 def test_the_middleware_hands_headers_on_and_none_of_the_request_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +278,7 @@ def test_the_policy_and_the_answers_go_over_the_admin_port() -> None:
         (answer,) = taken
         assert (answer.tokens, answer.request.temperature) == (3, pytest.approx(0.3))
         assert plugins.live(admin.now) == 1
+        assert server.sampler.counts().sampled == 1
         admin.status = 500
         server.serve()
         sender.send()
