@@ -13,6 +13,7 @@ from hemostat.engines.reports import MAX_HELD_VERSIONS
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.decisions import Reason
 from hemostat.profiles.serving import MAX_SERVING_VERSIONS
+from hemostat.report.formats import duration
 from hemostat_calibration.errors import HemostatError
 
 OPPOSITE = World()
@@ -262,8 +263,10 @@ def test_the_status_says_in_words_what_a_kind_lacks() -> None:
     assert kind(bench, "A")["summary"] == "identity; no held-out conversation yet"
     bench.feed(BIASED, JUDGED[:1], kind="A")
     assert kind(bench, "A")["summary"] == "identity; no profile is under test here"
+    assert bench.status()["next_decision"] == ""
     version = bench.profiles.operator.import_profile(contextual(0.3))
     assert str(kind(bench, "A")["summary"]).endswith("no held-out conversation of this kind yet")
+    assert bench.status()["next_decision"] == f"profile {version[:8]}: waits for its first held-out conversation"
     while True:
         bench.feed(BIASED, JUDGED[int(bench.time) : int(bench.time) + 1], kind="A")
         result = kind(bench, "A")["candidates"]
@@ -273,6 +276,11 @@ def test_the_status_says_in_words_what_a_kind_lacks() -> None:
     assert result, "it is not yet proven"
     needed = result[0]["units_needed"]
     assert f"needs about {needed} more with gains like these" in result[0]["summary"]
+    units = result[0]["units"]
+    said = (
+        f"profile {version[:8]}: {units} of about {units + needed} conversations of A, {duration(float(needed))} left"
+    )
+    assert bench.status()["next_decision"] == said, "a conversation came in each second"
     more = bench.feed(BIASED, JUDGED[500:], lambda: bench.profiles.serving.kinds["A"].version == version, kind="A")
     assert 0.2 * needed < more < 5 * needed
     assert json.loads(json.dumps(bench.status(), allow_nan=False)) == bench.status()

@@ -63,6 +63,7 @@ def status(answered: int, settings: dict[str, Any]) -> dict[str, Any]:
         },
         "queue": {"depth": answered - scored, "lag_seconds": 0.0},
         "reference": {"state": "mismatch" if TROUBLE == "mismatch" else "ready", "detail": "64 ids against 65"},
+        "background": "adapter abababab: 38 of about 56 conversations of chat text, 4 min left",
         "learner": {"state": "learning", "detail": "", "tokens": 10 * scored},
         "engines": {"live": 1, "acknowledged": []},
         "records_written": 0,

@@ -3,6 +3,7 @@
 access           the access rules of the admin port
 alerts           the one table of alerts
 app              the admin port's routes
+background       one line on the background work and the next decision
 configuration    the configuration that is in force, as the supervisor reports it
 console          the built-in page of the admin port
 hardening        protects the admin port from whoever can reach it

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from hemostat.admin.background import background
 from hemostat.admin.configuration import Configuration, ConfigurationReport
 from hemostat.admin.problems import DeploymentState, OwnershipView, Problems
 from hemostat.admin.proxy_status import ArmEndings, ProxyStatus, endings_by_arm, proxy_status
@@ -95,6 +96,9 @@ class Status(msgspec.Struct, frozen=True):
     """The Unix time in seconds."""
     state: DeploymentState
     """The present problems, worst first."""
+    background: str
+    """One line on what runs in the background, how far it is, and what the next decision waits for; "" if nothing
+    does."""
     progress: list[StepStatus]
     """The figures and decisions that take time: which are there, and when the others come."""
     requests: RequestsStatus
@@ -221,10 +225,15 @@ class StatusSource:
         measured, measurements, totals = self._measured, self._measured.measurements, process.link.total()
         state = process.problems.look()
         raw, alarm, canaries = measurements.summary(None), measured.alarms.report(), engines.canaries.report()
-        profiles = calibration.profiles.report.status()
+        profiles, learner, adapter = (
+            calibration.profiles.report.status(),
+            calibration.learner.status(),
+            calibration.adapters(),
+        )
         return Status(
             at=self._wall(),
             state=state,
+            background=background(learner, adapter, profiles["next_decision"]),
             progress=progress(
                 self.settings,
                 scored=scoring.scored,
@@ -253,8 +262,8 @@ class StatusSource:
             calibrated=measurements.summary(calibration.version),
             profile=calibration.profile(),
             calibration=profiles,
-            learner=calibration.learner.status(),
-            adapter={**calibration.adapters(), "distances": dict(scoring.pipeline.users.distances.outcomes)},
+            learner=learner,
+            adapter={**adapter, "distances": dict(scoring.pipeline.users.distances.outcomes)},
             recovered=calibration.recovered(measurements),
             proxy=proxy_status(totals, process.growth.figures.minute),
             endings=endings_by_arm(totals),

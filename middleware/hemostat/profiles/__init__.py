@@ -10,6 +10,7 @@ What each module owns:
     gains               the figure that gains of a profile over another are in, and how wide they can be
     trials              the queue of candidates and the state of the tests; `guard_keys`: how the guard names them
     begun_tests         the numbers of tests, which are stored before these decide
+    paces               how fast the units of a test come
     lifecycle           the steps: test, promote, roll back, drop
     serving             which version serves which kind of traffic
     followed_kinds      which kinds are followed by themselves

@@ -129,6 +129,7 @@ class ProfileManager:
             kinds=self.kinds,
             trials=self.trials,
             events=self.events,
+            wall=wall,
         )
 
     def set_model_pair(self, model: str, vocab_size: int, names: frozenset[str] | None = None) -> None:

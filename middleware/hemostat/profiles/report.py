@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hemostat.ipc.messages import REST_KIND
@@ -15,6 +15,7 @@ from hemostat.profiles.decisions import EventLog, evidence_json, pooled_gain
 from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Trials
+from hemostat.report.formats import duration
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.guard.decisions import Evidence, Figure
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
@@ -34,7 +35,10 @@ class Report:
         kinds: FollowedKinds,
         trials: Trials,
         events: EventLog,
+        wall: Callable[[], float],
     ) -> None:
+        """wall: Unix seconds."""
+        self._wall = wall
         self._catalogue = catalogue
         self._serving = serving
         self._kinds = kinds
@@ -48,6 +52,7 @@ class Report:
             "pinned": self._serving.pinned,
             "candidates": [self._candidate(candidate) for candidate in trials.tested],
             "waiting": [self._waiting(candidate) for candidate in trials.waiting],
+            "next_decision": self._next_decision(),
             "selected": self._selected(),
             "kinds": [self._kind(kind) for kind in self._order()],
             "forced": self._serving.forced,
@@ -89,6 +94,29 @@ class Report:
         kind = next(kind for kind in self._order() if self._serving.kinds[kind].version == version)
         evidence = self._trials.serving_evidence(kind)
         return {"version": version, "requests": evidence.units if evidence else 0, **evidence_json(evidence)}
+
+    def _next_decision(self) -> str:
+        """Returns in words what the decision that comes next waits for, and for how long about; "" if nothing is under
+        test."""
+        tests = [(c, kind) for c in self._trials.tested for kind in self._trials.running_kinds(c)]
+        if not tests:
+            return ""
+        candidate, kind = max(tests, key=lambda test: self._trials.evidence(*test).progress)
+        evidence = self._trials.evidence(candidate, kind)
+        family = "adapter" if self._catalogue.is_adapter(candidate.version) else "profile"
+        name, units, more = f"{family} {candidate.version[:8]}", evidence.units, units_needed(evidence)
+        if not units:
+            return f"{name}: waits for its first held-out conversation"
+        if evidence.log_e_adjusted >= evidence.needed:
+            return f"{name}, {kind}: {self._lacks(candidate, kind, evidence)}"
+        if more is None:
+            return f"{name}: {units} conversations of {kind} so far"
+        if not (self._trials.has_seen_cycles and self._trials.spans_cycle(candidate, kind)):
+            left = ", over two cycles of the traffic"
+        else:
+            seconds = self._trials.seconds_for(candidate, kind, more, self._wall())
+            left = "" if seconds is None else f", {duration(seconds)} left"
+        return f"{name}: {units} of about {units + more} conversations of {kind}{left}"
 
     def _kind(self, kind: str) -> dict[str, Any]:
         state = self._serving.kinds[kind]

@@ -26,6 +26,7 @@ from hemostat.profiles.begun_tests import BegunTests
 from hemostat.profiles.candidates import Candidate, Proposed
 from hemostat.profiles.gains import Gains, UnitGain
 from hemostat.profiles.guard_keys import WATCH, GuardKey
+from hemostat.profiles.paces import Paces
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.guard.decisions import Action, Admission, Decision, Evidence, Figure
@@ -75,6 +76,7 @@ class Trials:
         self._queue: list[Candidate] = []
         self._seen: dict[Candidate, int] = {}
         """The number of held-out requests since the test of each candidate began, or it was promoted."""
+        self._paces = Paces()
 
     @property
     def queue(self) -> tuple[Candidate, ...]:
@@ -352,6 +354,7 @@ class Trials:
         """Counts an admitted record with its gain. now: Unix seconds."""
         names = test, record.kind, record.unit, record.client
         self.guard.update(*names, gain.lower, gain.upper, record.tokens, gain.kl, now)
+        self._paces.update(test, record.kind, now)
 
     def note_gain(self, test: GuardKey, record: TokenRecord, gain: UnitGain, now: float) -> None:
         """Notes a record that the test is too full to count: how much gains depend on each other is estimated from it,
@@ -396,6 +399,11 @@ class Trials:
         """Returns the number of units that counted in its test, and of those that were refused for their client's
         share."""
         return self.guard.units(candidate.test, kind)
+
+    def seconds_for(self, candidate: Candidate, kind: str, units: int, now: float) -> float | None:
+        """Returns the seconds that so many more units of its test take at the pace so far; None if that is not
+        known. now: Unix seconds."""
+        return self._paces.seconds(candidate.test, kind, units, now)
 
     def serving_evidence(self, kind: str) -> Evidence | None:
         """Returns the evidence about what serves the kind; None if no profile serves it."""

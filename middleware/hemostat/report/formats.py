@@ -40,3 +40,14 @@ def format_cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
+
+
+def duration(seconds: float) -> str:
+    """Returns a time that is about so long.
+
+    >>> duration(40.0), duration(250.0), duration(9000.0)
+    ('40 s', '4 min', '2.5 hours')
+    """
+    if seconds < 90.0:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60.0:.0f} min" if seconds < 5400.0 else f"{seconds / 3600.0:.1f} hours"

@@ -116,6 +116,8 @@ def test_bounded_run_ends_with_the_report(tmp_path: Path) -> None:
     assert report["profile"] == {"version": "identity", "family": "identity", "mode": "auto"}
     assert "ready. Console http://127.0.0.1:" in output
     assert output.count("propose abababab (learned): learned from 3001 tokens") == 1, "printed once"
+    line = "background: adapter abababab: 38 of about 56 conversations of chat text, 4 min left"
+    assert output.count(line) == 1, "printed when it changes"
     assert output.count("chat text sampled (100.0 % of the traffic): identity; needs about 34 more") == 1
     assert [event["decision"] for event in report["decisions"]] == ["propose"]
     page = (tmp_path / "report.html").read_text()

