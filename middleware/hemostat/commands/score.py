@@ -19,7 +19,12 @@ HELP = "Score the captures of a spool on a reference, and report their figures."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="The folder of spool.path, or a copy of it.")
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        type=Path,
+        help="The folder of spool.path, or a copy of it; or a file of JSON lines: see docs/offline.md.",
+    )
     parser.add_argument(
         "--reference",
         required=True,
@@ -32,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FOLDER",
         help="The folder for the scored captures. The same command again goes on where it stopped.",
+    )
+    parser.add_argument(
+        "--compressed",
+        metavar="MODEL",
+        help="The model that has generated the lines of a file, like --reference. It computes the log-probabilities "
+        "that lines do not have.",
     )
     parser.add_argument("--key", default="plain", metavar="KEY", help=KEY_HELP)
     parser.add_argument(
@@ -55,8 +66,10 @@ def _run(options: argparse.Namespace) -> int:
     from hemostat.reference.protocol import ReferenceFailure  # noqa: PLC0415
 
     require("spool")
-    if not options.folder.is_dir():
-        raise UsageError(f"there is no folder {options.folder}; name the folder of spool.path")
+    if not options.folder.exists():
+        raise UsageError(f"there is no folder {options.folder}; name the folder of spool.path, or a file of JSON lines")
+    if options.compressed is not None and options.folder.is_dir():
+        raise UsageError("--compressed: a spool has log-probabilities; leave it out")
     check_outputs(options)
     try:
         options.out.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -83,6 +96,11 @@ async def _score(options: argparse.Namespace) -> None:
     reference = make_reference(
         options.reference, device=options.device, dtype=options.dtype, folder=options.reference_folder
     )
+    compressed = None
+    if options.compressed is not None:
+        compressed = make_reference(
+            options.compressed, device=options.device, dtype=options.dtype, option="--compressed"
+        )
     with Reporter() as reporter:
         rate = 0.0
 
@@ -93,28 +111,38 @@ async def _score(options: argparse.Namespace) -> None:
 
         try:
             scored = await score_folder(
-                options.folder, options.out, reference, key=key, model=options.model, progress=progress
+                options.folder,
+                options.out,
+                reference,
+                key=key,
+                model=options.model,
+                progress=progress,
+                compressed=compressed,
             )
         finally:
             await reference.close()
+            if compressed is not None:
+                await compressed.close()
         reporter.log(f"{scored} captures were scored now, {rate:.1f} in a second")
 
 
-def make_reference(name: str, *, device: str, dtype: str, folder: Path | None = None) -> Reference:
-    """Returns the reference that `--reference` names, not started. The other arguments are options, too. Raises
+def make_reference(
+    name: str, *, device: str, dtype: str, folder: Path | None = None, option: str = "--reference"
+) -> Reference:
+    """Returns the reference that an option names, not started. The other arguments are options, too. Raises
     UsageError."""
     if "://" in name:
         from pydantic import SecretStr  # noqa: PLC0415
 
         from hemostat.reference.on_server import ServerReference  # noqa: PLC0415
 
-        server, model = vllm_server("--reference", name, 120.0)
+        server, model = vllm_server(option, name, 120.0)
         api_key = os.environ.get(API_KEY)
         key = SecretStr(api_key) if api_key else None
         return ServerReference(server.url, key, model, folder=folder, device=device)
     require("transformers")
     if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
-        raise UsageError(f"--reference: there is no folder {name!r}; give a folder, a hub name, or the URL of a vLLM")
+        raise UsageError(f"{option}: there is no folder {name!r}; give a folder, a hub name, or the URL of a vLLM")
     from hemostat.reference.transformers import TransformersReference  # noqa: PLC0415
 
     return TransformersReference(str(Path(name).expanduser()), dtype, device)

@@ -15,6 +15,7 @@ def score(
     captures: str | Path,
     reference: str,
     *,
+    compressed: str | None = None,
     out: str | Path | None = None,
     key: str = "plain",
     model: str | None = None,
@@ -24,9 +25,11 @@ def score(
 ) -> Report:
     """Returns the report of captures, which a reference scores now.
 
-    captures: the folder of `spool.path`, or a copy of it. reference: a folder or a hub name of the uncompressed model,
-    or the URL[#NAME] of a vLLM server. out: the folder for the scored captures, where the same call goes on after an
-    interruption; None keeps none of them. The other arguments are options of `hemostat score`.
+    captures: the folder of `spool.path`, or a copy of it; or a file of JSON lines. reference: a folder or a hub name of
+    the uncompressed model, or the URL[#NAME] of a vLLM server. compressed: the model that has generated the lines of a
+    file, likewise; it computes the log-probabilities that lines do not have. out: the folder for the scored captures,
+    where the same call goes on after an interruption; None keeps none of them. The other arguments are options of
+    `hemostat score`.
 
     Raises HemostatError, which says what to change.
     """
@@ -35,20 +38,31 @@ def score(
     from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415
 
     source, spool_key = Path(captures), read_key(key)
-    if not source.is_dir():
-        raise HemostatError(f"captures: there is no folder {source}; name the folder of spool.path")
+    if not source.exists():
+        raise HemostatError(f"captures: there is no folder {source}; name the folder of spool.path, or a file of lines")
     with tempfile.TemporaryDirectory(prefix="hemostat-") as temporary:
         folder = Path(temporary if out is None else out)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
         async def work() -> None:
             made = make_reference(reference, device=device, dtype=dtype)
+            own = None
+            if compressed is not None:
+                own = make_reference(compressed, device=device, dtype=dtype, option="compressed")
             try:
                 await score_folder(
-                    source, folder, made, key=spool_key, model=model, progress=lambda done, total, rate: None
+                    source,
+                    folder,
+                    made,
+                    key=spool_key,
+                    model=model,
+                    progress=lambda done, total, rate: None,
+                    compressed=own,
                 )
             finally:
                 await made.close()
+                if own is not None:
+                    await own.close()
 
         wait(work())
         return Report.read(folder, key=key, cycle_hours=cycle_hours)

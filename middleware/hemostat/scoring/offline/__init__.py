@@ -1,6 +1,7 @@
 """The scoring of captures later than they were served: `hemostat score`, `hemostat report`, a window of `spool.score`.
 
 stages      the stages of scoring, with one reference and no profiles
+lines       captures from a file of JSON lines
 folder      scores the segments of a folder, each into a file of the same name
 evidence    the figures of scored rows, which the live code computes
 summary     the report: lines, JSON, a page

@@ -24,6 +24,9 @@ from hemostat.scoring.spool.segments import began, read_segment, segments
 from hemostat.store.protocol import BlobKey, StateKey, StoredProfile
 from hemostat_calibration.statistics.templates import TemplateTable
 
+FIRST_TIME = 1e9
+"""The Unix time before which no row was served: what is before it is the number of a JSON line without a time."""
+
 
 class NoWrites:
     """Implements `StoreWrites`, and keeps nothing."""
@@ -123,7 +126,7 @@ class Evidenced:
         info, measurements = self.reference, self.measurements
         return {
             "report": "hemostat report",
-            "period": {"from": self.began, "to": self.now},
+            "period": {"from": self.began, "to": self.now} if self.began >= FIRST_TIME else None,
             "model": self.model,
             "reference": None if info is None else {"model": info.model, "digest": info.digest, "dtype": info.dtype},
             "captures": self.captures,

@@ -1,4 +1,4 @@
-"""Scores the segments of a folder, each into a file of the same name in another folder.
+"""Scores the segments of a folder, or a file of JSON lines, each part into a file of the same name in another folder.
 
 A file is written whole, and what is there already is not scored again. So a run goes on where an earlier one stopped,
 and each capture counts once.
@@ -6,20 +6,27 @@ and each capture counts once.
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from hemostat.reference.protocol import Reference
 from hemostat.scoring.endings import NotScored
+from hemostat.scoring.offline.lines import LinesPart, captures_of, parts
 from hemostat.scoring.offline.stages import OfflineModels, offline_stages
-from hemostat.scoring.score_rows import score_rows
-from hemostat.scoring.spool.columns import SCHEMA_VERSION, VERSION_KEY
+from hemostat.scoring.score_rows import SCORED_SCHEMA, score_rows
+from hemostat.scoring.spool.columns import SCHEMA_VERSION, VERSION_KEY, to_rows
 from hemostat.scoring.spool.keys import SpoolError, SpoolKey
-from hemostat.scoring.spool.segments import read_segment, segments, write_segment
+from hemostat.scoring.spool.segments import SUFFIX, read_segment, segments, write_segment
+
+log = logging.getLogger("hemostat.score")
 
 BATCH_ROWS = 256
 """The number of rows that are scored between two reports of progress."""
@@ -40,6 +47,36 @@ def model_of(rows: pa.Table, wanted: str | None, path: Path) -> str:
     return str(names[0])
 
 
+class Part(NamedTuple):
+    """Captures that become one file of scored captures. name: the name of the file."""
+
+    name: str
+    read: Callable[[], Awaitable[pa.Table]]
+
+
+def parts_of(source: Path, key: SpoolKey | None, compressed: Reference | None) -> list[Part]:
+    """Returns the parts of a spool, or of a file of JSON lines, in the order of time. Raises SpoolError."""
+    if source.is_dir():
+        return [Part(path.name, functools.partial(_read_segment, path, key)) for path in segments(source)]
+    made = [
+        Part(part.name + SUFFIX, functools.partial(_read_lines, source, part, compressed)) for part in parts(source)
+    ]
+    return sorted(made, key=lambda part: part.name)
+
+
+async def _read_segment(path: Path, key: SpoolKey | None) -> pa.Table:
+    return await asyncio.to_thread(read_segment, path, key, {VERSION_KEY: SCHEMA_VERSION})
+
+
+async def _read_lines(source: Path, part: LinesPart, compressed: Reference | None) -> pa.Table:
+    captures, left_out = await captures_of(source, part, compressed)
+    if left_out:
+        log.warning(
+            "%s: %d lines of %s were left out, as a profile or an adapter has answered", source, left_out, part.name
+        )
+    return to_rows(captures)
+
+
 async def score_folder(
     source: Path,
     out: Path,
@@ -48,32 +85,38 @@ async def score_folder(
     key: SpoolKey | None,
     model: str | None,
     progress: Progress,
+    compressed: Reference | None = None,
 ) -> int:
     """Returns the number of captures that were scored now. Raises SpoolError, OSError and ReferenceFailure.
 
-    key: of both folders; None: they are not encrypted. model: see `model_of`.
+    source: a spool, or a file of JSON lines. key: of both folders; None: they are not encrypted. model: see `model_of`.
+    compressed: computes the log-probabilities of the compressed model that JSON lines do not have.
     """
-    todo, done = segments(source), {path.name for path in segments(out)}
+    done = {path.name for path in segments(out)}
+    todo = await asyncio.to_thread(parts_of, source, key, compressed)
     info = await reference.start()
+    if compressed is not None:
+        await compressed.start()
     models = OfflineModels(reference)
     stages = offline_stages(models)
-    began, scored, finished = time.monotonic(), 0, len([path for path in todo if path.name in done])
+    began, scored, finished = time.monotonic(), 0, len([part for part in todo if part.name in done])
     progress(finished, len(todo), 0.0)
-    for path in todo:
-        if path.name in done:
+    for part in todo:
+        if part.name in done:
             continue
-        rows = read_segment(path, key, {VERSION_KEY: SCHEMA_VERSION})
-        models.set_pair(model_of(rows, model, path), info)
-        models.adapters |= set(pc.unique(rows["adapter"]).to_pylist()) - {None}
-        parts = []
+        rows = await part.read()
+        if len(rows):
+            models.set_pair(model_of(rows, model, source / part.name), info)
+            models.adapters |= set(pc.unique(rows["adapter"]).to_pylist()) - {None}
+        scored_parts = [SCORED_SCHEMA.empty_table()]
         for start in range(0, len(rows), BATCH_ROWS):
             try:
-                parts.append(await score_rows(rows.slice(start, BATCH_ROWS), stages))
+                scored_parts.append(await score_rows(rows.slice(start, BATCH_ROWS), stages))
             except NotScored as ending:
-                raise SpoolError(f"{path.name}: {ending}; run the same command again to go on") from None
-            scored += len(parts[-1])
+                raise SpoolError(f"{part.name}: {ending}; run the same command again to go on") from None
+            scored += len(scored_parts[-1])
             progress(finished, len(todo), scored / max(time.monotonic() - began, 1e-9))
-        write_segment(out / path.name, pa.concat_tables(parts), key)
+        write_segment(out / part.name, pa.concat_tables(scored_parts), key)
         finished += 1
         progress(finished, len(todo), scored / max(time.monotonic() - began, 1e-9))
     return scored

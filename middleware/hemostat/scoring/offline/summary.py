@@ -68,10 +68,13 @@ def notes(report: Mapping[str, Any]) -> list[str]:
 
 def headline(report: Mapping[str, Any]) -> str:
     """Returns the report's first line."""
-    began, ended = (time.strftime("%Y-%m-%d %H:%M", time.gmtime(report["period"][end])) for end in ("from", "to"))
+    when = ""
+    if report["period"] is not None:
+        began, ended = (time.strftime("%Y-%m-%d %H:%M", time.gmtime(report["period"][end])) for end in ("from", "to"))
+        when = f", {began} to {ended} UTC"
     reference = report["reference"] or {"model": "no reference"}
     return (
-        f"{report['model'] or 'no model'} compared with {reference['model']}, {began} to {ended} UTC: "
+        f"{report['model'] or 'no model'} compared with {reference['model']}{when}: "
         f"{report['scored']} of {report['captures']} captures scored, {report['tokens']} tokens"
     )
 
