@@ -10,6 +10,10 @@ What is different from the offline gate:
   kinds have to span `MIN_CYCLES` cycles for a verdict, and the units of a kind one. An operator may waive that; the
   verdict then holds for traffic like in the hours that were seen, and says so. There, and where the traffic has no
   cycle, units are taken to depend on each other only over times of which many fit in a test, as in `guard`.
+- v̂ does not know what has not happened yet. A candidate that fails a few requests in a row, and seldom, has failed none
+  for a while, and its v̂ is 1 until then. So in a test of passing v̂ is at least what bad answers in runs of `RUN`
+  requests of the traffic would have. Of such a run a mean gets the part that its units are of all: one that has a tenth
+  of the units gets 1.9 of them for each that it gets at all.
 - Which kinds there will be is not known in advance. A mean of a kind is *required* once it has `MIN_UNITS` units (with
   fewer, v̂ is not known), and stays so. How many units a kind has does not depend on their D. So a wrong pass needs the
   test of the first required mean that is at its margin or above it to reject, whichever that is, and has a probability
@@ -36,6 +40,9 @@ from hemostat_calibration.guard.closing import least_mean
 from hemostat_calibration.guard.guard import MIN_CYCLES
 from hemostat_calibration.statistics.dependence import MIN_UNITS, BatchMeans
 from hemostat_calibration.statistics.running_mean import RunningMean
+
+RUN = 10
+"""The number of requests in a row that may fail together without any sign of it before."""
 
 Noted = Callable[[str, int], float]
 """Returns v̂ of sums of so many units of a kind, as far as it is known apart from the gate; `ALL`: of all kinds."""
@@ -219,7 +226,7 @@ class LiveGate:
         for name, means in self.state.means.items():
             for kind, mean in means.items():
                 v = max(inflations[kind], noted(kind, mean.bets.units)) if mean.is_known else math.inf
-                passed = math.isfinite(v) and mean.bets.passing(v) >= needed
+                passed = math.isfinite(v) and mean.bets.passing(max(v, self._unseen_inflation(mean))) >= needed
                 own.append(mean.bets.failing(v) if math.isfinite(v) else 0.0)
                 if mean.elapsed < rules.needed_seconds(kind) and self._required(kind, mean):
                     short.add(kind)
@@ -248,6 +255,10 @@ class LiveGate:
                     own = mean.inflation(in_cycles=self.state.rules.in_cycles)
                     result[kind] = max(result.get(kind, 1.0), own)
         return result
+
+    def _unseen_inflation(self, mean: LiveMean) -> float:
+        """Returns v̂ of bad answers in runs of `RUN` requests, of which the mean gets a part."""
+        return 1.0 + (RUN - 1.0) * mean.bets.units / max(self.state.units, 1)
 
     def _required(self, kind: str, mean: LiveMean) -> bool:
         return kind == ALL or mean.bets.units >= MIN_UNITS

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.gate.live import LiveGate, LiveRules, LiveState
+from hemostat_calibration.gate.live import RUN, LiveGate, LiveRules, LiveState
 from hemostat_calibration.gate.verdict import ALL, FRACTIONS, PRIOR, Outcome, Question
 from hemostat_calibration.statistics.dependence import BatchMeans
 
@@ -73,10 +73,14 @@ def drift(random: np.random.Generator, units: int, mean: float) -> Floats:
     return mean + 0.03 * np.sin(phase) + random.normal(0.0, 0.1, units)
 
 
-def seldom(random: np.random.Generator, units: int, mean: float) -> Floats:
+def seldom(length: int) -> Draw:
     """Nothing mostly, and runs of answers that break off."""
-    bad = np.repeat(random.random(units // 5 + 1) < mean, 5)[:units]
-    return bad.astype(np.float64)
+
+    def draw(random: np.random.Generator, units: int, mean: float) -> Floats:
+        bad = np.repeat(random.random(units // length + 1) < mean, length)[:units]
+        return bad.astype(np.float64)
+
+    return draw
 
 
 WORLDS = [
@@ -87,7 +91,8 @@ WORLDS = [
     World("mild day and night", mild_day_and_night),
     World("days", days),
     World("drift", drift),
-    World("seldom, in runs", seldom),
+    World("seldom, in runs", seldom(5)),
+    World("seldom, in tens", seldom(10)),
 ]
 
 
@@ -133,7 +138,7 @@ def verdicts(values: Floats, *, dependent: bool = True, waived: bool = False) ->
         known = (batches.enough() if dependent else np.ones(lives, bool)) & (outcomes == "")
         # The closed test: half of the weight is not of this mean, and has nothing to say.
         failed = known & (np.log(0.5 * np.exp(_mixed(failing, v)) + 0.48) >= needed)
-        passed = known & ~failed & (_mixed(passing, v) >= needed)
+        passed = known & ~failed & (_mixed(passing, np.maximum(v, RUN) if dependent else v) >= needed)
         outcomes[failed], outcomes[passed] = Outcome.FAIL.value, Outcome.PASS.value
         at[failed | passed] = unit + 1
     return Lives(outcomes, at)

@@ -28,7 +28,7 @@ def test_equal_candidates_pass_and_bad_ones_fail(name: str) -> None:
     assert verdicts(drawn(world, 40, 3200, 0.1, seed=4)).share(Outcome.FAIL) > 0.5
 
 
-@pytest.mark.parametrize("name", ["independent", "runs", "autoregression"])
+@pytest.mark.parametrize("name", ["independent", "runs", "autoregression", "seldom, in runs", "seldom, in tens"])
 def test_neither_error_is_frequent_without_cycles(name: str) -> None:
     world = next(world for world in WORLDS if world.name == name)
     found = verdicts(drawn(world, 100, 2400, 0.05, seed=5), waived=True)

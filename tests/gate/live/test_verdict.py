@@ -8,12 +8,19 @@ import pytest
 from hemostat_calibration import state_codec
 from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.gate.live import LiveGate, LiveRules, LiveState, LiveVerdict
+from hemostat_calibration.gate import live
+from hemostat_calibration.gate.live import RUN, LiveGate, LiveRules, LiveState, LiveVerdict
 from hemostat_calibration.gate.verdict import Outcome, Question
 
 DAY = 86_400.0
 NEAR = Question("near", "farther from the reference", 0.05, 0.15)
 OWN = Question("own", "farther on its own answers", 0.05, 0.15)
+
+
+@pytest.fixture
+def without_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No request is taken to fail together with others before that has been seen: a pass takes fewer units."""
+    monkeypatch.setattr(live, "RUN", 1)
 
 
 def gate(cycle: float = 0.0, *questions: Question, waived: bool = False) -> LiveGate:
@@ -42,6 +49,7 @@ def verdict(gate: LiveGate, noted: float = 1.0) -> LiveVerdict:
     return gate.verdict(lambda kind, units: noted)
 
 
+@pytest.mark.usefixtures("without_runs")
 def test_a_pass_and_a_fail_wait_for_two_cycles() -> None:
     for mean, outcome in ((0.0, Outcome.PASS), (0.3, Outcome.FAIL)):
         made = gate(DAY)
@@ -56,6 +64,7 @@ def test_a_pass_and_a_fail_wait_for_two_cycles() -> None:
         assert verdict(waived).outcome is outcome
 
 
+@pytest.mark.usefixtures("without_runs")
 def test_what_is_noted_of_the_traffic_costs_units() -> None:
     made = gate()
     feed(made, 200, 0.0)
@@ -80,6 +89,19 @@ def test_runs_of_bad_answers_are_expected_where_distances_come_in_runs() -> None
     assert passed <= 6
 
 
+@pytest.mark.parametrize("share", [1, 5])
+def test_a_pass_allows_for_runs_of_bad_answers_that_have_not_come_yet(share: int) -> None:
+    """A question that only a part of the requests is asked gets that part of a run."""
+    made = gate(0.0, NEAR, OWN)
+    units = 0
+    while verdict(made).outcome is Outcome.UNDECIDED:
+        for _ in range(20):
+            made.update("chat", {"near": -0.5} | ({"own": 0.0} if units % share == 0 else {}), now=1.0 + units)
+            units += 1
+    own = units / share
+    assert 60 < own / (1.0 + (RUN - 1.0) / share) < 85
+
+
 def test_few_units_decide_nothing() -> None:
     made = gate()
     feed(made, 40, -0.5)
@@ -97,6 +119,7 @@ def test_a_candidate_that_is_good_in_the_mean_and_bad_in_a_kind_fails() -> None:
     assert found.failed.kind == "code"
 
 
+@pytest.mark.usefixtures("without_runs")
 def test_a_kind_has_to_pass_once_it_is_seen_enough_and_is_named_before() -> None:
     made, now = gate(), 1.0
     for turn in range(80):
@@ -111,6 +134,7 @@ def test_a_kind_has_to_pass_once_it_is_seen_enough_and_is_named_before() -> None
     assert [finding.kind for finding in found.waiting] == ["code"]
 
 
+@pytest.mark.usefixtures("without_runs")
 def test_a_kind_of_which_one_question_is_not_seen_enough_is_named() -> None:
     made = gate(0.0, NEAR, OWN)
     for unit in range(200):
