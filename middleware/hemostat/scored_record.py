@@ -34,6 +34,8 @@ class Use(Flag):
 
 
 NO_USE = Use(0)
+MAX_WEIGHT = 10.0
+"""The largest weight of a record: a few heavy ones would make figures that nothing else confirms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,9 @@ class ScoredRecord:
     applied: CalibrationProfile | None
     figures: TokenDivergence
     """The raw figures; for a record of an adapter, the figures of what was served."""
+    weight: float = 1.0
+    """The number of requests that the record stands for: 1 / the probability with which the spool has admitted it, at
+    most `MAX_WEIGHT`. Figures weigh by it. Tests take records as they are, as no admission depends on an outcome."""
     _gains: dict[str, Gain] = field(default_factory=dict, repr=False, compare=False)
     """The gains that were computed, by version."""
 

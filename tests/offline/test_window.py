@@ -49,7 +49,7 @@ class World:
         models.set_pair("m", await self.reference.start())
         time = EvidenceTime(lambda: self.wall)
 
-        def emit(record: TokenRecord, complete: Capture) -> None:
+        def emit(record: TokenRecord, complete: Capture, probability: float) -> None:
             assert record.request_id == complete.request_id
             self.handed.append(record.request_id)
             self.times.append(time.now())

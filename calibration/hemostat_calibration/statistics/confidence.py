@@ -139,7 +139,8 @@ class MeanSequence:
 class ClippedMean:
     """Mean per token of a figure that is at least `lo`, its values clipped at `cap`, with an asymptotic interval.
 
-    clipped: tokens above the cap. Raises InvalidArgumentError unless lo < cap, both finite.
+    clipped: tokens above the cap, times the weights of their requests, rounded. Raises InvalidArgumentError unless lo <
+    cap, both finite.
 
     >>> mean = ClippedMean(0.0, 5.0).update(np.array([1.0, 9.0, np.nan]))
     >>> mean.get().mean, mean.clipped_share
@@ -155,18 +156,23 @@ class ClippedMean:
         if not (math.isfinite(self.lo) and math.isfinite(self.cap) and self.lo < self.cap):
             raise InvalidArgumentError(f"values from {self.lo} to {self.cap}: both must be finite, and increase")
 
-    def update(self, values: Floats) -> ClippedMean:
+    def update(self, values: Floats, weight: float = 1.0) -> ClippedMean:
         """Returns the state with one more request's tokens, [T]. NaN ("not available") is left out; a request with
-        nothing else adds nothing. Raises InvalidArgumentError if a value is below lo (by more than rounding).
+        nothing else adds nothing. weight: the number of requests that it stands for, such as 1 / the probability with
+        which it was sampled. Raises InvalidArgumentError if a value is below lo (by more than rounding).
+
+        >>> mean = ClippedMean(0.0, 5.0).update(np.array([1.0])).update(np.array([4.0]), weight=2.0)
+        >>> mean.get().mean, mean.tokens
+        (3.0, 3)
         """
         values = values[~np.isnan(values)]
         if not len(values):
             return self
         if values.min() < self.lo - 1e-9 * (self.cap - self.lo):
             raise InvalidArgumentError(f"value {values.min()} is below {self.lo}")
-        total = float(np.clip(values, self.lo, self.cap).sum())
-        clipped = self.clipped + int((values > self.cap).sum())
-        return ClippedMean(self.lo, self.cap, self.sequence.update(total, len(values)), clipped)
+        total = weight * float(np.clip(values, self.lo, self.cap).sum())
+        clipped = self.clipped + round(weight * int((values > self.cap).sum()))
+        return ClippedMean(self.lo, self.cap, self.sequence.update(total, weight * len(values)), clipped)
 
     def merge(self, other: ClippedMean) -> ClippedMean:
         """Returns the mean of the requests of both. Raises InvalidArgumentError if the ranges differ."""

@@ -120,12 +120,13 @@ class ByKind:
         served: TokenDivergence,
         profile: CalibrationProfile | None,
         gain: Gain | None,
+        weight: float = 1.0,
     ) -> None:
         """Adds a record that is an observation of its own, after `update_totals`. raw: None if it is of an adapter.
-        profile, gain: of the calibrated stage."""
+        profile, gain: of the calibrated stage. weight: see `ScoredRecord.weight`."""
         kind = self._kinds[record.kind or REST_KIND]
         if raw is not None:
-            kind.raw.update(raw, record.client)
+            kind.raw.update(raw, record.client, weight)
         if record.arm in kind.served:
             kind.served[record.arm].update(served, record.client)
         if raw is None or profile is None or gain is None:

@@ -46,6 +46,7 @@ class ConditionalFigures:
         figures: TokenDivergence,
         fresh: bool,
         gain_of: Callable[[CalibrationProfile], Gain] | None = None,
+        weight: float = 1.0,
     ) -> None:
         """Adds one constrained record; as `Measurements.update`."""
         if profile is not None and profile.changes_weights:
@@ -63,8 +64,8 @@ class ConditionalFigures:
         self.by_kind.update_totals(record, served_figures)
         if fresh:
             if own:
-                self._raw.update(figures, record.client)
-            self.by_kind.update(record, figures if own else None, served_figures, profile, gained)
+                self._raw.update(figures, record.client, weight)
+            self.by_kind.update(record, figures if own else None, served_figures, profile, gained, weight)
 
     def forget(self) -> None:
         """Begins the figures anew. Counts of tokens go on."""

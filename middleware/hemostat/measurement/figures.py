@@ -132,8 +132,9 @@ class StageFigures:
         self.requests = 0
         self.tokens = 0
 
-    def update(self, figures: TokenDivergence, client: bytes = b"") -> None:
-        """Adds one request. client: the digest of whom it is from."""
+    def update(self, figures: TokenDivergence, client: bytes = b"", weight: float = 1.0) -> None:
+        """Adds one request. client: the digest of whom it is from. weight: the number of requests that it stands for in
+        means per token; it counts once in `by_request`."""
         self.requests += 1
         self.tokens += len(figures.kl_rc)
         self._exact = self._exact and figures.bound == "exact"
@@ -141,11 +142,11 @@ class StageFigures:
         for at, (name, figure) in enumerate(self._figures.items()):
             values = np.asarray(figure.values(figures), dtype=np.float64)
             if figure.lo < 0.0:
-                self._below[name] += int((values < figure.lo).sum())
+                self._below[name] += round(weight * int((values < figure.lo).sum()))
                 values = np.maximum(values, figure.lo)
-            self._means[name] = self._means[name].update(values)
+            self._means[name] = self._means[name].update(values, weight)
             given = np.clip(values[~np.isnan(values)], figure.lo, figure.cap)
-            x[at], n[at] = given.sum(), len(given)
+            x[at], n[at] = weight * given.sum(), weight * len(given)
             if name in self._by_request and len(given):
                 self._by_request[name] = self._by_request[name].update(float(given.mean()))
         self._dependence.update(x, n, client)

@@ -167,6 +167,7 @@ class Measurements:
         gain_of: Callable[[CalibrationProfile], Gain] | None = None,
         figures: TokenDivergence | None = None,
         fresh: bool = True,
+        weight: float = 1.0,
     ) -> TokenDivergence:
         """Adds one record; `profile` is the one that the calibrated stage is about, `served` the one that was applied.
 
@@ -176,6 +177,7 @@ class Measurements:
         figures: `divergence(record, served)`; None: it is computed here.
         fresh: the record is an observation of its own: the first of its conversation and kind. Others count in tokens
             and histograms, not in figures with intervals.
+        weight: see `ScoredRecord.weight`; the raw figures weigh by it.
         Returns the figures.
         """
         raw = divergence(record, served) if figures is None else figures
@@ -210,12 +212,12 @@ class Measurements:
         self.by_place.update(record, raw, fresh=fresh)
         if not fresh:
             return raw
-        self._raw.update(raw, record.client)
+        self._raw.update(raw, record.client, weight)
         self.survival.update(record, raw)
         self.by_decoding.update(decoded, raw, drawn, record.client)
-        self._where.setdefault((record.route, record.label), self._figures()).update(raw, record.client)
+        self._where.setdefault((record.route, record.label), self._figures()).update(raw, record.client, weight)
         self._served[arm].update(served_figures, record.client)
-        self.by_kind.update(record, raw, served_figures, profile, gained)
+        self.by_kind.update(record, raw, served_figures, profile, gained, weight)
         if profile is not None:
             stage = self._after.pop(profile.version, None) or self._begin(profile)
             stage.after.update(after, record.client)

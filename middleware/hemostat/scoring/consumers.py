@@ -78,7 +78,14 @@ class Figures:
         elif scored.uses & (Use.FIGURES | Use.CONDITIONAL_FIGURES):
             update = self.measurements.update if Use.FIGURES in scored.uses else self.measurements.conditional.update
             shown = (scored.record, scored.profile, scored.applied)
-            update(*shown, held_out=scored.held_out, gain_of=scored.gain, figures=figures, fresh=fresh)
+            update(
+                *shown,
+                held_out=scored.held_out,
+                gain_of=scored.gain,
+                figures=figures,
+                fresh=fresh,
+                weight=scored.weight,
+            )
 
 
 @dataclass(frozen=True, slots=True)

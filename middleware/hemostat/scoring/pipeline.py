@@ -147,7 +147,8 @@ class ScoringPipeline:
         else:
             self.scorer.offer(capture)
 
-    def update(self, record: TokenRecord, capture: Capture) -> None:
-        """Uses a scored record, which comes from the scorer."""
+    def update(self, record: TokenRecord, capture: Capture, probability: float = 1.0) -> None:
+        """Uses a scored record, which comes from the scorer, or later from the spool. probability: with which the spool
+        has admitted its capture."""
         if self._decides():
-            self.users.update(record, capture)
+            self.users.update(record, capture, probability)

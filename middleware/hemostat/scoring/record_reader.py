@@ -15,7 +15,7 @@ from dataclasses import replace
 from hemostat.ipc.messages import Capture
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.pair import ServedModelsSource
-from hemostat.scored_record import NO_USE, ScoredRecord, Use
+from hemostat.scored_record import MAX_WEIGHT, NO_USE, ScoredRecord, Use
 from hemostat.scoring.capture_arrays import prompt_ids
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.divergence.per_token import divergence
@@ -82,7 +82,8 @@ class RecordReader:
         self._profiles = profiles
         self._seen = SeenUnits()
 
-    def read(self, record: TokenRecord, capture: Capture) -> ScoredRecord:
+    def read(self, record: TokenRecord, capture: Capture, probability: float = 1.0) -> ScoredRecord:
+        """Returns the scored record. probability: with which the spool has admitted its capture."""
         served, profiles = self._models.served, self._profiles
         pair = served.of(record.model) or served.calibrated
         calibrated = pair is served.calibrated
@@ -102,4 +103,5 @@ class RecordReader:
             profile=profile,
             applied=applied,
             figures=divergence(record, applied),
+            weight=min(1.0 / probability, MAX_WEIGHT),
         )

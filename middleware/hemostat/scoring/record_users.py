@@ -87,9 +87,9 @@ class RecordUsers:
             WithDistances(distances, profiles, Each(with_distances)),
         ]
 
-    def update(self, record: TokenRecord, capture: Capture) -> None:
-        """Makes a `ScoredRecord` of the record, and hands it to each consumer."""
-        Each(self.consumers).update(self._reader.read(record, capture))
+    def update(self, record: TokenRecord, capture: Capture, probability: float = 1.0) -> None:
+        """Makes a `ScoredRecord` of the record, and hands it to each consumer. probability: see `RecordReader.read`."""
+        Each(self.consumers).update(self._reader.read(record, capture, probability))
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.INTERNAL_ERRORS, (FailedPart.CALIBRATION.value,), self.calibration.errors)

@@ -119,7 +119,7 @@ class Evidenced:
             self._models.adapters.add(capture.adapter)
         self._stored.row = row
         record, complete = await self._stages.score(capture, None if tap is None else tap.result())
-        self._consumer.update(self._reader.read(record, complete))
+        self._consumer.update(self._reader.read(record, complete, row.spooled.probability))
 
     def report(self) -> dict[str, Any]:
         """Returns the report, JSON-ready."""

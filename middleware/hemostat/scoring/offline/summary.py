@@ -8,6 +8,7 @@ from typing import Any
 
 from hemostat.report.formats import format_cell
 from hemostat.report.page import Section, Table, render
+from hemostat.scored_record import MAX_WEIGHT
 
 MARKER = b"<title>hemostat report"
 FIGURES = {
@@ -59,7 +60,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     if report["admitted_below_1"]:
         result.append(
             f"{report['admitted_below_1']} captures were admitted with a probability below 1, as the spool was more "
-            "than half full. Figures count each capture once, so times when the spool was full weigh less."
+            f"than half full. Each counts in means as 1/probability captures, at most {MAX_WEIGHT:.0f}."
         )
     if report["raw"]["requests"] and figure(report["raw"], "kl_nats")[1][0] is None:
         result.append("There are too few requests for intervals.")

@@ -49,9 +49,9 @@ def is_open(window: tuple[int, int], at: float) -> bool:
 class SpoolScoring:
     """Owns which rows of a spool were handed on.
 
-    emit: is handed every record with its capture. save: stores what was made of the records. evidence_time: is set to
-    the time of each row before. may_score: returns True while this process is the active one, and has a reference.
-    wall: Unix time.
+    emit: is handed every record with its capture, and the probability with which that was admitted. save: stores what
+    was made of the records. evidence_time: is set to the time of each row before. may_score: returns True while this
+    process is the active one, and has a reference. wall: Unix time.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class SpoolScoring:
         window: tuple[int, int],
         stages: ScoringStages,
         *,
-        emit: Callable[[TokenRecord, Capture], None],
+        emit: Callable[[TokenRecord, Capture, float], None],
         save: Callable[[], None],
         evidence_time: EvidenceTime,
         may_score: Callable[[], bool],
@@ -145,7 +145,7 @@ class SpoolScoring:
         if isinstance(result, tuple):
             self.scored += 1
             try:
-                self._emit(*result)
+                self._emit(*result, spooled.probability)
             except RuntimeError:  # the log has it
                 self.unscored["internal_error"] += 1
         else:
