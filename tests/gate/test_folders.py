@@ -13,12 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support.captures import capture
 from tests.support.fake_vllm import FakeVllm
 from tests.support.gate_servers import servers
 from tests.support.paths import ROOT, SOURCES
 
 from hemostat.cli import main
 from hemostat.gate.asked import load
+from hemostat.scoring.capture_arrays import decode_capture
+from hemostat.scoring.spool.columns import to_rows
+from hemostat.scoring.spool.keys import SpoolKey
+from hemostat.scoring.spool.segments import segment_name, write_segment
+from hemostat.scoring.spool.spooled import Spooled
 from hemostat_lab.demo import vllm_server
 
 PASS, FAIL, UNDECIDED = 0, 1, 2
@@ -120,6 +126,26 @@ def test_what_records_path_has_written_is_asked_again(gate: Gate, tmp_path: Path
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     with servers(FakeVllm(), FakeVllm()) as (stable, candidate):
         code, text = gate(stable, candidate, "--captures", str(folder))
+    assert code == UNDECIDED, text
+    assert "all prompts were asked after 20 prompts; about " in text
+
+
+def test_the_files_of_a_spool_are_asked_again(gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(5)
+    made = [
+        capture(str(n), prompt_token_ids=random.integers(0, 250, 30).astype("<i4").tobytes(), kind="chat")
+        for n in range(20)
+    ]
+    two_choices = [*made, made[0]]
+    key = "ab" * 32
+    monkeypatch.setenv("SPOOL_KEY", key)
+    rows = to_rows([Spooled(decode_capture(one), 1_700_000_000.0) for one in two_choices])
+    write_segment(tmp_path / f"{segment_name(1_700_000_000.0)}.parquet", rows, SpoolKey(bytes.fromhex(key)))
+    with servers(FakeVllm(), FakeVllm()) as (stable, candidate):
+        code, text = gate(stable, candidate, "--captures", str(tmp_path))
+        assert code == UNDECIDED
+        assert "it is encrypted; name its key by --key" in text
+        code, text = gate(stable, candidate, "--captures", str(tmp_path), "--key", "env:SPOOL_KEY")
     assert code == UNDECIDED, text
     assert "all prompts were asked after 20 prompts; about " in text
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from hemostat import __version__
 from hemostat.commands.arguments import SERVER, UsageError, positive_integer, vllm_server
+from hemostat.commands.report import KEY_HELP
 from hemostat.config.packages import install_command
 
 if TYPE_CHECKING:
@@ -60,8 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='A file with one prompt per line, best of your own traffic: text, {"prompt": "..."} or {"messages": '
         '[...]}, with "kind", "max_tokens", "response_format" and "tools" if you like; or what records.path has '
-        "written; or a folder of such files (default: prompts that come with Hemostat).",
+        "written; or a folder of such files, or of spool.path (default: prompts that come with Hemostat).",
     )
+    parser.add_argument("--key", default="plain", metavar="KEY", help=KEY_HELP)
     parser.add_argument(
         "--within", type=_duration, default=3600.0, metavar="TIME", help="Longest time, like 30m (default: 1h)."
     )
@@ -159,7 +161,7 @@ async def _asked(options: argparse.Namespace) -> tuple[Result, Subject]:
     from hemostat.report.progress import Reporter  # noqa: PLC0415
     from hemostat_calibration.gate.verdict import Gate, Outcome  # noqa: PLC0415
 
-    prompts = asked.load(options.prompts)
+    prompts = asked.load(options.prompts, options.key)
     expect = unit.Expect(options.expect)
     margin = options.margin if options.margin is not None else unit.MARGINS[expect]
     reference_name = options.reference or ""

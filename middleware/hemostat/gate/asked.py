@@ -1,10 +1,11 @@
-"""The prompts of a file, one in each line, as text or as JSON; or requests that `records.path` has recorded."""
+"""The prompts of a file, one in each line, as text or as JSON; or requests that `records.path` or a spool has
+recorded."""
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from hemostat.config.packages import require
 from hemostat.config.prompt_lines import PromptFileError, lines_of, parse_line
+from hemostat.ipc.messages import REST_KIND
+from hemostat.scoring.capture_arrays import prompt_ids
 from hemostat_calibration.statistics.templates import TemplateTable
 
 SHAPE = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
@@ -56,17 +60,37 @@ class Prompt(msgspec.Struct, frozen=True):
         return [{"role": message.role, "content": message.content} for message in self.messages]
 
 
-def load(path: Path | None) -> list[Prompt]:
+def load(path: Path | None, key: str = "plain") -> list[Prompt]:
     """Returns the prompts of a file, or of the files of a folder, each once. None: the prompts that come with Hemostat.
-    Raises PromptFileError."""
+    key: of a spool's files, as in `spool.key`. Raises PromptFileError, and HemostatError for a spool."""
     prompts: dict[str, Prompt] = {}
     for name, data in _read(path):
         for number, line in lines_of(data):
             prompt = _parse(line, f"{name}:{number}")
             prompts.setdefault(prompt.digest, prompt)
+    for prompt in _spooled(path, key):
+        prompts.setdefault(prompt.digest, prompt)
     if not prompts:
         raise PromptFileError(f"--prompts: {path} has no prompt; write one in each line, as text or {SHAPE}")
     return list(prompts.values())
+
+
+def _spooled(path: Path | None, key: str) -> Iterator[Prompt]:
+    """Yields the prompts of a spool's segments."""
+    files = sorted(path.glob("captures-*.parquet")) if path is not None and path.is_dir() else []
+    if not files:
+        return
+    require("spool")
+    from hemostat.scoring.spool.columns import SCHEMA_VERSION, VERSION_KEY, from_rows  # noqa: PLC0415
+    from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415
+    from hemostat.scoring.spool.segments import read_segment  # noqa: PLC0415
+
+    spool_key = read_key(key)
+    for file in files:
+        for spooled in from_rows(read_segment(file, spool_key, {VERSION_KEY: SCHEMA_VERSION})):
+            ids = prompt_ids(spooled.capture).tolist()
+            if ids:
+                yield Prompt(prompt_token_ids=tuple(ids), kind=spooled.capture.kind or REST_KIND)
 
 
 def _read(path: Path | None) -> list[tuple[str, bytes]]:
