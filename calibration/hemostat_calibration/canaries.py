@@ -18,9 +18,9 @@ replay, and the tolerance. An engine has changed *at once*, if two replays in a 
 
 - At least `votes_needed` sequences vote so, and the mean distance of all tokens exceeds the largest one of the baseline
   by more than a mode may.
-- A part of a sequence (its tokens with a context of fewer than 128 tokens, of fewer than 512, or of more) has a
-  distance of more than PART_FACTOR times its bound, and it is the same part twice. This finds what few sequences show,
-  or what only long contexts show.
+- A part of a sequence (its answer, or the tokens of its prompt with a context of fewer than 128 tokens, of fewer than
+  512, or of more) has a distance of more than PART_FACTOR times its bound, and it is the same part twice. This finds
+  what few sequences show, what only long contexts show, or what only tokens show that were decoded.
 
 If at least `votes_needed` sequences vote, and no more than a mode may, the engine has changed only if this lasts:
 in LASTING_REPLAYS replays in a row, an hour apart. A mode comes and goes within a week; a change stays.
@@ -110,7 +110,8 @@ ADAPTER_SEQUENCES = 20
 """The number of sequences of an adapter. They are the shortest ones, so that the sequences of several adapters fit next
 to the base model's.
 """
-SCHEMA = 3
+SCHEMA = 4
+OLDER_SCHEMAS = (2, 3)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -251,8 +252,9 @@ class CanarySet:
     baseline: float64 [R, N], log-probabilities in nats of all scored tokens of all sequences, one after the other,
     N = Σ (P + A − 1), of R replays. reference: float64 [N], of the reference; empty where there is none. cause: what
     the cause of a change is found by; None of an adapter, and where the model's context is too short. conditions: of
-    each baseline replay; empty for a set that was stored without. Raises InvalidArgumentError if they do not fit
-    together.
+    each baseline replay; empty for a set that was stored without. decoded: the engine decodes the answers, token by
+    token, as its plugin is given them; False: all tokens are scored by a prefill. Raises InvalidArgumentError if they
+    do not fit together.
     """
 
     canaries: tuple[Canary, ...]
@@ -261,6 +263,7 @@ class CanarySet:
     reference: Floats = field(default_factory=lambda: np.empty(0))
     cause: CauseBaseline | None = None
     conditions: tuple[Condition, ...] = ()
+    decoded: bool = False
 
     def __post_init__(self) -> None:
         require_sequences(self.canaries)
@@ -363,7 +366,7 @@ class CanarySet:
     def from_bytes(cls, data: bytes) -> CanarySet:
         """Returns the set that `to_bytes` wrote. Raises InvalidArgumentError, whose text is one line, if it is anything
         else."""
-        return state_codec.decode(cls, data, SCHEMA, older=(2,))
+        return state_codec.decode(cls, data, SCHEMA, OLDER_SCHEMAS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -389,7 +392,7 @@ def _means(values: Floats, lengths: Indices) -> Floats:
 @lru_cache(maxsize=64)
 def _lengths(canaries: tuple[Canary, ...]) -> tuple[Indices, Indices]:
     """Returns the numbers of scored tokens of all sequences, and of all parts."""
-    parts = [len(part) for canary in canaries for part in parts_of(canary.scored)]
+    parts = [len(part) for canary in canaries for part in parts_of(canary.scored, len(canary.prompt) - 1)]
     return np.array([canary.scored for canary in canaries]), np.array(parts)
 
 
@@ -415,14 +418,20 @@ def _stacked(rows: Sequence[Distances]) -> Distances:
     return Distances(*(np.array([getattr(row, name) for row in rows]) for name in ("sequences", "parts", "mean")))
 
 
-def parts_of(scored: int) -> list[range]:
-    """Returns the parts of a sequence's scored tokens, by the length of their context. A part that would be shorter
-    than MIN_PART belongs to the one before.
+def parts_of(scored: int, answer: int = 0) -> list[range]:
+    """Returns the parts of a sequence's scored tokens: its answer, and the tokens of its prompt by the length of their
+    context. A part that would be shorter than MIN_PART belongs to the one before. answer: the first scored token of the
+    answer.
 
-    >>> parts_of(80), parts_of(520), parts_of(900)
-    ([range(0, 80)], [range(0, 128), range(128, 520)], [range(0, 128), range(128, 512), range(512, 900)])
+    >>> parts_of(80), parts_of(520), parts_of(80, 40)
+    ([range(0, 80)], [range(0, 128), range(128, 520)], [range(0, 40), range(40, 80)])
+    >>> parts_of(900, 860)
+    [range(0, 128), range(128, 512), range(512, 860), range(860, 900)]
     """
-    begins = [0, *(depth for depth in DEPTHS if depth + MIN_PART <= scored)]
+    begins = [0]
+    for begin in sorted({*(depth for depth in DEPTHS if depth < answer or not answer), answer}):
+        if begin - begins[-1] >= MIN_PART and scored - begin >= MIN_PART:
+            begins.append(begin)
     return [range(begin, end) for begin, end in zip(begins, [*begins[1:], scored], strict=True)]
 
 

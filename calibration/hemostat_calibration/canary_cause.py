@@ -83,6 +83,7 @@ class Cause(DescribedEnum):
     KV_CACHE = "kv_cache", "the KV cache holds coarser, or finer, values"
     PREFIX_CACHE = "prefix_cache", "what is decoded behind a cached prompt"
     BATCH = "batch", "what is computed beside other requests"
+    DECODING = "decoding", "what is decoded, and not what a prefill computes of the same tokens"
     CHUNK_BOUNDARY = "chunk_boundary", "what follows the end of a chunk of a long prompt"
     ONE_ENGINE = "one_engine", "one engine of several; the text says what there"
     UNKNOWN = "unknown", "no single cause explains what differs"
@@ -145,6 +146,9 @@ _TABLE: dict[Cause, dict[Variant, frozenset[State]]] = {
         Variant.CACHED: _S,
         Variant.BESIDE: _SOME,
     },
+    Cause.DECODING: {Variant.LONG: _S, Variant.LONG_BESIDE: _S | _MAYBE, Variant.SHORT: _S}
+    | dict.fromkeys(DECODING, _SOME)
+    | {Variant.BESIDE: _SOME | _MAYBE},
     # And the first difference has to move: `_chunk`.
     Cause.CHUNK_BOUNDARY: {Variant.LONG: _SOME, Variant.LONG_BESIDE: _SOME, Variant.SHORT: _S}
     | dict.fromkeys(DECODING, _ANY),
@@ -157,10 +161,19 @@ _NAMES = {
     Cause.KV_CACHE: "KV cache",
     Cause.PREFIX_CACHE: "prefix cache",
     Cause.BATCH: "batch",
+    Cause.DECODING: "prefill and decode differ",
     Cause.CHUNK_BOUNDARY: "chunk boundary",
     Cause.ONE_ENGINE: "one engine of several",
     Cause.UNKNOWN: "unknown",
 }
+
+
+_ALONE = {
+    Cause.PREFIX_CACHE: (Variant.CACHED, "nothing else has"),
+    Cause.BATCH: (Variant.BESIDE, "nothing that is computed alone has"),
+    Cause.DECODING: (Variant.DECODED, "the prefill of the same tokens has not"),
+}
+"""The variant whose change is named for a cause that leaves others as they are, and what is said of the others."""
 
 
 def text_of(sequences: Sequence[Sequence[int]], max_model_len: int = 0) -> Ids:
@@ -296,12 +309,9 @@ class CauseBaseline:
             )
         if len(fits) == 1:
             (cause,) = fits
-            changed = Variant.CACHED if cause is Cause.PREFIX_CACHE else Variant.BESIDE
-            return _verdict(
-                cause,
-                f"{_DESCRIBED[changed]} has changed by {readings[changed].nats:.3f} nats (bound {bounds.mean:.3f}), "
-                + ("nothing else has" if cause is Cause.PREFIX_CACHE else "nothing that is computed alone has"),
-            )
+            changed, rest = _ALONE[cause]
+            figures = f"has changed by {readings[changed].nats:.3f} nats (bound {bounds.mean:.3f})"
+            return _verdict(cause, f"{_DESCRIBED[changed]} {figures}, {rest}")
         return _verdict(Cause.UNKNOWN, f"no single cause explains the variants: {_listed(readings)}")
 
     # --- what a variant says ---------------------------------------------------------------------------------------

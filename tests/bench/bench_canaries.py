@@ -180,15 +180,15 @@ async def take(url: str) -> CanarySet:
 
 async def baseline(url: str, canaries: Sequence[Canary]) -> CanarySet:
     async with client_of(url) as client:
-        return await client.baseline(canaries, await client.origin())
+        return await client.baseline(canaries, await client.origin(), decoded=False)
 
 
 async def one_or_two(url: str, taken: CanarySet, repeat: bool) -> list[Floats]:
     """One replay, and with `repeat` a second one where the first exceeds, as `hemostat canaries replay` does."""
     async with client_of(url) as client:
-        first = await client.replay(taken.canaries)
+        first = await client.replay(taken)
         twice = repeat and taken.compare(first).changed
-        return [first, await client.replay(taken.canaries)] if twice else [first]
+        return [first, await client.replay(taken)] if twice else [first]
 
 
 async def replays(url: str, taken: CanarySet, count: int, idle: bool) -> list[Floats]:
@@ -204,8 +204,8 @@ async def replays(url: str, taken: CanarySet, count: int, idle: bool) -> list[Fl
     tasks = [asyncio.create_task(clients()) for _ in range(0 if idle else LOAD)]
     try:
         if idle:
-            return [await CanaryClient(server, NAME).replay(taken.canaries) for _ in range(count)]
-        return await asyncio.gather(*[CanaryClient(server, NAME).replay(taken.canaries) for _ in range(count)])
+            return [await CanaryClient(server, NAME).replay(taken) for _ in range(count)]
+        return await asyncio.gather(*[CanaryClient(server, NAME).replay(taken) for _ in range(count)])
     finally:
         for task in tasks:
             task.cancel()

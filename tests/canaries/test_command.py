@@ -94,11 +94,11 @@ def test_a_set_is_taken_in_several_replays_and_says_what_of(
     answers = [body for body in fake.requests if "prompt_logprobs" not in body]
     assert [body["temperature"] for body in answers] == [0.0, 1.0] * 8
     scored = [body for body in fake.requests if "prompt_logprobs" in body]
-    assert len(scored) == 1 + REPLAYS * 16  # the first one before the answers
+    assert len(scored) == 2 + REPLAYS * 16  # if it decodes given tokens, and if it scores, before the answers
     assert len({body["cache_salt"] for body in fake.requests}) == len(fake.requests)
     expected = (1, 0.0, 0, client.PRIORITY)
     keys = ("max_tokens", "temperature", "prompt_logprobs", "priority")
-    assert {tuple(body[key] for key in keys) for body in scored} == {expected}
+    assert {tuple(body[key] for key in keys) for body in scored[1:]} == {expected}
 
 
 def test_an_unchanged_server_is_equal_after_one_replay(
@@ -108,6 +108,31 @@ def test_an_unchanged_server_is_equal_after_one_replay(
     assert main(["canaries", "replay", url, str(taken)]) == EQUAL
     assert capsys.readouterr().out.startswith("equal: 0 of 16 sequences differ")
     assert len(fake.requests) == 16
+
+
+def test_answers_are_decoded_where_the_plugin_is_and_a_fault_of_decoding_alone_is_found(
+    url: str, fake: FakeVllm, taken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, path = tmp_path / "prompts", tmp_path / "set.json"
+    prompts.write_text("".join(f"prompt {n}\n" for n in range(16)))
+    fake.plugin = True
+    assert main(["canaries", "take", url, str(path), "--prompts", str(prompts)]) == EQUAL
+    result = CanarySet.from_bytes(path.read_bytes())
+    assert (result.decoded, result.baseline.shape) == (True, (REPLAYS, result.scored))
+    fake.requests.clear()
+    assert main(["canaries", "replay", url, str(path)]) == EQUAL
+    asked = [(body["prompt"], body["vllm_xargs"]["hemostat_force"]) for body in fake.requests]
+    assert asked == [(canary.prompt.tolist(), canary.answer.tolist()) for canary in result.canaries]
+    fake.fault = "decoding"
+    assert main(["canaries", "replay", url, str(path)]) == CHANGED
+    assert main(["canaries", "replay", url, str(taken)]) == EQUAL, "a prefill of the whole sequence does not see it"
+    fake.fault, fake.not_a_number = "", True
+    assert [main(["canaries", "replay", url, str(each)]) for each in (path, taken)] == [CHANGED, CHANGED]
+    fake.not_a_number = False
+    for lost in ({"plugin": False}, {"plugin": True, "raw_logprobs": False}):
+        for name, value in lost.items():
+            setattr(fake, name, value)
+        assert "does not decode the tokens that it is given" in refused(["replay", url, str(path)], capsys)
 
 
 def test_another_model_under_the_same_name_is_changed_in_two_replays(

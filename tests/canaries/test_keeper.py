@@ -32,8 +32,8 @@ async def test_a_set_is_taken_when_engines_have_served_a_while_and_replayed_ever
         assert bench.canaries.report()["detail"] == "no set was taken yet"
         await bench.settle(FIRST_SECONDS)
         assert bench.asked() == [
-            1 + SEQUENCES * 5
-        ]  # one before the answers, four replays of the baseline, the first one
+            2 + SEQUENCES * 5
+        ]  # two before the answers, four replays of the baseline, the first one
         await bench.settle(HOUR_SECONDS - 1)
         assert bench.asked() == [0]
         await bench.settle(1)
@@ -63,6 +63,28 @@ async def test_another_model_under_the_same_name_is_stated_after_two_replays_and
         await bench.settle(HOUR_SECONDS)
         assert bench.statements() == []
         assert "is as it was" in bench.written.events(1)[0]["why"]
+
+
+async def test_engines_with_the_plugin_decode_what_the_control_process_has_signed(tmp_path: Path) -> None:
+    fake = FakeVllm(plugin=True)
+    async with world(tmp_path, fake, prompts="".join(f"prompt {n}\n" for n in range(SEQUENCES))) as bench:
+
+        async def settle(seconds: float) -> None:
+            bench.now += seconds
+            fake.secret = bench.registry.secrets.current(bench.now)
+            await bench.settle()
+
+        await settle(FIRST_SECONDS)
+        assert bench.canaries.report()["set"]["decoded"]
+        assert bench.statements() == []
+        fake.fault = "decoding"
+        await settle(HOUR_SECONDS)
+        (text,) = bench.statements()
+        assert f"{SEQUENCES} of {SEQUENCES} sequences differ" in text
+        fake.secret, fake.fault = "0" * 32, ""
+        await bench.settle(HOUR_SECONDS)
+        (failure,) = bench.canaries.report()["failures"].values()
+        assert "does not decode the tokens that it is given" in failure
 
 
 async def test_the_baseline_grows_for_a_day_and_not_by_what_is_suspected(tmp_path: Path) -> None:
@@ -212,8 +234,9 @@ async def test_an_adapter_has_a_baseline_of_its_own_so_that_a_wrong_one_after_a_
         assert {row["model"] for row in bench.canaries.report()["engines"]} == {"fake", "summaries"}
         plain = fake.row_logprobs
 
-        def wrong(context: list[int], body: dict[str, Any]) -> Any:
-            return FakeVllm(seed=3).logprobs(context) if body.get("model") == "summaries" else plain(context, body)
+        def wrong(context: list[int], body: dict[str, Any], **more: bool) -> Any:
+            of_adapter = body.get("model") == "summaries"
+            return FakeVllm(seed=3).logprobs(context) if of_adapter else plain(context, body, **more)
 
         fake.row_logprobs = wrong  # type: ignore[method-assign]
         bench.up[bench.names[0]] = False

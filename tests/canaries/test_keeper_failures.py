@@ -46,15 +46,15 @@ async def test_a_replay_that_fails_costs_what_was_sent(tmp_path: Path) -> None:
 async def test_a_baseline_of_two_models_is_dropped(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fake, plain, replaced = FakeVllm(root="/models/a"), client.CanaryClient.replay, []
+    fake, plain, replaced = FakeVllm(root="/models/a"), client.CanaryClient._replay_beside, []
     async with world(tmp_path, fake) as bench:
 
         def report(boot: str) -> None:
             bench.now += 60  # the former process is silent
             bench.registry.update(RankReport(boot, 0, 1, [], 512, {}, "v1", "0.32.0", weights=boot * 32), bench.now)
 
-        async def replace_after(self: client.CanaryClient, canaries: Any) -> Any:
-            values = await plain(self, canaries)
+        async def replace_after(self: client.CanaryClient, *canaries: Any, decoded: bool) -> Any:
+            values = await plain(self, *canaries, decoded=decoded)
             if not replaced:
                 replaced.append(what)
                 if what == "root":
@@ -63,7 +63,7 @@ async def test_a_baseline_of_two_models_is_dropped(
                     report("2")
             return values
 
-        monkeypatch.setattr(client.CanaryClient, "replay", replace_after)
+        monkeypatch.setattr(client.CanaryClient, "_replay_beside", replace_after)
         bench.now += FIRST_SECONDS
         report("1")
         await bench.settle()
@@ -158,8 +158,10 @@ async def test_a_set_that_is_forgotten_while_an_adapters_is_taken_is_not_replace
     async with world(tmp_path, FakeVllm(adapters=("a",))) as bench:
         plain, accepted = client.CanaryClient.baseline, []
 
-        async def accept_meanwhile(self: client.CanaryClient, canaries: Sequence[Canary], origin: Origin) -> CanarySet:
-            taken = await plain(self, canaries, origin)
+        async def accept_meanwhile(
+            self: client.CanaryClient, canaries: Sequence[Canary], origin: Origin, *, decoded: bool
+        ) -> CanarySet:
+            taken = await plain(self, canaries, origin, decoded=decoded)
             if self.model == "a" and not accepted:
                 bench.canaries.accept()
                 accepted.append(taken)

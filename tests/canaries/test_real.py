@@ -139,3 +139,42 @@ def test_faults_of_a_real_engine_have_their_causes(checkpoints: Checkpoints, tmp
             verdict = baseline.explain(asked(server, lambda _, client: client.measure(baseline.text)), TOLERANCE_NATS)
             found[cause] = verdict.text if verdict.cause is not cause else ""
     assert found == dict.fromkeys(faults, "")
+
+
+@pytest.mark.slow
+def test_a_set_with_decoded_answers_finds_what_a_prefill_does_not(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "ANSWER_TOKENS", 24)
+    prompts = tmp_path / "prompts"
+    prompts.write_text("".join(f"{n}. {text}\n" for n in range(4) for text in PROMPTS))
+    faults: dict[str, Any] = {
+        "none": [],
+        "decoding": ["decoding", {"layer": 9, "name": "o_proj", "scale": 1.2}],
+        "not a number": ["not_a_number", {"layer": 9, "name": "o_proj"}],
+        "none again": [],
+    }
+    found: dict[str, tuple[bool, bool]] = {}
+
+    async def run(server: RunningVllm) -> None:
+        vllm = VllmServer(server.url, timeout=300.0)
+        signed = client.CanaryClient(vllm, server.model, sign=server.admin.signed)
+        plain = client.CanaryClient(vllm, server.model)
+        decoded, prefilled = await signed.take(load(prompts)), await plain.take(load(prompts))
+        assert (decoded.decoded, prefilled.decoded) == (True, False)
+        for name, fault in faults.items():
+            body = {"method": "inject", "args": [json.dumps(fault)]}
+            await vllm.post("/collective_rpc", body, dict[str, Any])
+            first = await signed.compare(decoded, TOLERANCE_NATS)
+            second = await plain.compare(prefilled, TOLERANCE_NATS)
+            found[name] = first[1], second[1]
+        await vllm.close()
+
+    with running_vllm(checkpoints, tmp_path, [*VLLM_ARGUMENTS, *FAULTS_ARGUMENTS], FAULTS_ENVIRONMENT) as server:
+        asyncio.run(run(server))
+    assert found == {
+        "none": (False, False),
+        "decoding": (True, False),
+        "not a number": (True, True),
+        "none again": (False, False),
+    }

@@ -87,7 +87,7 @@ def test_forced_tokens_have_the_log_probabilities_of_a_prefill(
         ({"noise": 0.3, "kv_precision": 69}, Cause.KV_CACHE),
         ({"fault": "prefix"}, Cause.PREFIX_CACHE),
         ({"fault": "batch"}, Cause.BATCH),
-        ({"fault": "decoding"}, Cause.UNKNOWN),
+        ({"fault": "decoding"}, Cause.DECODING),
     ],
 )
 async def test_what_changes_where_says_the_cause(
@@ -173,6 +173,10 @@ def test_the_command_says_the_cause_in_one_line(
         text = f"one engine of several: {other} differs from then"
         assert cause(url, other, facts=[f"  {other}: {facts[0].strip()}"])[1].startswith(text)
     fake.fault = "decoding"
+    code, text = cause(url)
+    assert (code, text.partition(":")[0]) == (CHANGED, "prefill and decode differ")
+    fake.plugin = False
+    fake.noise = 0.3
     code, text = cause(url)
     assert (code, text[:8]) == (COULD_NOT_TELL, "unknown:")
 

@@ -75,7 +75,7 @@ LONG, BESIDE = (Variant.LONG, Variant.LONG_BESIDE), Variant.BESIDE
         ((*LONG, *DECODING), {"long": 65, "long_beside": 62}, Cause.CHUNK_BOUNDARY),
         # The same token whatever the chunks: another path of the attention for long contexts, say.
         (LONG, {"long": 513, "long_beside": 513}, Cause.UNKNOWN),
-        (DECODING, {}, Cause.UNKNOWN),
+        (DECODING, {}, Cause.DECODING),
         ((Variant.SHORT,), {}, Cause.UNKNOWN),
         ((Variant.CACHED, BESIDE), {}, Cause.UNKNOWN),
         (tuple(Variant), {"precision": FINE - 1.0}, Cause.UNKNOWN),
@@ -110,6 +110,7 @@ def test_a_cause_other_than_unknown_is_never_of_other_variants(changed: set[Vari
         frozenset({Variant.CACHED}): Cause.PREFIX_CACHE,
         frozenset({BESIDE}): Cause.BATCH,
         frozenset({BESIDE, Variant.LONG_BESIDE}): Cause.BATCH,
+        frozenset(DECODING): Cause.DECODING,
     }
     assert cause is explained.get(frozenset(changed), Cause.UNKNOWN)
 

@@ -202,7 +202,33 @@ def chunk(layer: int, name: str, noise: float = 0.1, rows: str = "first", cached
     _hook(_linear(layer, name), change)
 
 
-KINDS = {"weights": weights, "kv_cast": kv_cast, "stale_prefix": stale_prefix, "batch": batch, "chunk": chunk}
+def decoding(layer: int, name: str, scale: float = 1.1) -> None:
+    """A kernel of decoding, which computes one token of a request, that scales what comes out; a prefill is right."""
+
+    def change(_: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for part in _parts():
+            if part.computed and part.count == 1:
+                y = y.clone()
+                y[part.rows] *= scale
+        return y
+
+    _hook(_linear(layer, name), change)
+
+
+def not_a_number(layer: int, name: str) -> None:
+    """A layer that gives NaN."""
+    _hook(_linear(layer, name), lambda _, y: torch.full_like(y, torch.nan))
+
+
+KINDS = {
+    "weights": weights,
+    "kv_cast": kv_cast,
+    "stale_prefix": stale_prefix,
+    "batch": batch,
+    "chunk": chunk,
+    "decoding": decoding,
+    "not_a_number": not_a_number,
+}
 
 
 class Faults:

@@ -1,7 +1,11 @@
-"""Canaries at one vLLM server: takes a set of them, and replays it. With any vLLM; nothing of Hemostat is needed there.
+"""Canaries at one vLLM server: takes a set of them, and replays it.
 
-A replay asks for `prompt_logprobs`, for which vLLM computes all tokens of a prompt, without its prefix cache.
-Each request has a salt of its own all the same, so that what it leaves in the cache is used by nobody else.
+A sequence is scored in the way of the traffic if the engine has Hemostat's plugin: one request asks for the prompt's
+`prompt_logprobs`, and has the engine decode the answer, whose tokens the plugin is given, step by step in its batch.
+With any other vLLM, `prompt_logprobs` of the whole sequence score it: the answer's tokens are not decoded then.
+
+For `prompt_logprobs` vLLM computes all tokens of a prompt, without its prefix cache. Each request has a salt of its own
+all the same, so that what it leaves in the cache is used by nobody else.
 """
 
 from __future__ import annotations
@@ -32,13 +36,20 @@ from hemostat_calibration.canaries import (
     Origin,
     require_sequences,
 )
+from hemostat_calibration.engine_keys import FORCE_KEY
 
 ANSWER_TOKENS = 40
+PROBE_TOKENS = 8
+"""The number of tokens that an engine is given to decode, before a set is taken, to find out if it can."""
 BESIDE = (3, 6, 12)
 """The numbers of sequences that are asked for at once in the baseline's replays, but for the first one: batches of
 several shapes."""
 TOKENIZER_TEXT = "Hemostat 1,024 ≤ x; größer 温度 température\n\tif (a != b) { return [0x1f]; } // 😀"
 """A text for which tokenizers differ in the token ids."""
+NOT_A_NUMBER = "Out of range float values"
+"""A part of vLLM's refusal to return log-probabilities that are not a number."""
+LEAST_NATS = -9_999.0
+"""The log-probability in the place of one that is not a number: vLLM's own for one that is minus infinity."""
 PRIORITY = 1_000
 """The priority of canaries, later than clients' requests, whose default is 0. It has an effect if the engine schedules
 by priority.
@@ -128,54 +139,54 @@ class CanaryClient:
         origin = await self.origin(prompts=prompts.digest, engine=engine)
         texts = [await self._server.tokenize(self.model, prompt.prompt, special=True) for prompt in prompts.prompts]
         texts = cut_to_fit(texts, MAX_TOKENS - len(texts) * (ANSWER_TOKENS + 1), origin.max_model_len)
-        # Whether the server scores at all, before it generates 50 answers.
-        await self._score(Canary("", _ids(texts[0]), _ids(texts[0][-1:])))
+        decoded = await self._decodes(texts[0])
         canaries = []
         for number, (prompt, text) in enumerate(zip(prompts.prompts, texts, strict=True)):
             answer = await self._answer(text, sampled=number % 2 == 1, seed=number)
             canaries.append(Canary(prompt.kind, _ids(text), _ids(answer)))
             self._progress("answers written", len(canaries), len(texts))
         require_sequences(canaries)
-        taken = await self.baseline(canaries, origin)
+        taken = await self.baseline(canaries, origin, decoded=decoded)
         return replace(taken, cause=await self.variants().baseline(canaries, origin.max_model_len))
 
     def variants(self) -> VariantClient:
         return VariantClient(self._server, self.model, self._gate, self._progress, self._sign)
 
-    async def baseline(self, canaries: Sequence[Canary], origin: Origin) -> CanarySet:
-        """Returns the set of these sequences, replayed alone and together with each other. Raises REVISION if another
-        model is served at the end than at the beginning.
+    async def baseline(self, canaries: Sequence[Canary], origin: Origin, *, decoded: bool) -> CanarySet:
+        """Returns the set of these sequences, replayed alone and together with each other. decoded: see `CanarySet`.
+        Raises REVISION if another model is served at the end than at the beginning.
         """
         before = await self.origin()
         self._expect(REPLAYS * len(canaries))
-        replays = [await self.replay(canaries), *[await self._replay_beside(canaries, n) for n in BESIDE]]
+        replays = [await self._replay_beside(canaries, n, decoded=decoded) for n in (1, *BESIDE)]
         assert len(replays) == REPLAYS
         if changes := before.changes(await self.origin()):
             text = f"{self._server.url} was changed while the canaries were taken, and these are dropped"
             raise ReferenceFailure(FailureReason.REVISION, f"{text}: {'; '.join(changes)}")
         conditions = tuple(Condition(origin.at, together) for together in (1, *BESIDE))
-        return CanarySet(tuple(canaries), np.stack(replays), origin, conditions=conditions)
+        return CanarySet(tuple(canaries), np.stack(replays), origin, conditions=conditions, decoded=decoded)
 
-    async def replay(self, canaries: Sequence[Canary]) -> Floats:
-        """Returns the log-probabilities of all scored tokens, float64 [N], one sequence after the other."""
-        return np.concatenate([await self._score(canary) for canary in canaries])
+    async def replay(self, taken: CanarySet) -> Floats:
+        """Returns the log-probabilities of all scored tokens of the set, float64 [N], one sequence after the other."""
+        return await self._replay_beside(taken.canaries, 1, decoded=taken.decoded)
 
     async def compare(self, taken: CanarySet, tolerance: float) -> tuple[Comparison, bool]:
         """Returns the comparison of a replay with the set, and if the engine has changed: a second replay has to show
         the same as the first."""
         self._expect(len(taken.canaries))
-        first = taken.compare(await self.replay(taken.canaries), tolerance)
+        first = taken.compare(await self.replay(taken), tolerance)
         if not first.changed:
             return first, False
         self._expect(len(taken.canaries))
-        second = taken.compare(await self.replay(taken.canaries), tolerance)
+        second = taken.compare(await self.replay(taken), tolerance)
         return second, second.confirms(first)
 
-    async def _replay_beside(self, canaries: Sequence[Canary], at_once: int) -> Floats:
+    async def _replay_beside(self, canaries: Sequence[Canary], at_once: int, *, decoded: bool) -> Floats:
         """Replays the sequences, so many at a time, and returns their log-probabilities one after the other."""
         values: list[Floats] = []
         for begin in range(0, len(canaries), at_once):
-            group = [asyncio.create_task(self._score(canary)) for canary in canaries[begin : begin + at_once]]
+            several = canaries[begin : begin + at_once]
+            group = [asyncio.create_task(self._score(canary, decoded=decoded)) for canary in several]
             try:
                 values += await asyncio.gather(*group)
             finally:
@@ -188,24 +199,56 @@ class CanaryClient:
         """Begins to count the sequences that are scored, for the progress."""
         self._scored, self._to_score = 0, sequences
 
-    async def _score(self, canary: Canary) -> Floats:
+    async def _score(self, canary: Canary, *, decoded: bool) -> Floats:
         await self._gate()
         self.sent += canary.tokens
-
-        async def ask() -> list[float]:
-            return await self._server.prompt_logprobs(self.model, canary.ids, cache_salt=_salt(), **self._priority)
-
         try:
-            values = await ask()
+            values = await self._asked(canary, decoded=decoded)
         except Refused as refused:
-            if not self._priority or "priority" not in refused.detail.lower():
+            if NOT_A_NUMBER not in refused.detail:
                 raise
-            self._priority = {}
-            values = await ask()
+            values = [LEAST_NATS] * canary.scored
+        if values is None:
+            raise ReferenceFailure(
+                FailureReason.SHORT_ANSWER,
+                f"{self._server.url} does not decode the tokens that it is given, as the engine of the set does: start "
+                "it with Hemostat's plugin, or take a new set",
+            )
         if self._scored < self._to_score:
             self._scored += 1
             self._progress("sequences scored", self._scored, self._to_score)
         return np.array(values)
+
+    async def _asked(self, canary: Canary, *, decoded: bool) -> list[float] | None:
+        ask = self._decoded if decoded else self._prefilled
+        try:
+            return await ask(canary)
+        except Refused as refused:
+            if not self._priority or "priority" not in refused.detail.lower():
+                raise
+            self._priority = {}
+            return await ask(canary)
+
+    async def _prefilled(self, canary: Canary) -> list[float] | None:
+        return await self._server.prompt_logprobs(self.model, canary.ids, cache_salt=_salt(), **self._priority)
+
+    async def _decoded(self, canary: Canary) -> list[float] | None:
+        prompt, answer = canary.prompt.tolist(), canary.answer.tolist()
+        more = {"prompt_logprobs": 0, "cache_salt": _salt(), **self._priority}
+        return await self._server.forced_logprobs(self.model, prompt, answer, self._sign({FORCE_KEY: answer}), **more)
+
+    async def _decodes(self, text: Sequence[int]) -> bool:
+        """Returns True if the server decodes tokens that it is given, and that it would hardly choose: a text from its
+        end to its beginning. Raises ReferenceFailure if it does not score at all."""
+        canary = Canary("", _ids(text), _ids(text[::-1][:PROBE_TOKENS]))
+        try:
+            await self._score(canary, decoded=True)
+        except ReferenceFailure as failure:
+            if not isinstance(failure, Refused) and failure.reason is not FailureReason.SHORT_ANSWER:
+                raise
+            await self._score(canary, decoded=False)
+            return False
+        return True
 
     async def _answer(self, ids: Sequence[int], *, sampled: bool, seed: int) -> list[int]:
         body = {

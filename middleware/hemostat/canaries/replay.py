@@ -143,7 +143,7 @@ class Replays:
                 return False
             origin = replace(canaries.now, model=model, prompts=base.origin.prompts, at=self._wall())
             async with self._spending(canaries, model, needed) as client:
-                of_adapter = await client.baseline(sequences, origin)
+                of_adapter = await client.baseline(sequences, origin, decoded=base.decoded)
             if self._sets.base is None or self._sets.base.canaries is not base.canaries:
                 return False
             self._sets.put(of_adapter)
@@ -152,7 +152,7 @@ class Replays:
         if canaries.pace.left() < taken.tokens:
             return False
         async with self._spending(canaries, model, taken.tokens) as client:
-            values = await client.replay(taken.canaries)
+            values = await client.replay(taken)
         current = self._sets.of(model)
         if current is None or current.canaries is not taken.canaries:
             return False

@@ -34,9 +34,9 @@ class CanaryReport:
         """Returns the state of the canaries, JSON-ready.
 
         problem: the reason why nothing is replayed; "" if something is. set: what is replayed; None before one was
-        taken; replays and until: the number of replays of its baseline, and when the last one was. failures: why an
-        engine is not compared. engines: the last replay of each model of each engine. distance_nats: the median
-        distance of its sequences. cause: the cause of what was found there, in words.
+        taken; decoded: the engines decode its answers; replays and until: the number of replays of its baseline, and
+        when the last one was. failures: why an engine is not compared. engines: the last replay of each model of each
+        engine. distance_nats: the median distance of its sequences. cause: the cause of what was found there, in words.
         """
         base = self._sets.base
         return {
@@ -52,6 +52,7 @@ class CanaryReport:
                 "taken": base.origin.at,
                 "sequences": len(base.canaries),
                 "tokens": base.tokens,
+                "decoded": base.decoded,
                 "replays": len(base.baseline),
                 "until": base.conditions[-1].at if base.conditions else base.origin.at,
             },

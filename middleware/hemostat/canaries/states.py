@@ -17,13 +17,11 @@ from hemostat.canaries.pace import HOUR_SECONDS, PaceState
 from hemostat.engines.registry import EngineRegistry
 from hemostat.store.protocol import BlobKey, StoreWrites
 from hemostat_calibration import state_codec
-from hemostat_calibration.canaries import CanarySet
+from hemostat_calibration.canaries import OLDER_SCHEMAS, SCHEMA, CanarySet
 from hemostat_calibration.elapsed import TimeBreak
 
 BLOB_KEY = BlobKey("canaries")
 """The key of the sets in the store's blobs."""
-SCHEMA = 3
-OLDER_SCHEMAS = (2,)
 MAX_SETS = 33
 """The largest number of sets, for the base model and adapters: beyond it the one that was taken first is forgotten."""
 

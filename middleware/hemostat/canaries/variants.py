@@ -45,13 +45,8 @@ STEPS_PER_BIT = 10
 _CACHE_DTYPE = re.compile(r'^vllm:cache_config_info\{[^}]*\bcache_dtype="([^"]*)"', re.MULTILINE)
 
 
-class _Logprobs(msgspec.Struct, frozen=True):
-    token_logprobs: list[float | None]
-
-
 class _Choice(msgspec.Struct, frozen=True):
     token_ids: list[int] | None = None
-    logprobs: _Logprobs | None = None
 
 
 class _Completion(msgspec.Struct, frozen=True):
@@ -130,15 +125,16 @@ class VariantClient:
     async def _decode(self, ids: list[int], salts: Sequence[str]) -> Floats | None:
         """Returns the log-probabilities of given tokens after the beginnings of the text; None if they were not
         decoded."""
-        values: list[float | None] = []
+        values: list[float] = []
         for length, salt in zip(prompts(), salts, strict=True):
             wanted = ids[length : length + DECODED]
-            choice = await self._complete(ids[:length], DECODED, {FORCE_KEY: wanted}, salt)
-            if choice.token_ids != wanted or choice.logprobs is None:
+            await self._gate()
+            xargs = self._sign({FORCE_KEY: wanted})
+            decoded = await self._server.forced_logprobs(self._model, ids[:length], wanted, xargs, cache_salt=salt)
+            if decoded is None:
                 return None
-            values += choice.logprobs.token_logprobs
-        # Where the server reports log-probabilities after processors, those of forced tokens are 0.
-        return np.array(values, np.float64) if None not in values and any(values) else None
+            values += decoded
+        return np.array(values)
 
     async def _precision(self, ids: list[int]) -> float:
         """See `Measured`."""

@@ -70,8 +70,14 @@ class _Entry(msgspec.Struct, frozen=True):
     logprob: float
 
 
+class _Logprobs(msgspec.Struct, frozen=True):
+    token_logprobs: list[float | None]
+
+
 class _Choice(msgspec.Struct, frozen=True):
     prompt_logprobs: list[dict[str, _Entry] | None] | None = None
+    token_ids: list[int] | None = None
+    logprobs: _Logprobs | None = None
 
 
 class _Completion(msgspec.Struct, frozen=True):
@@ -175,7 +181,46 @@ class VllmServer:
         reason SHORT_ANSWER if the answer has fewer. more: further members of the body.
         """
         body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, **more}
-        answer = await self.post("/v1/completions", body, _Completion)
+        return self._of_prompt(await self.post("/v1/completions", body, _Completion), ids)
+
+    async def forced_logprobs(
+        self, model: str, prompt: Sequence[int], forced: Sequence[int], xargs: dict[str, Any], **more: Any
+    ) -> list[float] | None:
+        """Returns the log-probability of each id of `forced`, which the server decodes after the prompt because its
+        plugin is given them, in nats. With `prompt_logprobs` in `more`, the values of the prompt's ids come first, as
+        `prompt_logprobs` returns them. It is None if the server decodes other ids, or if the values are not the
+        model's own.
+
+        xargs: `vllm_xargs` that give the plugin the ids. more: further members of the body.
+        """
+        body = {
+            "model": model,
+            "prompt": list(prompt),
+            "max_tokens": len(forced),
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "vllm_xargs": xargs,
+            **more,
+        }
+        try:
+            answer = await self.post("/v1/completions", body, _Completion)
+        except Refused as refused:
+            if "vllm_xargs" not in refused.detail and "hemostat" not in refused.detail:
+                raise
+            return None  # no engine of vLLM's, or a plugin that does not do this
+        choice = answer.choices[0] if answer.choices else _Choice()
+        if choice.token_ids != list(forced) or choice.logprobs is None:
+            return None
+        values = [value for value in choice.logprobs.token_logprobs if value is not None]
+        # Where the server reports log-probabilities after processors, those of forced tokens are 0.
+        if len(values) != len(forced) or not any(values):
+            return None
+        return [*(self._of_prompt(answer, prompt) if "prompt_logprobs" in more else ()), *values]
+
+    def _of_prompt(self, answer: _Completion, ids: Sequence[int]) -> list[float]:
+        """Returns the log-probability of each id of the prompt after the first."""
         rows = (answer.choices[0].prompt_logprobs if answer.choices else None) or []
         result = [row.get(str(token)) if row else None for row, token in zip(rows[1:], list(ids)[1:], strict=False)]
         values = [entry.logprob for entry in result if entry is not None]

@@ -120,17 +120,19 @@ class FakeModel:
         # float32 as in the engine, so that JSON carries what was computed.
         return (logits - np.log(np.exp(logits).sum())).astype(np.float32).astype(np.float64)
 
-    def row_logprobs(self, context: list[int], body: dict[str, Any]) -> npt.NDArray[np.float64]:
-        """The same for a request: with the adapter that it names."""
+    def row_logprobs(
+        self, context: list[int], body: dict[str, Any], *, decodes: bool = False
+    ) -> npt.NDArray[np.float64]:
+        """The same for a request: with the adapter that it names. decodes: of a token that is generated."""
         adapter = None if self.lora is None else self.lora.applied(self.answers_as(body))
-        return self.logprobs(context, adapter, *([self.noise + 0.5] if self._fails(body) else []))
+        return self.logprobs(context, adapter, *([self.noise + 0.5] if self._fails(body, decodes) else []))
 
-    def _fails(self, body: dict[str, Any]) -> bool:
+    def _fails(self, body: dict[str, Any], decodes: bool) -> bool:
         """Whether `fault` is in this request's way now."""
-        decodes = "prompt_logprobs" not in body
+        reads_cache = "prompt_logprobs" not in body
         return {
             "": False,
-            "prefix": decodes and body.get("cache_salt") in self.salts,
+            "prefix": reads_cache and decodes and body.get("cache_salt") in self.salts,
             "batch": self.running > 1,
             "decoding": decodes,
         }[self.fault]
@@ -181,7 +183,7 @@ class FakeModel:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         context, text, sent, forced = list(prompt), "", 0, self._forced(body)
         for position in range(1, limit + 1):
-            logprobs = self.row_logprobs(context, body)
+            logprobs = self.row_logprobs(context, body, decodes=True)
             if position <= len(forced):
                 token = forced[position - 1]
             else:

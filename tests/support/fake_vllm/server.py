@@ -77,6 +77,8 @@ class FakeVllm(FakeModel):
     """In the place of the last one of `prompt_logprobs`; 0: none."""
     keeps_responses: bool = False
     """Those of /v1/responses, so that they can be fetched later."""
+    not_a_number: bool = False
+    """Its log-probabilities are NaN, so that an answer that has them is refused, as vLLM does."""
     refuses_priority: bool = False
     """It does not schedule by priority, and says so."""
     replace_body: str | None = None
@@ -260,6 +262,8 @@ class FakeVllm(FakeModel):
             )
         if any(token >= self.vocab_size for prompt in prompts for token in prompt):
             raise RefusedError(f"Token id {max(map(max, prompts))} is out of vocabulary", None)
+        if self.not_a_number and not chat and (body.get("logprobs") is not None or "prompt_logprobs" in body):
+            raise RefusedError("Out of range float values are not JSON compliant", None)
         if self.refuses_priority and body.get("priority"):
             raise RefusedError(f"Got priority {body['priority']} but Priority scheduling is not enabled.", None)
         if self.speculates and body.get("logit_bias"):
