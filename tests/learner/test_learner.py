@@ -19,12 +19,14 @@ from tests.support.learner_world import D, V, World, kl, learners, logprobs, mak
 from tests.support.waiting import until
 
 from hemostat.config.schema import Calibration
+from hemostat.ipc.turns import Turns
 from hemostat.learner import client, learner_messages, record_queue
 from hemostat.learner.client import Learner, LearningTarget
 from hemostat.learner.learner_process import ProcessLearner, RequestLoop
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.learning.contextual import storage
 from hemostat_calibration.profiles import transform
+from hemostat_calibration.profiles.contextual import CONTEXTUAL
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Features
 
@@ -66,7 +68,8 @@ class Bench:
         self.world: World = make()
         self.receiver = Receiver()
         self.changes = 0
-        self.learner = Learner(SETTINGS, self.receiver, self._changed)
+        self.turns = Turns(cores=2)
+        self.learner = Learner(SETTINGS, self.receiver, self._changed, turns=self.turns)
         self.target = LearningTarget("m", V, save(self.world, folder), D)
         self.task = asyncio.create_task(self.learner.run())
 
@@ -320,3 +323,24 @@ def test_a_row_holds_what_is_learned_from_a_record() -> None:
     bare = learner_messages.from_row(learner_messages.to_row(replace(record, features=None, reference_hidden=None)), V)
     assert bare.features is None
     assert bare.reference_hidden is None
+
+
+async def test_no_profile_is_fitted_while_another_heavy_job_has_its_turn(bench: Bench) -> None:
+    await bench.ready()
+    assert bench.turns.take("another job")
+    bench.teach(range(60))
+    await bench.taught(960)
+    await asyncio.sleep(0.1)
+    assert not bench.receiver.proposed
+    bench.turns.give_back("another job")
+    bench.teach(range(60, 61))
+    await until(lambda: bool(bench.receiver.proposed))
+    await until(lambda: bench.turns.take("another job"))
+
+
+async def test_a_learner_that_ends_gives_its_turn_back(bench: Bench) -> None:
+    await bench.ready()
+    assert bench.turns.take(CONTEXTUAL), "as if a profile was being fitted"
+    [process] = learners()
+    os.kill(process, signal.SIGKILL)
+    await until(lambda: bench.turns.take("another job"))

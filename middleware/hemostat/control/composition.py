@@ -40,6 +40,7 @@ from hemostat.ipc import relay_samples
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.ipc.supervised import make_tracing
+from hemostat.ipc.turns import Turns
 from hemostat.learner import stored
 from hemostat.learner.client import Learner
 from hemostat.learner.stored import StoredLearning
@@ -180,8 +181,11 @@ class Control:
         profiles, proposals = self.profile_manager, self.profile_manager.proposals
         clock, notify = self._clock, self.changes.notify
         self._stored_learning = StoredLearning(self.writer)
-        self.learner = Learner(settings.calibration, proposals, notify, storage=self._stored_learning, clock=clock)
-        self.adapters = Adapters(settings, profiles, self.monitor, self.engines, notify, clock=clock)
+        turns = Turns()
+        self.learner = Learner(
+            settings.calibration, proposals, notify, storage=self._stored_learning, clock=clock, turns=turns
+        )
+        self.adapters = Adapters(settings, profiles, self.monitor, self.engines, notify, clock=clock, turns=turns)
         self.subject = LearningSubject(profiles, self.monitor, self.learner, self.adapters)
 
     def _connect_scoring(self, settings: Settings, draw: Callable[[], float]) -> None:

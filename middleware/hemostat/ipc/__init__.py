@@ -15,4 +15,5 @@ relay_samples   the samples of what all relays have counted
 sampled         counts, in a relay, the sampled requests that never became a capture, until the counts are sent
 supervised      the parts that processes need which a supervisor, or another parent, has started
 supervisor      keeps a child process running for what its owner works on
+turns           the turns of heavy jobs, so that few of them take cores at a time
 """

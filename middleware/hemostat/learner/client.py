@@ -21,6 +21,7 @@ import numpy as np
 from hemostat.config.schema import Calibration
 from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.ipc.supervisor import ChildRefused, Supervisor
+from hemostat.ipc.turns import Turns
 from hemostat.learner import learner_messages
 from hemostat.learner.record_queue import DropReason, RecordQueue
 from hemostat.metrics import names
@@ -105,8 +106,11 @@ class Learner:
         *,
         storage: LearningStorage | None = None,
         clock: Callable[[], float] = time.monotonic,
+        turns: Turns | None = None,
     ) -> None:
-        """`on_change` is called after the receiver got a probe or a proposal. storage: None stores nothing."""
+        """`on_change` is called after the receiver got a probe or a proposal. storage: None stores nothing. turns: of
+        heavy jobs; None: no other job takes any."""
+        self._turns = turns or Turns()
         self._settings = settings
         self._receiver = receiver
         self._on_change = on_change
@@ -308,7 +312,8 @@ class Learner:
         if self._export_due:
             self._export_pending = True
             child.send(learner_messages.REQUESTS.encode(learner_messages.Export()))
-        if not self._requested and self._proposal_due:
+        # Without a turn it is asked for again after the next records.
+        if not self._requested and self._proposal_due and self._turns.take(CONTEXTUAL):
             self._requested = True
             child.send(learner_messages.REQUESTS.encode(learner_messages.Propose()))
         return False
@@ -369,6 +374,7 @@ class Learner:
     async def _pass_on(self, proposed: learner_messages.Proposed) -> None:
         tokens = proposed.tokens
         self._requested = False
+        self._turns.give_back(CONTEXTUAL)
         self._last_attempt = tokens
         self._set_state(LearnerState.LEARNING, "")
         shown = {"tokens": tokens, "report": proposed.report, "version": None, "accepted": False}
@@ -412,6 +418,7 @@ class Learner:
         self._parts.clear()
         self._exports.clear()
         self._batch_pending = self._requested = False
+        self._turns.give_back(CONTEXTUAL)
         self._proposals.clear()
         self._last_attempt = 0
         self._records.clear()

@@ -36,6 +36,7 @@ from hemostat.adapters.live.job import (
 )
 from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.config.schema import Adapter
+from hemostat.ipc.turns import Turns
 from hemostat.metrics import names
 from hemostat_calibration.profiles.adapter import adapter_layers
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -87,9 +88,11 @@ def target(folders: CheckpointFolders, **more: Any) -> AdapterTarget:
 
 
 @asynccontextmanager
-async def learner(receiver: Receiver, command: Sequence[str] = FAKE, **settings: Any) -> AsyncIterator[AdapterLearner]:
+async def learner(
+    receiver: Receiver, command: Sequence[str] = FAKE, turns: Turns | None = None, **settings: Any
+) -> AsyncIterator[AdapterLearner]:
     given = {"enabled": True, "max_tokens": 400, "memory_mib": 512} | settings
-    made = AdapterLearner(with_constants(Adapter, min_tokens=100)(**given), receiver, command=command)
+    made = AdapterLearner(with_constants(Adapter, min_tokens=100)(**given), receiver, command=command, turns=turns)
     running = asyncio.create_task(made.run())
     try:
         yield made
@@ -264,6 +267,24 @@ async def test_while_an_adapter_is_tested_none_is_made_and_the_next_one_is_made_
         texts(learning, 1, 59)
         await until(lambda: len(receiver.proposed) == 1)
         assert receiver.proposed[0][1]["tokens"] == 1200
+
+
+async def test_a_build_and_another_heavy_job_take_turns(
+    folders: CheckpointFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "RECHECK_SECONDS", 0.01)
+    turns, receiver = Turns(cores=2), Receiver()
+    assert turns.take("another job")
+    async with learner(receiver, turns=turns) as learning:
+        learning.learn_about(target(folders))
+        texts(learning, 5)
+        await until(lambda: learning.detail == client.OTHER_WORK)
+        assert no_process_is_left()
+        turns.give_back("another job")
+        await until(lambda: learning.state == "building")
+        assert not turns.take("another job"), "the build has its turn"
+        await until(lambda: len(receiver.proposed) == 1)
+        await until(lambda: turns.take("another job"))
 
 
 @pytest.mark.parametrize("stage", [0, 2, len(fake_builder.STAGES) - 1])

@@ -14,6 +14,7 @@ from hemostat.adapters.serving.hosts import AdapterHosts
 from hemostat.config import packages
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
+from hemostat.ipc.turns import Turns
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.decisions import Reason
 from hemostat.profiles.manager import ProfileManager
@@ -54,12 +55,14 @@ class Adapters:
         on_change: Callable[[], None],
         *,
         clock: Callable[[], float] = time.monotonic,
+        turns: Turns | None = None,
     ) -> None:
+        """turns: of heavy jobs; None: no other job takes any."""
         self._settings = settings
         self._profiles = profiles
         self._monitor = monitor
         self._on_change = on_change
-        self.learner = AdapterLearner(settings.adapter, profiles.proposals, self._built, clock=clock)
+        self.learner = AdapterLearner(settings.adapter, profiles.proposals, self._built, clock=clock, turns=turns)
         self.judge = AdapterJudge(profiles.catalogue.get, on_change)
         self.hosts = AdapterHosts(
             settings,

@@ -19,6 +19,7 @@ from hemostat.adapters.live.folders import CheckpointFolders
 from hemostat.adapters.live.job import Job, Result, delete_left_behind
 from hemostat.checkpoints.checkpoint_digest import checkpoint_digest
 from hemostat.config.schema import Adapter
+from hemostat.ipc.turns import Turns
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.arrays import Ids
@@ -44,6 +45,8 @@ MAX_TOKENS_AFTER_TEST = 500_000
 more of them."""
 TESTING = "the next adapter is made after the test of the last one"
 """The detail of the state while a test goes on."""
+OTHER_WORK = "enough texts are known; waits until other background work has ended"
+"""The detail of the state while no core is free for a build."""
 RECHECK_SECONDS = 5.0
 """The longest time in seconds until the learner looks again if an adapter of as many tokens would be accepted, while
 enough texts are known for a build."""
@@ -106,13 +109,15 @@ class AdapterLearner:
         *,
         clock: Callable[[], float] = time.monotonic,
         command: Sequence[str] = COMMAND,
+        turns: Turns | None = None,
     ) -> None:
-        """command: of the process that makes adapters."""
+        """command: of the process that makes adapters. turns: of heavy jobs; None: no other job takes any."""
         self._settings = settings
         self._receiver = receiver
         self._on_change = on_change
         self._clock = clock
         self._command = command
+        self._turns = turns or Turns()
         self._target: AdapterTarget | None = None
         self._texts = Texts(settings.max_tokens)
         self._wake = asyncio.Event()
@@ -221,14 +226,20 @@ class AdapterLearner:
                 self._wait_for_test()
                 await self._sleep()
                 continue
-            if self.detail == TESTING:
+            if self.detail in {TESTING, OTHER_WORK}:
                 self._show(AdapterState.COLLECTING, "")
             if target is None or self.known < self._needed():
                 await self._wake.wait()
             elif self._clock() < self._not_before or not self._receiver.accepts(ADAPTER, self.known):
                 await self._sleep()
+            elif not self._turns.take(ADAPTER, self._settings.device):
+                self._show(AdapterState.COLLECTING, OTHER_WORK)
+                await self._sleep()
             else:
-                await self._make(target)
+                try:
+                    await self._make(target)
+                finally:
+                    self._turns.give_back(ADAPTER)
 
     async def _sleep(self) -> None:
         with contextlib.suppress(TimeoutError):
