@@ -67,13 +67,18 @@ def lora_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFacto
 
 def _reuse_authorities() -> None:
     """Clients of httpx share what it makes of the list of public authorities: to read it takes 10 to 20 ms, and tests
-    make some ten thousand clients."""
+    make some ten thousand clients. The environment of the run may name the list; a test that names another gets it."""
     create = httpx_transports.create_ssl_context
     by_default = cache(create)
 
+    def named() -> list[str | None]:
+        return [os.environ.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR")]
+
+    of_the_run = named()
+
     def shared(**given: Any) -> ssl.SSLContext:
         own = {name: given[name] for name in ("verify", "cert")} != {"verify": True, "cert": None}
-        return (create if own or os.environ.keys() & {"SSL_CERT_FILE", "SSL_CERT_DIR"} else by_default)(**given)
+        return (create if own or named() != of_the_run else by_default)(**given)
 
     httpx_transports.create_ssl_context = shared  # type: ignore[assignment]
 

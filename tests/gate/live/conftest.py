@@ -152,10 +152,12 @@ class World:
         for reference in self.references:
             await reference.close()
 
-    async def feed(self, gate: ShadowGate, records: int, *, seconds: float = 60.0) -> None:
-        """Hands so many records to the gate, and has each measured, as long as the gate is running."""
+    async def feed(self, gate: ShadowGate, records: int, *, seconds: float = 60.0, so_far: str | None = None) -> None:
+        """Hands so many records to the gate, and has each measured, as long as the gate is running and does not say
+        `so_far`."""
         for _ in range(records):
-            if gate.report()["state"] != "running":
+            report = gate.report()
+            if report["state"] != "running" or (so_far is not None and report["so_far"] == so_far):
                 break
             self.now += seconds
             self.ticks += seconds

@@ -58,7 +58,7 @@ async def test_a_verdict_waits_for_two_cycles_or_says_that_they_were_waived(worl
     async with world(FakeVllm(noise=1.0), FakeVllm(noise=0.3), settings=DAY) as here:
         gate = here.process()
         gate.begin(here.candidate, "other", None, None, waive_cycles=False)
-        await here.feed(gate, 450)
+        await here.feed(gate, 450, so_far="pass")
         report = gate.report()
         assert (report["state"], report["so_far"], report["waived"]) == ("running", "pass", [])
         assert "waits for whole cycles of the traffic" in report["why"]
@@ -68,7 +68,7 @@ async def test_a_verdict_waits_for_two_cycles_or_says_that_they_were_waived(worl
 
         gate.end()
         gate.begin(here.candidate, "other", None, None, waive_cycles=True)
-        await here.feed(gate, 90)
+        await here.feed(gate, 450)
         report = gate.report()
         assert report["state"] == "pass"
         assert report["waived"]

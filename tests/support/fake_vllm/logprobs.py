@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import Any
 
 import numpy as np
 from tests.support.fake_vllm.model import FakeModel, Step, token_bytes
 
 
+@cache
+def _decoded(token: int) -> str:
+    return token_bytes(token).decode(errors="replace")
+
+
 def _row(step: Step, top_k: int) -> dict[int, float]:
     """The emitted token first, then the most likely ones, as the engine hands them out."""
-    row = {step.token: float(step.logprobs[step.token])}
-    for token in np.argsort(-step.logprobs, kind="stable")[:top_k]:
-        row.setdefault(int(token), float(step.logprobs[token]))
-    return row
+    best = np.argsort(-step.logprobs, kind="stable")[:top_k]
+    ids = [step.token, *best.tolist()]
+    return dict(zip(ids, step.logprobs[ids].tolist(), strict=True))
 
 
 def chat_logprobs(steps: list[Step], body: dict[str, Any]) -> dict[str, Any]:
@@ -56,15 +61,13 @@ def prompt_logprobs(model: FakeModel, prompt: list[int], body: dict[str, Any]) -
     for position in range(1, len(prompt)):
         logprobs = model.row_logprobs(prompt[:position], body)
         order = np.argsort(-logprobs, kind="stable")
-        chosen = dict.fromkeys([prompt[position], *(int(token) for token in order[:top_k])])
+        chosen = list(dict.fromkeys([prompt[position], *order[:top_k].tolist()]))
+        values = logprobs[chosen]
+        ranks = np.searchsorted(-logprobs[order], -values) + 1  # of equal ones, all have the first one's rank
         rows.append(
             {
-                str(token): {
-                    "logprob": float(logprobs[token]),
-                    "rank": int((logprobs > logprobs[token]).sum()) + 1,
-                    "decoded_token": token_bytes(token).decode(errors="replace"),
-                }
-                for token in chosen
+                str(token): {"logprob": value, "rank": rank, "decoded_token": _decoded(token)}
+                for token, value, rank in zip(chosen, values.tolist(), ranks.tolist(), strict=True)
             }
         )
     return rows

@@ -70,6 +70,20 @@ def drawn_logits(seed: int, noise: float, vocab_size: int, key: bytes) -> npt.ND
     return logits
 
 
+def normalized(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Returns log-probabilities, rounded to float32 as in the engine, so that JSON carries what was computed."""
+    logprobs: npt.NDArray[np.float32] = (logits - np.log(np.exp(logits).sum())).astype(np.float32)
+    return logprobs.astype(np.float64)
+
+
+@lru_cache(4096)
+def drawn_logprobs(seed: int, noise: float, vocab_size: int, key: bytes) -> npt.NDArray[np.float64]:
+    """Returns the `normalized` `drawn_logits`. Callers share the array, so that nobody may write to it."""
+    logprobs = normalized(drawn_logits(seed, noise, vocab_size, key))
+    logprobs.flags.writeable = False
+    return logprobs
+
+
 @dataclass
 class FakeModel:
     """seed: the model. noise: how far this model's logits stand off those of the same seed without noise."""
@@ -114,11 +128,10 @@ class FakeModel:
     ) -> npt.NDArray[np.float64]:
         """float64 [VOCAB], nats: what comes after these tokens. adapter: one of `lora`. noise: default the model's."""
         noise = self.noise if noise is None else noise
-        logits = drawn_logits(self.seed, noise, self.vocab_size, np.asarray(context[-4:], "<i4").tobytes()).copy()
-        if adapter is not None and self.lora is not None:
-            logits += self.lora.effect(adapter, context, self.vocab_size)
-        # float32 as in the engine, so that JSON carries what was computed.
-        return (logits - np.log(np.exp(logits).sum())).astype(np.float32).astype(np.float64)
+        drawn = self.seed, noise, self.vocab_size, np.asarray(context[-4:], "<i4").tobytes()
+        if adapter is None or self.lora is None:
+            return drawn_logprobs(*drawn)
+        return normalized(drawn_logits(*drawn) + self.lora.effect(adapter, context, self.vocab_size))
 
     def row_logprobs(
         self, context: list[int], body: dict[str, Any], *, decodes: bool = False
