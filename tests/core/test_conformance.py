@@ -177,7 +177,7 @@ CASES = {
         lambda rng: np.where(rng.random(5) < 0.1, np.nan, rng.exponential(0.3, size=5)),
         lambda state, x: state.update(x),
         lambda a, b: a.merge(b),
-        lambda state: interval_read(state, state.clipped_share),
+        lambda state: interval_read(state, state.clipped / state.tokens if state.tokens else math.nan),
         clipped_batch,
     ),
     "proportion": Case(

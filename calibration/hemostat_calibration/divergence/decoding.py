@@ -72,13 +72,10 @@ def _cuts(sampling: Sampling) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class DecodedDivergence:
-    """The divergences of q_r and q_c, [T], in nats except for `tv`. All NaN where not available."""
+    """The divergences of q_r and q_c, [T], JS in nats. Both are NaN where not available."""
 
     tv: Interval
     js: Interval
-    kl_rc: Interval
-    """KL(q_r‖q_c), infinite where q_r keeps an id that q_c drops; NaN at a temperature without a cut."""
-    kl_cr: Interval
     available: Bools
     """It is False if the lists do not determine the cut, or if a profile changed what was drawn from."""
 
@@ -102,22 +99,20 @@ def decoded_divergence(record: TokenRecord, min_ratio: float = MIN_RATIO) -> Dec
         return _nothing(record.tokens)
     if sampling.temperature < GREEDY_BELOW:
         differ = (record.compressed.ids[:, 0] != record.reference.ids[:, 0]).astype(np.float64)
-        kl = _exactly(np.where(differ > 0.0, np.inf, 0.0))
-        every = np.ones(record.tokens, dtype=np.bool_)
-        return DecodedDivergence(_exactly(differ), _exactly(math.log(2.0) * differ), kl, kl, every)
+        return DecodedDivergence(
+            _exactly(differ), _exactly(math.log(2.0) * differ), np.ones(record.tokens, dtype=np.bool_)
+        )
     if _cuts(sampling):
         return _cut(record)
     if sampling.temperature == 1.0:
         result = bounds(record, min_ratio)
-        return DecodedDivergence(
-            result.tv, result.js, result.kl_rc, result.kl_cr, np.ones(record.tokens, dtype=np.bool_)
-        )
+        return DecodedDivergence(result.tv, result.js, np.ones(record.tokens, dtype=np.bool_))
     return _tempered(record)
 
 
 def _nothing(tokens: int) -> DecodedDivergence:
     unknown = _exactly(np.full(tokens, np.nan))
-    return DecodedDivergence(unknown, unknown, unknown, unknown, np.zeros(tokens, dtype=np.bool_))
+    return DecodedDivergence(unknown, unknown, np.zeros(tokens, dtype=np.bool_))
 
 
 def _exactly(values: Floats) -> Interval:
@@ -155,14 +150,14 @@ def _cut(record: TokenRecord) -> DecodedDivergence:
                 np.where(possible & without_r, -np.inf, ids_log_r), np.where(possible & without_c, -np.inf, ids_log_c)
             )
             low, high = np.minimum(low, other), np.maximum(high, other)
-    limits = np.array([1.0, math.log(2.0), np.inf, np.inf])[:, None]
+    limits = np.array([1.0, math.log(2.0)])[:, None]
     lower, upper = (np.where(available, np.clip(terms.sum(axis=2), 0.0, limits), np.nan) for terms in (low, high))
-    tv, js, kl_rc, kl_cr = (Interval(*ends) for ends in zip(lower, upper, strict=True))
-    return DecodedDivergence(tv, js, kl_rc, kl_cr, available)
+    tv, js = (Interval(*ends) for ends in zip(lower, upper, strict=True))
+    return DecodedDivergence(tv, js, available)
 
 
 def _terms(log_r: Floats, log_c: Floats) -> Floats:
-    """Returns each id's part in TV, JS, KL(r‖c), KL(c‖r): [4, T, N]."""
+    """Returns each id's part in TV and in JS: [2, T, N]."""
     r, c = np.exp(log_r), np.exp(log_c)
     with np.errstate(divide="ignore", invalid="ignore"):
         both = r + c
@@ -170,8 +165,6 @@ def _terms(log_r: Floats, log_c: Floats) -> Floats:
             [
                 0.5 * np.abs(r - c),
                 0.5 * (xlogy(r, 2.0 * r / both) + xlogy(c, 2.0 * c / both)),
-                np.where(r > 0.0, r * (log_r - log_c), 0.0),
-                np.where(c > 0.0, c * (log_c - log_r), 0.0),
             ]
         )
 
@@ -284,8 +277,7 @@ def _tempered(record: TokenRecord) -> DecodedDivergence:
     upper = np.maximum(lower, upper)
     up, down = 0.5 * (1.0 + lower), 0.5 * (1.0 - lower)
     js = Interval(np.maximum(math.log(2.0) + xlogy(up, up) + xlogy(down, down), 0.0), math.log(2.0) * upper)
-    unknown = _exactly(np.full(record.tokens, np.nan))
-    return DecodedDivergence(Interval(lower, upper), js, unknown, unknown, np.ones(record.tokens, dtype=np.bool_))
+    return DecodedDivergence(Interval(lower, upper), js, np.ones(record.tokens, dtype=np.bool_))
 
 
 def _ends(power: float, log_s: Floats, log_known: Floats, ids: Ids, log_cap: Floats) -> tuple[Floats, Floats]:

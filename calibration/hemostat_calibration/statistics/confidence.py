@@ -143,8 +143,8 @@ class ClippedMean:
     cap, both finite.
 
     >>> mean = ClippedMean(0.0, 5.0).update(np.array([1.0, 9.0, np.nan]))
-    >>> mean.get().mean, mean.clipped_share
-    (3.0, 0.5)
+    >>> mean.get().mean, mean.clipped
+    (3.0, 1)
     """
 
     lo: float
@@ -187,11 +187,6 @@ class ClippedMean:
     @property
     def tokens(self) -> int:
         return round(self.sequence.moments.mean_n * self.requests)
-
-    @property
-    def clipped_share(self) -> float:
-        """The share of the tokens that were clipped; NaN before the first token."""
-        return self.clipped / self.tokens if self.tokens else math.nan
 
     def get(self, alpha: float = 0.05, inflation: float = 1.0) -> ConfidenceInterval:
         """Returns the mean of the clipped values with its asymptotic interval of 1 − alpha for all looks together."""

@@ -43,10 +43,6 @@ class Group:
             return x.index_select(0, self.index)
         return x if self.stop - self.start == x.shape[0] else x[self.start : self.stop]
 
-    @property
-    def rows(self) -> int:
-        return self.stop - self.start if self.index is None else len(self.index)
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:

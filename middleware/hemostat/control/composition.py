@@ -204,7 +204,6 @@ class Control:
             )
         self.gate = ShadowGate(
             settings,
-            self.monitor,
             EngineScorer(self.engines, settings.shadow.top_k),
             budget,
             self.writer,

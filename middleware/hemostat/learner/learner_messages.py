@@ -108,7 +108,6 @@ class Learned(msgspec.Struct, tag="learned", frozen=True):
 class Ready(msgspec.Struct, tag="ready", frozen=True):
     anchors: bytes
     """The ids of the anchors, int32 [N]."""
-    hidden_size: int
     learned: Learned = Learned(0, {}, {})
     """The totals of what was restored."""
     detail: str = ""

@@ -71,7 +71,7 @@ class ProcessLearner:
         self.has_unsaved = False
         """It is True if something was learned since the last export."""
         detail = self._restore(stored) if stored else ""
-        self.ready = learner_messages.Ready(anchors.astype("<i4").tobytes(), weight.shape[1], self._learned(), detail)
+        self.ready = learner_messages.Ready(anchors.astype("<i4").tobytes(), self._learned(), detail)
 
     def _restore(self, stored: bytes) -> str:
         """Goes on from an export. Returns why that is not possible, or ""."""

@@ -25,7 +25,6 @@ TOP_K = 20
 
 
 class _Choice(msgspec.Struct, frozen=True):
-    text: str = ""
     token_ids: list[int] | None = None
     logprobs: msgspec.Raw = msgspec.Raw(b"null")
     finish_reason: str | None = None
@@ -40,7 +39,6 @@ class Answer:
     """A model's own answer. listed: its values of these tokens while it generated them. cut: True if the answer ends
     at `max_tokens`."""
 
-    text: str
     ids: Ids
     listed: Listed
     cut: bool = False
@@ -70,7 +68,7 @@ async def own_answer(
         raise ReferenceFailure(FailureReason.BAD_ANSWER, text)
     cut = choice.finish_reason == "length"
     if not output:
-        return Answer("", np.zeros(0, np.int32), _nothing(), cut)
+        return Answer(np.zeros(0, np.int32), _nothing(), cut)
     try:
         rows = read_rows(Form.COMPLETIONS, [bytes(choice.logprobs)], output, TOP_K)
     except MALFORMED as error:
@@ -81,7 +79,7 @@ async def own_answer(
         raise ReferenceFailure(FailureReason.LOGPROBS_MODE, text)
     # The last column is the emitted id where it is none of the likeliest.
     listed = Listed(rows.ids[:, :TOP_K], rows.logprobs[:, :TOP_K].astype(float), rows.emitted.astype(float))
-    return Answer(choice.text, np.array(output, np.int32), listed, cut)
+    return Answer(np.array(output, np.int32), listed, cut)
 
 
 def listed_by(scores: ReferenceScores, ids: Ids) -> Listed:

@@ -70,7 +70,7 @@ def test_a_version_is_held_where_every_reporting_rank_holds_it() -> None:
 
 
 def row(tokens: list[int], shift: float = 0.0) -> Completed:
-    return Completed("m", tokens, [-1.0 + shift] * len(tokens), [{token: -1.0 + shift, 0: -3.0} for token in tokens])
+    return Completed(tokens, [-1.0 + shift] * len(tokens), [{token: -1.0 + shift, 0: -3.0} for token in tokens])
 
 
 def test_rows_are_compared_up_to_their_first_different_token() -> None:

@@ -94,7 +94,6 @@ class World:
         made = settings(self.stable, **(given | more))
         gate = ShadowGate(
             made,
-            None,  # type: ignore[arg-type]
             EngineScorer(Engines(self.stable), TOP_K),
             TokenBudget(0.0, 1.0),
             self.writes,  # type: ignore[arg-type]

@@ -50,11 +50,6 @@ class HiddenExamples:
         self._held_out_rows: HiddenRows | None = None
 
     @property
-    def tokens(self) -> int:
-        """The number of tokens in the rows."""
-        return len(self.fold)
-
-    @property
     def held_out_fold(self) -> int:
         """The fold with the most tokens."""
         return largest_fold(self.fold)

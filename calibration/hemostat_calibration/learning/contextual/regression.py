@@ -52,11 +52,6 @@ class LowRank:
     gain: float
     error: float
 
-    @property
-    def coefficients(self) -> Floats:
-        """Returns Bᵀ, [A + 1, d]."""
-        return (self.up @ self.read).T
-
 
 def standardiser(moments: Moments) -> Floats:
     """Returns S, [A + 1, A + 1]: S x̃ has mean 0 and a variance that is 1 on average, but for the constant, which stays
@@ -89,8 +84,8 @@ def choose(folds: Sequence[Moments], ranks: Sequence[int]) -> LowRank | None:
     >>> def moments(rows):
     ...     return Moments(x[rows].T @ x[rows], x[rows].T @ t[rows], float(len(x[rows])))
     >>> solution = choose([moments(slice(0, None, 2)), moments(slice(1, None, 2))], ranks=[1])
-    >>> solution.coefficients.round(2).tolist()
-    [[2.0], [1.0]]
+    >>> (solution.up @ solution.read).round(2).tolist()
+    [[2.0, 1.0]]
     """
     if min(fold.weight for fold in folds) <= 0.0:
         return None
@@ -121,8 +116,8 @@ def fitted(moments: Moments, penalties: Sequence[float], rank: int) -> list[LowR
     >>> x, t = np.column_stack([np.arange(8.0), np.ones(8)]), 2.0 * np.arange(8.0)[:, None] + 1.0
     >>> def moments(rows):
     ...     return Moments(x[rows].T @ x[rows], x[rows].T @ t[rows], float(len(x[rows])))
-    >>> [solution.coefficients.round(2).tolist() for solution in fitted(moments(slice(None)), [1e-6, 1.0], rank=1)]
-    [[[2.0], [1.0]], [[1.0], [0.5]]]
+    >>> [(found.up @ found.read).round(2).tolist() for found in fitted(moments(slice(None)), [1e-6, 1.0], rank=1)]
+    [[[2.0, 1.0]], [[1.0, 0.5]]]
     """
     s = standardiser(moments)
     fit = _Fit(_standardised(moments, s))

@@ -125,7 +125,6 @@ class AdapterLearner:
         """Fewest tokens that are known for the next one."""
         self._not_before = -float("inf")
         """The time, by the clock, before which no further build begins."""
-        self._build: Build | None = None
         self.outcomes: Counter[str] = Counter()
         """Builds by outcome: `BuildOutcome`, `BuildFailure`."""
         self.restarts = 0
@@ -282,7 +281,7 @@ class AdapterLearner:
         except (OSError, HemostatError) as error:
             self._failed(BuildFailure.REFUSED, " ".join(str(error).split()), tokens, known)
             return
-        self._build = build = Build(job, self._settings.memory_mib, self._progressed, self._command)
+        build = Build(job, self._settings.memory_mib, self._progressed, self._command)
         try:
             result = await self._attempts(build)
         except BuildFailed as failure:
@@ -290,7 +289,6 @@ class AdapterLearner:
         else:
             self._propose(result, tokens, known, self._clock() - began)
         finally:
-            self._build = None
             await build.close()
 
     async def _job(self, target: AdapterTarget) -> Job:

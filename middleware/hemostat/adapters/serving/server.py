@@ -38,11 +38,10 @@ class Listed:
 class Completed:
     """A greedy completion.
 
-    model: the name in the answer. tokens: its ids. logprobs: of these, nats. top: the most likely ids of each
+    tokens: its ids. logprobs: of these, nats. top: the most likely ids of each
     position, with their log-probabilities, nats.
     """
 
-    model: str
     tokens: list[int]
     logprobs: list[float]
     top: list[dict[int, float]]
@@ -141,7 +140,6 @@ async def complete(server: VllmServer, name: str, ids: Sequence[int], tokens: in
         raise ReferenceFailure(FailureReason.SHORT_ANSWER, f"{server.url} sent log-probabilities of too few tokens")
     try:
         return Completed(
-            answer.model,
             [_token_id(token) for token in result.tokens],
             [float("nan") if value is None else value for value in result.token_logprobs],
             [{_token_id(token): value for token, value in (row or {}).items()} for row in result.top_logprobs],

@@ -75,8 +75,8 @@ def moves(alone: Iterable[Completed], beside: Iterable[Completed]) -> Moves:
     Where the token chosen alone is not among the other's most likely ones, the difference is at least that to the last
     of these.
 
-    >>> text = Completed("m", [7, 8], [-1.0, -1.0], [{7: -1.0}, {8: -1.0}])
-    >>> moves([text], [Completed("m", [7, 9], [-1.5, -0.5], [{7: -1.5}, {9: -0.5, 8: -2.0}])])
+    >>> text = Completed([7, 8], [-1.0, -1.0], [{7: -1.0}, {8: -1.0}])
+    >>> moves([text], [Completed([7, 9], [-1.5, -0.5], [{7: -1.5}, {9: -0.5, 8: -2.0}])])
     Moves(mean=0.75, largest=1.0, worst=0.375, texts=1, rows=1)
     """
     result: list[float] = []

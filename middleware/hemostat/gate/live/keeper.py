@@ -58,7 +58,6 @@ from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.identity import Identity
 from hemostat.reference.match import PROBE_SECONDS
-from hemostat.reference.pair import ServedModelsSource
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceScores, ScoreRequest
 from hemostat.reference.server import VllmServer
 from hemostat.scored_record import ScoredRecord, Use
@@ -113,7 +112,6 @@ class ShadowGate:
     def __init__(
         self,
         settings: Settings,
-        models: ServedModelsSource,
         engines: EngineScorer,
         reference_budget: TokenBudget,
         writes: StoreWrites,
@@ -126,7 +124,6 @@ class ShadowGate:
         wall: Callable[[], float],
     ) -> None:
         self._settings = settings
-        self._models = models
         self._engines = engines
         self._reference_budget = reference_budget
         self._writes = writes

@@ -30,12 +30,11 @@ MAX_PREPARED = 4
 class Copy:
     """A checkpoint's model, computed as an engine with its weights computes it: dense, in `dtype`.
 
-    Not thread-safe. digest: of the checkpoint's files. linears: the layers that an adapter can change, by name.
+    Not thread-safe. linears: the layers that an adapter can change, by name.
     """
 
-    def __init__(self, skeleton: Skeleton, digest: str) -> None:
+    def __init__(self, skeleton: Skeleton) -> None:
         self.skeleton = skeleton
-        self.digest = digest
         self.model: Any = skeleton.model
         self.device = skeleton.device
         self.linears: Mapping[str, CopyLinear] = skeleton.linears
@@ -50,7 +49,7 @@ class Copy:
         skeleton.load(list(skeleton.places), weights_of(checkpoint))
         for name, module in skeleton.linears.items():
             module.inputs = checkpoint.inputs(name)
-        return cls(skeleton, checkpoint.digest())
+        return cls(skeleton)
 
     def logits(self, ids: Ids, adapter: Adapter | None = None) -> Floats:
         """Float32 [n, V] for `ids` [n]: row t is about the token after ids[t]."""
