@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-gate bench-coverage bench-faults bench-load bench-canaries bench-compress bench-growth bench-mutants bench-gpu chart dist docs site screenshot clean
+.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-gate bench-coverage bench-faults bench-load bench-spool bench-canaries bench-compress bench-growth bench-mutants bench-gpu chart dist docs site screenshot clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -91,6 +91,9 @@ bench-faults: setup ## attacks, faults and restarts under load, on real processe
 
 bench-load: setup ## what one control process takes from its relays, and its load at 10 to 10^6 requests/s; writes build/bench/load.json
 	@exec $(BIN)/python tests/bench/bench_load.py $(ARGS)
+
+bench-spool: setup ## what a spool costs: rate of scoring later, bytes a token, 12 hours without a reference; writes build/bench/spool.json
+	@exec $(BIN)/python tests/bench/bench_spool.py $(ARGS)
 
 bench-canaries: setup ## what canaries find on a real vLLM: changed weights, caches, kernels, and nothing (hours); writes build/bench/canaries.json
 	@exec $(BIN)/python tests/bench/bench_canaries.py $(ARGS)

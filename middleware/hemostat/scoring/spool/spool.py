@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,8 @@ from hemostat_calibration.errors import InvalidRecordError
 log = logging.getLogger("hemostat.spool")
 
 SYNC_SECONDS = 1.0
+LOOK_SECONDS = 60.0
+"""The longest pause between two looks at all files: there may be thousands of them."""
 SEGMENT_SECONDS = 60.0
 """The age at which a journal becomes a segment."""
 SEGMENT_BYTES = 32 << 20
@@ -100,6 +103,7 @@ class Spool:
         self._clock, self._wall, self._draw = clock, wall, draw
         self._journal: Journal | None = None
         self._opened_at = 0.0
+        self._looked_at = -math.inf
         self._closed_bytes = 0
         """The size of all files but the open journal."""
         self._backoff = Backoff(RETRY_SECONDS)
@@ -166,7 +170,9 @@ class Spool:
                 if old or open_journal.bytes >= SEGMENT_BYTES:
                     self._detach()
                     await asyncio.to_thread(self.recover)
-            await asyncio.to_thread(self.look)
+                    self._looked_at = -math.inf
+            if self._clock() - self._looked_at >= LOOK_SECONDS:
+                await asyncio.to_thread(self.look)
         except OSError as error:
             self._failed(error)
 
@@ -192,6 +198,7 @@ class Spool:
 
     def look(self) -> None:
         """Removes the segments that are too old, and adds up the sizes of the others."""
+        self._looked_at = self._clock()
         now, total = self._wall(), 0
         open_path = None if self._journal is None else self._journal.path
         for path in [*segments(self._folder), *self._folder.glob("*" + journal.SUFFIX)]:
