@@ -14,6 +14,7 @@ import pytest
 from tests.support.captures import capture
 from tests.support.control import settings
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
+from tests.support.gate_writes import Writes
 
 from hemostat.gate.live.keeper import ShadowGate
 from hemostat.ipc.messages import Capture
@@ -26,35 +27,12 @@ from hemostat.scoring.capture_arrays import candidates, decode_capture
 from hemostat.scoring.engine_scores import EngineScorer
 from hemostat.scoring.limits import TokenBudget
 from hemostat.scoring.record_builder import build_record
-from hemostat.store.protocol import BlobKey
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.gate import live
 
 TOP_K = 20
 HOUR = 3600.0
 INFO = ReferenceInfo("ref", "digest", "server", VOCAB, False)
-
-
-@dataclass
-class Writes:
-    """The writes to a store. away: the store does not answer."""
-
-    blobs: dict[BlobKey, bytes] = field(default_factory=dict)
-    away: bool = False
-    number: int = 0
-    written: int = 0
-
-    def put_blob(self, key: BlobKey, data: bytes) -> None:
-        self.number += 1
-        if not self.away:
-            self.blobs[key] = data
-            self.written = self.number
-
-    def queued(self) -> int:
-        return self.number
-
-    def has_written(self, write: int) -> bool:
-        return self.written >= write
 
 
 @dataclass
@@ -88,15 +66,15 @@ class World:
     references: list[VllmReference] = field(default_factory=list)
     _gates: list[ShadowGate] = field(default_factory=list)
 
-    def process(self, **more: Any) -> ShadowGate:
-        """Returns the gate of a new control process, which has read the store."""
+    def process(self, writes: Writes | None = None, **more: Any) -> ShadowGate:
+        """Returns the gate of a new control process, which has read the store. writes: its own."""
         given = {"reference": {"backend": "vllm", "url": self.reference}, "gate": {"own_answers": 1.0}} | self.settings
         made = settings(self.stable, **(given | more))
         gate = ShadowGate(
             made,
             EngineScorer(Engines(self.stable), TOP_K),
             TokenBudget(0.0, 1.0),
-            self.writes,  # type: ignore[arg-type]
+            writes or self.writes,  # type: ignore[arg-type]
             noted=lambda kind, units: 1.0,
             active=lambda: self.active,
             record_event=self.events.append,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from tests.support.fake_vllm import FakeVllm
+from tests.support.gate_writes import OwnersWrites
 
+from hemostat.gate.live import keeper
 from hemostat.gate.live.stored import BLOB_KEY
+from hemostat_calibration.gate import live
 
 Worlds = Callable[..., Any]
 
@@ -52,6 +58,58 @@ async def test_killed_at_random_moments_the_evidence_is_what_it_would_have_been(
             gate.update(await here.scored())
             await gate.step()
         assert gate.report()["questions"] == killed
+
+
+async def test_a_hundred_faults_lose_nothing_and_count_nothing_twice(
+    world: Worlds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While each of 100 records is measured, something happens at a random moment: the process is killed, another one
+    takes over while the first one goes on, the store is read-only for a while, or the candidate is killed. All records
+    are offered to whoever goes on again."""
+    draw = random.Random(8)
+    candidate = FakeVllm(noise=0.3)
+    happened: Counter[str] = Counter()
+    monkeypatch.setattr(keeper, "RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(live, "RUN", 1000)  # it does not decide
+    async with world(FakeVllm(noise=1.0), candidate) as here:
+        writes = OwnersWrites(store=here.writes)
+        gate = here.process(writes)
+        gate.begin(here.candidate, "other", None, None, waive_cycles=False)
+        records: list[Any] = []
+        for number in range(100):
+            here.now += 60.0
+            here.ticks += 60.0
+            records.append(await here.scored())
+            gate.update(records[-1])
+            measuring = asyncio.create_task(gate.step())
+            fault = draw.choice(("killed", "failover", "read-only store", "candidate killed"))
+            happened[fault] += 1
+            here.writes.away = fault == "read-only store"
+            await asyncio.sleep(0.02 * draw.random())
+            if fault == "killed":
+                measuring.cancel()
+                await asyncio.gather(measuring, return_exceptions=True)
+            elif fault == "candidate killed":
+                candidate.status = 503
+            if fault in ("killed", "failover"):
+                writes.owns = False
+                writes = OwnersWrites(store=here.writes)
+                before, gate = gate, here.process(writes)
+                if fault == "failover":
+                    await measuring
+                    before.save()
+            else:
+                await measuring
+            here.writes.away, candidate.status = False, None
+            gate.save()
+            for scored in records:
+                gate.update(scored)
+                while gate.waiting:
+                    await gate.step()
+            assert gate.report()["units"] == number + 1, fault
+        assert min(happened.values()) > 10
+        assert here.process().report() == gate.report()
+        assert gate.report()["state"] == "running"
 
 
 async def test_a_verdict_is_shown_once_the_store_has_it(world: Worlds) -> None:
