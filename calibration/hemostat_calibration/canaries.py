@@ -77,6 +77,7 @@ import numpy as np
 from hemostat_calibration import state_codec
 from hemostat_calibration.arrays import Floats, Ids, Indices
 from hemostat_calibration.canary_cause import CauseBaseline
+from hemostat_calibration.canary_texts import TextBaseline
 from hemostat_calibration.errors import InvalidArgumentError
 
 REPLAYS = 4
@@ -110,8 +111,8 @@ ADAPTER_SEQUENCES = 20
 """The number of sequences of an adapter. They are the shortest ones, so that the sequences of several adapters fit next
 to the base model's.
 """
-SCHEMA = 4
-OLDER_SCHEMAS = (2, 3)
+SCHEMA = 5
+OLDER_SCHEMAS = (2, 3, 4)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -253,8 +254,8 @@ class CanarySet:
     N = Σ (P + A − 1), of R replays. reference: float64 [N], of the reference; empty where there is none. cause: what
     the cause of a change is found by; None of an adapter, and where the model's context is too short. conditions: of
     each baseline replay; empty for a set that was stored without. decoded: the engine decodes the answers, token by
-    token, as its plugin is given them; False: all tokens are scored by a prefill. Raises InvalidArgumentError if they
-    do not fit together.
+    token, as its plugin is given them; False: all tokens are scored by a prefill. texts: what the server made of the
+    prompts as clients send them; None of an adapter. Raises InvalidArgumentError if they do not fit together.
     """
 
     canaries: tuple[Canary, ...]
@@ -264,6 +265,7 @@ class CanarySet:
     cause: CauseBaseline | None = None
     conditions: tuple[Condition, ...] = ()
     decoded: bool = False
+    texts: TextBaseline | None = None
 
     def __post_init__(self) -> None:
         require_sequences(self.canaries)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hemostat.canaries import client
+from hemostat.canaries import client, texts
 from hemostat_calibration import canary_cause
 
 
@@ -17,4 +17,5 @@ def without_variants(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "ANSWER_TOKENS", 4)
+    monkeypatch.setattr(texts, "FREE_TEXTS", 0)
     monkeypatch.setattr("hemostat.canaries.keeper.TICK_SECONDS", 3600.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.support.fake_vllm import FakeVllm, serving
 
-from hemostat.canaries import client
+from hemostat.canaries import client, texts
 from hemostat.cli import main
 from hemostat.commands.canaries import CHANGED, EQUAL, TOLERANCE
 from hemostat.config.schema import Canaries
@@ -34,6 +34,7 @@ def taken(prompts: Path) -> Path:
     path = prompts.with_name("set.json")
     with pytest.MonkeyPatch.context() as patch, serving(FakeVllm()) as url:
         patch.setattr(client, "ANSWER_TOKENS", 4)
+        patch.setattr(texts, "FREE_TEXTS", 0)
         assert main(["canaries", "take", url, str(path), "--prompts", str(prompts)]) == EQUAL
     return path
 
@@ -46,6 +47,7 @@ def fake() -> FakeVllm:
 @pytest.fixture
 def url(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(client, "ANSWER_TOKENS", 4)
+    monkeypatch.setattr(texts, "FREE_TEXTS", 0)
     with serving(fake) as url:
         yield url
 
@@ -133,6 +135,62 @@ def test_answers_are_decoded_where_the_plugin_is_and_a_fault_of_decoding_alone_i
         for name, value in lost.items():
             setattr(fake, name, value)
         assert "does not decode the tokens that it is given" in refused(["replay", url, str(path)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        ({"chat_template": "Another template."}, "16 of 16 texts have other token ids: the chat template or the tok"),
+        ({"default_temperature": 0.2}, "free answers are drawn in another way: −log p minus the entropy had a mean of"),
+    ],
+)
+def test_what_clients_texts_become_is_compared(
+    fault: dict[str, object],
+    text: str,
+    url: str,
+    fake: FakeVllm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(texts, "FREE_TEXTS", 8)
+    prompts, path = tmp_path / "prompts", tmp_path / "set.json"
+    prompts.write_text("".join(f"A prompt, number {n}\n" for n in range(16)))
+    assert main(["canaries", "take", url, str(path), "--prompts", str(prompts)]) == EQUAL
+    sent = [body for body in fake.requests if "messages" in body]
+    assert {("temperature" in body, "top_p" in body, "seed" in body) for body in sent} == {(False, False, False)}
+    assert main(["canaries", "replay", url, str(path)]) == EQUAL
+    capsys.readouterr()
+    for name, value in fault.items():
+        setattr(fake, name, value)
+    assert main(["canaries", "replay", url, str(path)]) == CHANGED
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("changed: 0 of 16 sequences differ")
+    assert second.strip().startswith(text)
+
+
+def test_a_date_in_a_chat_template_is_no_change_and_a_model_without_a_template_has_texts_too(
+    url: str, fake: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "FREE_TEXTS", 8)
+    path = tmp_path / "set.json"
+    (tmp_path / "prompts").write_text(PROMPTS)
+
+    def take() -> int:
+        return main(["canaries", "take", url, str(path), "--prompts", str(tmp_path / "prompts"), "--overwrite"])
+
+    fake.chat_template = "Today is Monday, 31 August 2026."
+    assert take() == EQUAL
+    fake.chat_template = "Today is Tuesday, 1 September 2026."
+    assert main(["canaries", "replay", url, str(path)]) == EQUAL
+    fake.chat_template = None
+    assert take() == EQUAL
+    assert main(["canaries", "replay", url, str(path)]) == EQUAL
+    fake.default_temperature = 0.2
+    assert main(["canaries", "replay", url, str(path)]) == CHANGED
+    fake.max_logprobs = 4
+    assert take() == EQUAL, "a server that lists fewer tokens is asked for its token ids alone"
+    assert main(["canaries", "replay", url, str(path)]) == EQUAL
 
 
 def test_another_model_under_the_same_name_is_changed_in_two_replays(

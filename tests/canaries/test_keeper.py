@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.canary_world import SEQUENCES, world
+from tests.support.canary_world import SEQUENCES, control_process, world
 from tests.support.fake_vllm import FakeVllm
 from tests.support.stores import DirectWrites
 
@@ -41,7 +41,8 @@ async def test_a_set_is_taken_when_engines_have_served_a_while_and_replayed_ever
         assert bench.statements() == []
         report = bench.canaries.report()
         assert (report["detail"], report["set"]["sequences"], report["failures"]) == ("", SEQUENCES, {})
-        assert bench.sample(names.CANARY_CHANGED) == {(bench.names[0], "fake", "baseline", ""): 0.0}
+        labels = [(bench.names[0], "fake", against, "") for against in ("baseline", "texts")]
+        assert bench.sample(names.CANARY_CHANGED) == dict.fromkeys(labels, 0.0)
 
 
 async def test_another_model_under_the_same_name_is_stated_after_two_replays_and_until_it_is_back(
@@ -57,7 +58,8 @@ async def test_another_model_under_the_same_name_is_stated_after_two_replays_and
         (text,) = bench.statements()
         assert f"Canaries: {bench.names[0]} (fake) has changed, since" in text
         assert f"{SEQUENCES} of {SEQUENCES} sequences differ" in text
-        assert bench.sample(names.CANARY_CHANGED) == {(bench.names[0], "fake", "baseline", ""): 1.0}
+        labels = [(bench.names[0], "fake", against, "") for against in ("baseline", "texts")]
+        assert bench.sample(names.CANARY_CHANGED) == dict(zip(labels, (1.0, 0.0), strict=True))
         assert bench.written.events(1)[0]["why"] == text
         fake.noise = 0.0
         await bench.settle(HOUR_SECONDS)
@@ -85,6 +87,31 @@ async def test_engines_with_the_plugin_decode_what_the_control_process_has_signe
         await bench.settle(HOUR_SECONDS)
         (failure,) = bench.canaries.report()["failures"].values()
         assert "does not decode the tokens that it is given" in failure
+
+
+async def test_texts_as_clients_send_them_are_stated_after_two_replays_at_once_and_until_they_are_as_before(
+    tmp_path: Path,
+) -> None:
+    fake = FakeVllm()
+    async with world(tmp_path, fake) as bench:
+        await bench.settle(FIRST_SECONDS)
+        assert bench.sample(names.CANARY_CHANGED)[bench.names[0], "fake", "texts", ""] == 0.0
+        fake.chat_template = "Another template."
+        await bench.settle(HOUR_SECONDS)
+        (text,) = bench.statements()
+        assert f"Canaries: {bench.names[0]} (fake) treats clients' texts otherwise, since" in text
+        assert f"{SEQUENCES} of {SEQUENCES} texts have other token ids" in text
+        assert bench.sample(names.CANARY_CHANGED)[bench.names[0], "fake", "texts", ""] == 1.0
+        assert bench.sample(names.CANARY_CHANGED)[bench.names[0], "fake", "baseline", ""] == 0.0
+        assert bench.written.events(1)[0]["why"] == text
+        async with control_process(bench.again(), bench.now) as later:
+            await later.settle()
+            assert later.statements() == [text]
+            fake.chat_template = ""
+            await later.settle(HOUR_SECONDS)
+            assert later.statements() == []
+            assert "treats clients' texts as it did" in later.written.events(1)[0]["why"]
+            assert later.canaries.report()["texts"][bench.names[0]]["since"] is None
 
 
 async def test_the_baseline_grows_for_a_day_and_not_by_what_is_suspected(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.support.running_vllm import (
     running_vllm,
 )
 
-from hemostat.canaries import client
+from hemostat.canaries import client, texts
 from hemostat.canaries.prompts import load
 from hemostat.canaries.variants import VariantClient
 from hemostat.cli import main
@@ -126,8 +126,8 @@ def test_faults_of_a_real_engine_have_their_causes(checkpoints: Checkpoints, tmp
 
     async def take(vllm: VllmServer, client: VariantClient) -> CauseBaseline | None:
         # A text that the model predicts with certainty, such as a repeated one, hardly changes.
-        texts = [await vllm.tokenize(server.model, prompt.prompt) for prompt in load().prompts]
-        canaries = [Canary("", np.array(ids[:-1], np.int32), np.array(ids[-1:], np.int32)) for ids in texts]
+        sequences = [await vllm.tokenize(server.model, prompt.prompt) for prompt in load().prompts]
+        canaries = [Canary("", np.array(ids[:-1], np.int32), np.array(ids[-1:], np.int32)) for ids in sequences]
         return await client.baseline(canaries, 578)
 
     with running_vllm(checkpoints, tmp_path, arguments, FAULTS_ENVIRONMENT) as server:
@@ -139,6 +139,14 @@ def test_faults_of_a_real_engine_have_their_causes(checkpoints: Checkpoints, tmp
             verdict = baseline.explain(asked(server, lambda _, client: client.measure(baseline.text)), TOLERANCE_NATS)
             found[cause] = verdict.text if verdict.cause is not cause else ""
     assert found == dict.fromkeys(faults, "")
+
+
+class WithDefault(VllmServer):
+    """A server whose default temperature is another one."""
+
+    async def post(self, path: str, body: Any, answer: type[T], **more: Any) -> T:
+        default = {"temperature": 0.5} if "/completions" in path else {}
+        return await super().post(path, default | body, answer, **more)
 
 
 @pytest.mark.slow
@@ -168,7 +176,15 @@ def test_a_set_with_decoded_answers_finds_what_a_prefill_does_not(
             first = await signed.compare(decoded, TOLERANCE_NATS)
             second = await plain.compare(prefilled, TOLERANCE_NATS)
             found[name] = first[1], second[1]
+        assert decoded.texts is not None
+        assert len(decoded.texts.taken.excess) == texts.BASELINE_ROUNDS * texts.FREE_TEXTS * texts.FREE_TOKENS
+        same, changed = await signed.texts().compare(decoded.texts)
+        assert (same.other_ids, changed) == (0, False), same
+        colder = WithDefault(server.url, timeout=300.0)
+        _, changed = await client.CanaryClient(colder, server.model).texts().compare(decoded.texts)
+        assert changed
         await vllm.close()
+        await colder.close()
 
     with running_vllm(checkpoints, tmp_path, [*VLLM_ARGUMENTS, *FAULTS_ARGUMENTS], FAULTS_ENVIRONMENT) as server:
         asyncio.run(run(server))

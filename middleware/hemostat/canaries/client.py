@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 
 from hemostat.canaries.prompts import Prompts
+from hemostat.canaries.texts import TextClient
 from hemostat.canaries.variants import Sign, VariantClient
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import Refused, VllmServer
@@ -147,10 +148,14 @@ class CanaryClient:
             self._progress("answers written", len(canaries), len(texts))
         require_sequences(canaries)
         taken = await self.baseline(canaries, origin, decoded=decoded)
-        return replace(taken, cause=await self.variants().baseline(canaries, origin.max_model_len))
+        as_sent = await self.texts().take([prompt.prompt for prompt in prompts.prompts])
+        return replace(taken, cause=await self.variants().baseline(canaries, origin.max_model_len), texts=as_sent)
 
     def variants(self) -> VariantClient:
         return VariantClient(self._server, self.model, self._gate, self._progress, self._sign)
+
+    def texts(self) -> TextClient:
+        return TextClient(self._server, self.model, self._gate)
 
     async def baseline(self, canaries: Sequence[Canary], origin: Origin, *, decoded: bool) -> CanarySet:
         """Returns the set of these sequences, replayed alone and together with each other. decoded: see `CanarySet`.

@@ -11,6 +11,7 @@ import numpy as np
 
 from hemostat.canaries.client import CanaryClient
 from hemostat.canaries.pace import HOUR_SECONDS, Pace, PaceState
+from hemostat.canaries.texts import TextReading
 from hemostat.canaries.variants import Sign
 from hemostat.engines.engine import Engine
 from hemostat.store.protocol import BlobKey
@@ -23,8 +24,9 @@ STATES_KEY = BlobKey("canary_engines")
 MAX_ADAPTERS = 8
 """The largest number of adapters of an engine that are asked, by name; further ones are not asked."""
 REQUEST_SECONDS = 60.0
-BASELINE, ENGINES = "baseline", "engines"
-"""The names of what a replay is compared with: the baseline, and the other engines."""
+BASELINE, ENGINES, TEXTS = "baseline", "engines", "texts"
+"""The names of what a replay is compared with: the baseline, the other engines, and the baseline of texts as clients
+send them."""
 
 
 @dataclass(slots=True)
@@ -101,11 +103,13 @@ class EngineState:
     """The state that outlasts the control process, so that its restart neither repeats replays beyond the budget nor
     forgets what they have found.
 
-    readings: the suspicions, statements and differences that may be a mode's, by served name.
+    readings: the suspicions, statements and differences that may be a mode's, by served name. texts: what the base
+    model's texts say.
     """
 
     pace: PaceState
     readings: Mapping[str, Reading]
+    texts: TextReading = field(default_factory=TextReading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +125,14 @@ class EngineCanaries:
         engine: Engine,
         pace: Pace,
         readings: Mapping[str, Reading],
+        texts: TextReading,
         *,
         sign: Sign,
         clock: Callable[[], float],
         on_end: Callable[[EngineCanaries], None],
     ) -> None:
-        """readings: of an earlier `state`. sign: see `VariantClient`. clock: monotonic seconds. on_end: called when the
-        engine has left."""
+        """readings, texts: of an earlier `state`. sign: see `VariantClient`. clock: monotonic seconds. on_end: called
+        when the engine has left."""
         self.name = engine.name
         self.pace = pace
         self._engine = engine
@@ -137,6 +142,8 @@ class EngineCanaries:
         self._on_end = on_end
         self.readings = dict(readings)
         """The readings by served name, the base model's first."""
+        self.texts = replace(texts)
+        """The reading of the base model's texts."""
         self.now = Origin("")
         """The models that it serves, as `list_models` has found."""
         self.failure = ""
@@ -169,6 +176,7 @@ class EngineCanaries:
             self.listed_at, self.not_before = -np.inf, 0.0
             for reading in self.readings.values():
                 reading.due = 0.0
+            self.texts.due = 0.0
         self.up, self._boot = up, boot or self._boot
 
     async def list_models(self, wanted: str | None) -> None:
@@ -197,11 +205,12 @@ class EngineCanaries:
             for name, reading in self.readings.items()
             if reading.suspected or reading.lasting or reading.since
         }
-        return EngineState(self.pace.state(), kept)
+        return EngineState(self.pace.state(), kept, self.texts.to_store())
 
     def forget(self) -> None:
         """Forgets what was found, since the set is replaced."""
         self.readings = {name: Reading() for name in self.readings}
+        self.texts = TextReading()
 
     async def close(self) -> None:
         """Ends what is under way."""
@@ -215,6 +224,14 @@ class EngineCanaries:
 def served(origin: Origin) -> tuple[str, str]:
     """Returns the served name and the path of the origin's model."""
     return origin.model, origin.root
+
+
+def text_statement(engine: str, model: str, texts: TextReading) -> str:
+    """Returns what is wrong with an engine's texts, in one line; "" if nothing is."""
+    if texts.since is None or texts.found is None:
+        return ""
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(texts.since))
+    return f"Canaries: {engine} ({model}) treats clients' texts otherwise, since {since}: {texts.found.summary}"
 
 
 def statement(

@@ -13,12 +13,14 @@ from hemostat.canaries.engine import (
     EngineCanaries,
     Reading,
     statement,
+    text_statement,
 )
 from hemostat.canaries.pace import HOUR_SECONDS
 from hemostat.canaries.states import CanaryStates
 from hemostat.store.protocol import StoreWrites, alarm_event
 from hemostat_calibration.canaries import CanarySet
 from hemostat_calibration.canary_cause import UNCHANGED, Measured, Verdict, of_engines
+from hemostat_calibration.canary_texts import TextComparison
 
 log = logging.getLogger("hemostat.canaries")
 
@@ -70,6 +72,16 @@ class Judge:
             if current.since.keys() != before[name].keys():
                 text = self.statement(self._states.current[name], model, current, taken)
                 self.record(text or f"Canaries: {name} ({model}) is as it was", figures(current))
+        self._states.save()
+
+    def update_texts(self, canaries: EngineCanaries, comparison: TextComparison) -> None:
+        """Judges a replay of this engine's texts."""
+        texts, name, model = canaries.texts, canaries.name, canaries.now.model
+        before = texts.since
+        texts.judge(comparison, self._wall())
+        if texts.since != before:
+            text = text_statement(name, model, texts) or f"Canaries: {name} ({model}) treats clients' texts as it did"
+            self.record(text, {"texts": comparison.summary})
         self._states.save()
 
     def explain(self, canaries: EngineCanaries, base: CanarySet, measured: Measured) -> None:

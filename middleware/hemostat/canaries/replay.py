@@ -20,7 +20,8 @@ from hemostat.canaries.judge import Judge
 from hemostat.canaries.pace import BUDGET_TOKENS, HOUR_SECONDS
 from hemostat.canaries.prompts import Prompts
 from hemostat.canaries.states import CanaryStates, Sets
-from hemostat.canaries.variants import cost
+from hemostat.canaries.texts import cost
+from hemostat.canaries.variants import cost as cost_of_variants
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ReferenceState
 from hemostat.reference.protocol import ReferenceFailure, ScoreRequest
@@ -173,13 +174,33 @@ class Replays:
         gone = taken.origin.engine not in self._states.current
         return (gone or canaries.name == taken.origin.engine) and reading.at - last >= HOUR_SECONDS
 
+    async def read_texts(self, canaries: EngineCanaries, base: CanarySet) -> None:
+        """Sends the base model's texts as clients do, if that is due and the budget allows it. If something differs,
+        they are sent again at once."""
+        texts, model = canaries.texts, base.origin.model
+        if base.texts is None or self._clock() < texts.due:
+            return
+        needed = cost(base.texts)
+        for _ in range(2):
+            if canaries.pace.left() < needed:
+                return
+            async with self._spending(canaries, model, needed) as client:
+                client.sent = needed
+                replayed = await client.texts().replay(base.texts)
+            if self._sets.base is None or self._sets.base.canaries is not base.canaries:
+                return
+            self._judge.update_texts(canaries, base.texts.compare(replayed))
+            if not texts.suspected:
+                break
+        texts.due = self._clock() + HOUR_SECONDS
+
     async def explain(self, canaries: EngineCanaries, base: CanarySet) -> bool:
         """Finds the cause of what the base model's replays have found, once. Returns False if it has to wait for the
         budget, for which replays wait, too."""
         reading = canaries.base
         if reading is None or not reading.since or reading.cause is not None or base.cause is None:
             return True
-        needed = cost(base.cause.text)
+        needed = cost_of_variants(base.cause.text)
         if canaries.pace.left() < needed:
             return False
         async with self._spending(canaries, canaries.now.model, needed) as client:

@@ -8,6 +8,8 @@ from typing import Any
 from hemostat.canaries.engine import (
     BASELINE,
     ENGINES,
+    TEXTS,
+    text_statement,
 )
 from hemostat.canaries.judge import Judge, figures
 from hemostat.canaries.states import CanaryStates, Sets
@@ -29,6 +31,9 @@ class CanaryReport:
             taken = self._sets.of(model)
             if taken is not None and reading.since:
                 yield self._judge.statement(canaries, model, reading, taken), min(reading.since.values())
+        for name, canaries in self._states.current.items():
+            if canaries.texts.since is not None:
+                yield text_statement(name, canaries.now.model, canaries.texts), canaries.texts.since
 
     def report(self, problem: str) -> dict[str, Any]:
         """Returns the state of the canaries, JSON-ready.
@@ -37,6 +42,7 @@ class CanaryReport:
         taken; decoded: the engines decode its answers; replays and until: the number of replays of its baseline, and
         when the last one was. failures: why an engine is not compared. engines: the last replay of each model of each
         engine. distance_nats: the median distance of its sequences. cause: the cause of what was found there, in words.
+        texts: by engine, what the last replay of texts as clients send them says.
         """
         base = self._sets.base
         return {
@@ -74,6 +80,11 @@ class CanaryReport:
                 }
                 for canaries, model, reading in self._states.replayed()
             ],
+            "texts": {
+                name: {"since": texts.since, "detail": texts.found.summary}
+                for name, canaries in self._states.current.items()
+                if (texts := canaries.texts).found is not None
+            },
         }
 
     def samples(self) -> Iterator[Sample]:
@@ -86,3 +97,7 @@ class CanaryReport:
                 yield Sample(names.CANARY_DISTANCE_NATS, labels, comparison.nats)
                 found = "" if cause is None or against not in reading.since else cause.cause.value
                 yield Sample(names.CANARY_CHANGED, (*labels, found), float(against in reading.since))
+        for name, canaries in self._states.current.items():
+            if canaries.texts.found is not None:
+                labels = (name, canaries.now.model, TEXTS)
+                yield Sample(names.CANARY_CHANGED, (*labels, ""), float(canaries.texts.since is not None))

@@ -72,6 +72,7 @@ class Schedule:
             engine,
             Pace(self._clock, self._wall, state.pace),
             state.readings,
+            state.texts,
             sign=self._engines.signed,
             clock=self._clock,
             on_end=self._states.keep,
@@ -102,7 +103,8 @@ class Schedule:
             # The one that has been due for longest comes first, and none is replayed while it waits for the budget.
             for model in (first, *sorted(adapters, key=lambda name: canaries.readings[name].due)):
                 if now >= canaries.readings[model].due and not await self._replays.replay(canaries, model):
-                    break
+                    return
+            await self._replays.read_texts(canaries, base)
         except (ReferenceFailure, InvalidArgumentError) as failure:
             self._fail(canaries, str(failure))
         except Exception as error:

@@ -14,6 +14,7 @@ from hemostat.canaries.engine import (
     served,
 )
 from hemostat.canaries.pace import HOUR_SECONDS, PaceState
+from hemostat.canaries.texts import TextReading
 from hemostat.engines.registry import EngineRegistry
 from hemostat.store.protocol import BlobKey, StoreWrites
 from hemostat_calibration import state_codec
@@ -125,7 +126,7 @@ class CanaryStates:
         """Forgets all readings: the set is replaced."""
         for engine in self.current.values():
             engine.forget()
-        self._gone = {name: replace(state, readings={}) for name, state in self._gone.items()}
+        self._gone = {name: replace(state, readings={}, texts=TextReading()) for name, state in self._gone.items()}
         self.save()
 
     def alike(self, canaries: EngineCanaries, model: str) -> dict[str, Reading]:

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,6 +20,7 @@ from hemostat_calibration.errors import HemostatError
 if TYPE_CHECKING:
     from hemostat.canaries.client import CanaryClient
     from hemostat_calibration.canaries import CanarySet, Comparison, Origin
+    from hemostat_calibration.canary_texts import TextComparison
 
 T = TypeVar("T")
 
@@ -89,6 +91,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tolerance(compare)
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What replays say. tokens: of the sequences. texts: of the texts as clients send them; None for a set without.
+    changed: two replays in a row differ in the same way."""
+
+    tokens: Comparison
+    texts: TextComparison | None
+    changed: bool
+
+
 def _take(options: argparse.Namespace) -> int:
     if options.file.exists() and not options.overwrite:
         raise UsageError(f"{options.file} exists; name another file, or add --overwrite")
@@ -130,17 +142,21 @@ def _cause(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    async def compare() -> tuple[Comparison, bool, Origin, Origin]:
+    async def compare() -> tuple[_Found, Origin, Origin]:
         taken = await _take_at(options.server, options.prompts)
         return *await _compare_at(options.other, None, taken, options.tolerance), taken.origin
 
     return _say(*_run(compare()))
 
 
-def _say(comparison: Comparison, changed: bool, now: Origin, then: Origin) -> int:
+def _say(found: _Found, now: Origin, then: Origin) -> int:
     """Prints the verdict, in one line, and what else is different. Returns the exit code."""
-    exit_code = CHANGED if changed else COULD_NOT_TELL if comparison.changed or comparison.differs else EQUAL
+    comparison, texts = found.tokens, found.texts
+    unknown = comparison.changed or comparison.differs or (texts is not None and texts.changed)
+    exit_code = CHANGED if found.changed else COULD_NOT_TELL if unknown else EQUAL
     print(f"{_VERDICTS[exit_code]}: {comparison.summary}")  # noqa: T201
+    if texts is not None and texts.changed:
+        print(f"  {texts.summary}")  # noqa: T201
     for change in then.changes(now):
         print(f"  {change}")  # noqa: T201
     return exit_code
@@ -173,9 +189,7 @@ async def _take_at(server: str, prompts: Path | None) -> CanarySet:
         return await client.take(loaded)
 
 
-async def _compare_at(
-    server: str, default: str | None, taken: CanarySet, tolerance: float
-) -> tuple[Comparison, bool, Origin]:
+async def _compare_at(server: str, default: str | None, taken: CanarySet, tolerance: float) -> tuple[_Found, Origin]:
     async with _client(server, default) as client:
         then, now = taken.origin, await client.origin()
         if then.tokenizer and now.tokenizer and then.tokenizer != now.tokenizer:
@@ -183,7 +197,11 @@ async def _compare_at(
                 f"could not tell: {server} has another tokenizer than the server of the canaries, to which the same "
                 "token ids are another text; take a set there"
             )
-        return *await client.compare(taken, tolerance), now
+        tokens, changed = await client.compare(taken, tolerance)
+        if taken.texts is None:
+            return _Found(tokens, None, changed), now
+        texts, other_texts = await client.texts().compare(taken.texts)
+        return _Found(tokens, texts, changed or other_texts), now
 
 
 def _run(work: Coroutine[None, None, T]) -> T:

@@ -22,8 +22,9 @@ export function Canaries({ s }) {
       ["from the reference, then and now", (r) => (known(r.reference_nats) ? `${nats(r.reference_nats[0])}, ${nats(r.reference_nats[1])}` : NONE), (r) => r.reference_nats?.[1]],
       ["at", (r) => when(r.at), (r) => r.at]]} />
     ${c.engines.filter((r) => r.cause).map((r) => html`<p>Cause at ${r.engine} (${r.model}): ${r.cause}.</p>`)}
+    ${Object.entries(c.texts ?? {}).map(([engine, t]) => html`<p>Texts as clients send them at ${engine}: <${Coloured} as=${known(t.since) ? "bad" : "good"}>${t.detail}<//>.</p>`)}
     <p><${Action} label="Accept the canaries' present scores" asks=${["Accept what the engines compute now?",
       "A new set is taken, and engines are compared with that. A change that is there now is not reported again.", "api/v1/canaries/accept", {}]}>Accept present scores<//></p>`}
-    <${Explain} asks="Has an engine changed?" not="that answers are worse: it computes something else. A change that touches fewer than half of the sequences is not found.">Each hour, and when it comes back, each engine scores the
-      same tokens. A sequence differs if it is further from the scores of then than an unchanged engine's; ${set ? "more than half of them" : "most"} have to, in two replays in a row.<//>`;
+    <${Explain} asks="Has an engine changed?" not="that answers are worse: it computes something else. A small change that few sequences show is not found.">Each hour, and when it comes back, each engine scores the
+      same tokens. A sequence differs if it is further from the scores of then than an unchanged engine's; ${set ? "more than half of them" : "most"} have to, in two replays in a row, or the same part of one by far.<//>`;
 }
