@@ -259,7 +259,7 @@ def clients_differ(rng: np.random.Generator, n: int, lives: int) -> Stream:
 
 
 def late(world: World, begins: int) -> World:
-    """Units are independent until `begins`, and from then on they are those of the world."""
+    """Units are independent until `begins`, and from then on the world's own."""
 
     def begun(rng: np.random.Generator, n: int, lives: int) -> Stream:
         first, then = independent(0.0)(rng, begins, lives), world(rng, n - begins, lives)
@@ -273,7 +273,7 @@ def late(world: World, begins: int) -> World:
 
 
 def template_runs(length: int) -> World:
-    """So many successive units are of one of 8 templates, whoever sends them. Templates differ with a standard
+    """Units come in runs of one of 8 templates, whoever sends them. Templates differ with a standard
     deviation of 0.15, and nothing is gained on average over them."""
 
     def world(rng: np.random.Generator, n: int, lives: int) -> Stream:

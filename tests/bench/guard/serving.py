@@ -1,9 +1,9 @@
-"""What serves, where units depend on each other: is a profile that does no harm taken back for harm?
+"""Rows of what serves, where units depend on each other: how often a profile that does no harm is taken back.
 
-The worlds are those of `dependence`, with `cycle_hours: 0`: `FEW` units are known before the test begins, `PROOF` gains
-were the proof, and then `UNITS` units of gain 0, or a little above 0, are watched. All pass `Guard`, which decides at
-every `EVERY`-th of them. Only lives that are taken back with units taken for independent are simulated so: the evidence
-with a larger v̂ is never above that evidence where the latter is above 1.
+The worlds are the ones of `dependence`, with `cycle_hours: 0`: `FEW` units are known before the test begins, `PROOF`
+gains were the proof, and then `UNITS` units of gain 0, or a little above 0, are watched. All pass `Guard`, which
+decides at every `EVERY`-th of them. Only lives that are taken back with units taken for independent are simulated so:
+the evidence with a larger v̂ is never above that evidence where the latter is above 1.
 """
 
 from __future__ import annotations

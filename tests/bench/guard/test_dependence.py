@@ -65,7 +65,7 @@ def test_what_some_hundred_conversations_tell_is_enough(name):
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("name", ["runs of 12", "runs of 6 of the gains alone, one client, a spread of 0.4"])
 def test_dependence_that_begins_with_the_test_is_seen_in_its_gains(name):
-    """What was noted before tells nothing of it; if units were taken for independent, more would be promoted."""
+    """The units noted before tell nothing of it. If units were taken for independent, more would be promoted."""
     world, few = worlds.late_worlds(worlds.FEW)[name], {"history": worlds.FEW, "in_cycles": False}
     taken = worlds.lives_of(world, 120, np.random.default_rng(4), dependence=False, **few)
     result = worlds.lives_of(world, 120, np.random.default_rng(4), **few)

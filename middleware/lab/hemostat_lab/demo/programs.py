@@ -38,10 +38,10 @@ CALIBRATION = {
     "clamp_nats": 0.5,
     "anchors": 1024,
 }
-"""For a run of minutes: an adapter needs few texts and a proof many, so most prompts are held out. A profile of another
-family recovers less and takes time of the cores: it comes only in long runs. A small clamp, because the number of
-requests that a proof needs grows with the range of possible gains. Arms of equal size detect a difference soonest. More
-anchors than the model's hidden size (576), so that the features determine the hidden state."""
+"""These settings suit a run of minutes: an adapter needs few texts and a proof many, so most prompts are held out. A
+profile of another family recovers less and takes time of the cores: it comes only in long runs. A small clamp, because
+the number of requests that a proof needs grows with the range of possible gains. Arms of equal size detect a
+difference soonest. More anchors than the model's hidden size (576), so that the features determine the hidden state."""
 ADAPTER = {"enabled": True, "rank": 16, "max_tokens": 6000}
 """After the test of the first one, the next is made from twice as many tokens, of at most so many."""
 ADAPTER_SLOTS = 2
