@@ -28,6 +28,7 @@ from hemostat.profiles.persistence import (
     stored_serving,
 )
 from hemostat.store.protocol import StoredProfile
+from hemostat.store.schema_1 import PROPOSED_BLOB, upgraded
 from hemostat.store.states import write_state
 from hemostat_calibration.profiles.adapter import ADAPTER
 from hemostat_calibration.profiles.contextual import CONTEXTUAL
@@ -291,14 +292,17 @@ EARLIER_BLOB = (
     b'\\\\\\"weights\\\\\\": \\\\\\"abc\\\\\\"}\\"}"},"0.masses":{"dtype":"F32","shape":[2,4],'
     b'"data_offsets":[0,32]}}       ' + 32 * b"\0"
 )
-"""A blob that a version before `PROPOSED_KEY` has stored: it had proposed after 100,000 and 40,000 tokens."""
+"""A blob that a store with schema 1 may have in place of the state `proposed`: proposals after 100,000 and 40,000
+tokens."""
 
 
 def after_upgrade(blob: bytes | None) -> Bench:
     """A bench after a restart on the store of an earlier version, with that version's blob."""
     bench = Bench(known=False)
+    for key, text in upgraded(bench.store.read().states, {} if blob is None else {PROPOSED_BLOB: blob}).items():
+        bench.store.set_state(key, text)
     result = bench.store.read()
-    bench.profiles.restoring.restore(result.profiles, result.states, result.events, blob)
+    bench.profiles.restoring.restore(result.profiles, result.states, result.events)
     bench.profiles.set_model_pair(MODEL, V)
     return bench
 

@@ -84,11 +84,11 @@ async def test_a_control_process_goes_on_from_it(url: str, tmp_path: Path) -> No
             assert (trial["trial"], trial["version"], trial["units"]) == (1, "v1", 30)
             assert [event for event in plane.measured.alarms.events if "cannot be read" in event["why"]] == []
             await plane.writer.write()
-    assert stored_proposed(stored(url).states, None) == {"contextual": 40_000, "adapter": 10_000}
+    assert stored_proposed(stored(url).states) == {"contextual": 40_000, "adapter": 10_000}
 
 
 def test_what_served_serves_on() -> None:
-    states = EARLIER | upgraded(EARLIER)
+    states = EARLIER | upgraded(EARLIER, {})
     bench = Bench(known=False)
     bench.store.put_profile(StoredProfile(helpful().version, helpful().to_bytes(), 0.0))
     for key, text in states.items():
@@ -99,7 +99,7 @@ def test_what_served_serves_on() -> None:
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", "null", "3", '"zz"'])
 def test_what_is_damaged_is_left_for_its_owner_to_report(damaged: str) -> None:
-    changed = upgraded(dict.fromkeys(CHANGED, damaged))
+    changed = upgraded(dict.fromkeys(CHANGED, damaged), {})
     assert changed.keys() <= CHANGED
 
 

@@ -153,7 +153,7 @@ class Ownership:
         while (snapshot := await self.try_to_begin()) is None:  # noqa: ASYNC110  another process decides
             await asyncio.sleep(backoff.pause())
         if snapshot.head.schema == schema_1.SCHEMA:
-            changed = schema_1.upgraded(snapshot.states)
+            changed = schema_1.upgraded(snapshot.states, snapshot.blobs)
             for key, value in changed.items():
                 self.writer.set_state(key, value)
             snapshot = replace(snapshot, states={**snapshot.states, **changed})

@@ -11,7 +11,6 @@ from hemostat.control.model_identity import DAMAGED, ModelIdentity
 from hemostat.engines.registry import EngineRegistry
 from hemostat.measurement.measured import Measured
 from hemostat.profiles.manager import ProfileManager
-from hemostat.profiles.persistence import EARLIER_PROPOSED_BLOB
 from hemostat.store.protocol import Snapshot, StateKey, StoreWrites
 from hemostat.store.states import read_state, write_state
 
@@ -64,8 +63,7 @@ class StoredState:
         """Restores all that is stored; it is called at the start."""
         states = snapshot.states
         events = [event for event in snapshot.events if event.get("decision") != "alarm"]
-        earlier = snapshot.blobs.get(EARLIER_PROPOSED_BLOB)
-        self._profiles.restoring.restore(snapshot.profiles, states, events, earlier)
+        self._profiles.restoring.restore(snapshot.profiles, states, events)
         self._measured.restore(snapshot)
         report = self._measured.alarms.record_event
         self._engines.restore(states, report)

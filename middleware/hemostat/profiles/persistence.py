@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import msgspec
-
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.begun_tests import TESTS_BEGUN_KEY, WINDOWS_BEGUN_KEY
 from hemostat.profiles.candidates import Candidate, read_source, stored_source
 from hemostat.profiles.followed_kinds import FollowedKinds
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Trials
-from hemostat.store.protocol import BlobKey, StateKey, StoredProfile, StoreWrites
+from hemostat.store.protocol import StateKey, StoredProfile, StoreWrites
 from hemostat.store.states import read_state, write_state
 from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import InvalidArgumentError
@@ -35,12 +33,8 @@ PROPOSED_KEY = StateKey("proposed")
 """The key of the number of tokens that the last proposal of each family was learned from."""
 SCHEMA = 1
 """The schema of what serves, of the mode and of what was proposed."""
-EARLIER_PROPOSED_BLOB = BlobKey("temperature_bias")
-"""The key of the blob in which versions before `PROPOSED_KEY` stored these numbers."""
 STATE_KEYS = (SERVING_KEY, TESTS_KEY, TESTS_BEGUN_KEY, WINDOWS_BEGUN_KEY, MODE_KEY, PROPOSED_KEY)
 """The keys of profiles in the store's state."""
-MAX_EARLIER_HEADER_BYTES = 1 << 20
-"""The largest header of `EARLIER_PROPOSED_BLOB`."""
 SAVE_SECONDS = 60.0
 """The time between two writes of tests that go on; what decides is written at once."""
 
@@ -117,40 +111,11 @@ def stored_mode(states: Mapping[StateKey, str | None], configured: str) -> str |
     return stored.mode if stored is not None and stored.configured == configured and stored.mode in MODES else None
 
 
-def stored_proposed(states: Mapping[StateKey, str | None], earlier: bytes | None) -> dict[str, int]:
-    """Returns the number of tokens that the last proposal of each family was learned from.
-
-    earlier: what a version before `PROPOSED_KEY` has stored as `EARLIER_PROPOSED_BLOB`; it is read if nothing is stored
-    under that key. What cannot be read counts as nothing, since the next proposals are only made sooner then.
-    """
-    if states.get(PROPOSED_KEY) is not None:
-        stored = read_state(states, PROPOSED_KEY, StoredProposed, SCHEMA, log.error)
-        return {} if stored is None else dict(stored.tokens)
-    try:
-        return _earlier_proposed(earlier) if earlier is not None else {}
-    except (msgspec.DecodeError, KeyError) as error:
-        log.error("what was proposed before cannot be read, the next proposals may come sooner: %s", error)
-        return {}
-
-
-def _earlier_proposed(blob: bytes) -> dict[str, int]:
-    """Returns the numbers in the header of a safetensors file, as versions before `PROPOSED_KEY` stored them. Raises
-    msgspec.DecodeError or KeyError if it is damaged."""
-    length = int.from_bytes(blob[:8], "little")
-    header = msgspec.json.decode(blob[8 : 8 + min(length, MAX_EARLIER_HEADER_BYTES)], type=dict[str, msgspec.Raw])
-    metadata = msgspec.json.decode(header["__metadata__"], type=dict[str, str])
-    notes = msgspec.json.decode(metadata["learned"], type=_EarlierLearned).notes
-    return msgspec.json.decode(notes or "{}", type=_EarlierNotes).proposed_at.get("", {})
-
-
-class _EarlierLearned(msgspec.Struct, frozen=True):
-    notes: str = ""
-
-
-class _EarlierNotes(msgspec.Struct, frozen=True):
-    """proposed_at: by the part of the traffic that was learned from, "" for all of it, and by family."""
-
-    proposed_at: dict[str, dict[str, int]] = {}
+def stored_proposed(states: Mapping[StateKey, str | None]) -> dict[str, int]:
+    """Returns the number of tokens that the last proposal of each family was learned from. What cannot be read counts
+    as nothing, since the next proposals are only made sooner then."""
+    stored = read_state(states, PROPOSED_KEY, StoredProposed, SCHEMA, log.error)
+    return {} if stored is None else dict(stored.tokens)
 
 
 def whole_number(text: str | None) -> int:

@@ -12,7 +12,7 @@ from hemostat.config.schema import Calibration
 from hemostat.profiles.candidates import Proposed
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.lifecycle import Lifecycle
-from hemostat.profiles.persistence import PROPOSED_KEY, StateWriter, stored_proposed, whole_number
+from hemostat.profiles.persistence import StateWriter, stored_proposed, whole_number
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import Trials
 from hemostat.store.protocol import StateKey
@@ -64,14 +64,9 @@ class Proposals:
         """
         self._set_proposed(self._tokens_in_use())
 
-    def restore_proposed(self, states: Mapping[StateKey, str | None], earlier: bytes | None) -> None:
-        """Goes on from the numbers of tokens that the last proposals of an earlier run were learned from, by family.
-
-        states, earlier: see `stored_proposed`.
-        """
-        self._proposed_at = stored_proposed(states, earlier)
-        if self._proposed_at and states.get(PROPOSED_KEY) is None:
-            self._writer.write_proposed(self._proposed_at)
+    def restore_proposed(self, states: Mapping[StateKey, str | None]) -> None:
+        """Goes on from the numbers of tokens that the last proposals of an earlier run were learned from, by family."""
+        self._proposed_at = stored_proposed(states)
 
     def count_serving(self) -> None:
         """Counts what serves, and what was proposed and is tested or waits, as the last proposal of its family, learned

@@ -64,16 +64,14 @@ class Restoring:
         stored: Iterable[StoredProfile],
         states: Mapping[StateKey, str],
         events: Sequence[dict[str, Any]],
-        earlier_proposed: bytes | None = None,
     ) -> None:
         """Goes on from what an earlier run wrote: what served serves again, and tests and windows go on. What cannot go
         on is withdrawn, which is an event with its reason.
 
-        stored, events: newest first. states: by name, for the names in `STATE_KEYS`. earlier_proposed: see
-        `stored_proposed`.
+        stored, events: newest first. states: by name, for the names in `STATE_KEYS`.
         """
         self._events.restore(reversed(events))
-        self._proposals.restore_proposed(states, earlier_proposed)
+        self._proposals.restore_proposed(states)
         served, damage = _served(states)
         kinds, queue = self._apply(stored, states, served)
         evicted = [name for name in served.kinds if name not in self._serving.kinds]  # `evidence.kinds` is lower now
