@@ -7,10 +7,14 @@ import asyncio
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hemostat import __version__
 from hemostat.commands.arguments import UsageError
 from hemostat.config.packages import install_command, require
+
+if TYPE_CHECKING:
+    from hemostat.scoring.spool.segments import Location
 
 HELP = "Report the figures of captures that hemostat score has scored."
 KEY_HELP = (
@@ -20,7 +24,11 @@ KEY_HELP = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="The folder that hemostat score has written.")
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="The folder that hemostat score has written, or its address in an object store.",
+    )
     parser.add_argument("--key", default="plain", metavar="KEY", help=KEY_HELP)
     add_outputs(parser)
     parser.set_defaults(command=_run)
@@ -53,14 +61,17 @@ def check_outputs(options: argparse.Namespace) -> None:
             raise UsageError(f"{path} cannot be written: its folder does not exist or is read-only; name another file")
 
 
-def write_report(folder: Path, options: argparse.Namespace) -> None:
+def write_report(folder: Location, options: argparse.Namespace) -> None:
     """Prints the report of a folder, and writes it where the options say."""
     from hemostat.report.written_files import write_atomically  # noqa: PLC0415
     from hemostat.scoring.offline.evidence import read_evidence  # noqa: PLC0415
     from hemostat.scoring.offline.summary import lines, page  # noqa: PLC0415
     from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415
 
-    report = asyncio.run(read_evidence(folder, read_key(options.key), options.cycle_hours))
+    try:
+        report = asyncio.run(read_evidence(folder, read_key(options.key), options.cycle_hours))
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be read ({error.strerror or error}); name another folder") from None
     for line in lines(report):
         print(line)  # noqa: T201
     try:
@@ -76,6 +87,9 @@ def write_report(folder: Path, options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     require("spool")
+    from hemostat.scoring.spool.objects import location  # noqa: PLC0415  an extra
+
+    options.folder = location(options.folder)
     if not options.folder.is_dir():
         raise UsageError(f"there is no folder {options.folder}; name the one that hemostat score has written")
     check_outputs(options)

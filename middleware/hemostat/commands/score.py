@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         metavar="FOLDER",
-        type=Path,
-        help="The folder of spool.path, or a copy of it; or a file of JSON lines: see docs/offline.md.",
+        help="The folder of spool.path, or a copy of it, also in an object store (s3://bucket/spool); or a file of "
+        "JSON lines: see docs/offline.md.",
     )
     parser.add_argument(
         "--reference",
@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         required=True,
-        type=Path,
         metavar="FOLDER",
-        help="The folder for the scored captures. The same command again goes on where it stopped.",
+        help="The folder for the scored captures, also in an object store. The same command again goes on where it "
+        "stopped.",
     )
     parser.add_argument(
         "--compressed",
@@ -66,23 +66,29 @@ def _run(options: argparse.Namespace) -> int:
     from hemostat.reference.protocol import ReferenceFailure  # noqa: PLC0415
 
     require("spool")
+    from hemostat.scoring.spool.objects import location  # noqa: PLC0415  an extra
+
+    options.folder, options.out = location(options.folder), location(options.out)
     if not options.folder.exists():
         raise UsageError(f"there is no folder {options.folder}; name the folder of spool.path, or a file of JSON lines")
     if options.compressed is not None and options.folder.is_dir():
         raise UsageError("--compressed: a spool has log-probabilities; leave it out")
     check_outputs(options)
-    try:
-        options.out.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out: {options.out} cannot be made ({error.strerror}); name another folder") from None
-    if os.path.samefile(options.out, options.folder):
+    if isinstance(options.out, Path):
+        try:
+            options.out.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out: {options.out} cannot be made ({error.strerror}); name another folder") from None
+    local = isinstance(options.out, Path) and isinstance(options.folder, Path)
+    if os.path.samefile(options.out, options.folder) if local else str(options.out) == str(options.folder):
         raise UsageError("--out: name another folder than the spool's")
     try:
         asyncio.run(_score(options))
     except ReferenceFailure as failure:
         raise UsageError(f"the reference: {failure}") from None
     except OSError as error:
-        raise UsageError(f"--out: {options.out} cannot be written ({error.strerror}); make room, and go on") from None
+        why = error.strerror or str(error)[:200]
+        raise UsageError(f"{options.folder} or {options.out} cannot be used ({why}); make room, and go on") from None
     write_report(options.out, options)
     return 0
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.axes import Axes
 
+    from hemostat.scoring.spool.objects import ObjectPath
+
 T = TypeVar("T")
 ALL = "all"
 """The name of the group of all requests."""
@@ -61,14 +63,15 @@ class Report:
         self.document = dict(document)
 
     @classmethod
-    def read(cls, folder: str | Path, *, key: str = "plain", cycle_hours: float = 24.0) -> Report:
+    def read(cls, folder: str | Path | ObjectPath, *, key: str = "plain", cycle_hours: float = 24.0) -> Report:
         """Returns the report of a folder that `hemostat score` has written. The arguments are the options of `hemostat
         report`. Raises HemostatError, which says what to change."""
         require("spool")
         from hemostat.scoring.offline.evidence import read_evidence  # noqa: PLC0415  an extra
         from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415
+        from hemostat.scoring.spool.objects import location  # noqa: PLC0415
 
-        return cls(wait(read_evidence(Path(folder), read_key(key), cycle_hours)))
+        return cls(wait(read_evidence(location(folder), read_key(key), cycle_hours)))
 
     def rows(self) -> Iterator[ReportRow]:
         """Yields the figures of all requests, and then of each kind of traffic."""

@@ -36,13 +36,15 @@ def score(
     require("spool")
     from hemostat.scoring.offline.folder import score_folder  # noqa: PLC0415  an extra
     from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415
+    from hemostat.scoring.spool.objects import location  # noqa: PLC0415
 
-    source, spool_key = Path(captures), read_key(key)
+    source, spool_key = location(captures), read_key(key)
     if not source.exists():
         raise HemostatError(f"captures: there is no folder {source}; name the folder of spool.path, or a file of lines")
     with tempfile.TemporaryDirectory(prefix="hemostat-") as temporary:
-        folder = Path(temporary if out is None else out)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = location(temporary if out is None else out)
+        if isinstance(folder, Path):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
         async def work() -> None:
             made = make_reference(reference, device=device, dtype=dtype)

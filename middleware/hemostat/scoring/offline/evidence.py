@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from hemostat.config.schema import Calibration, Evidence, Shadow
@@ -20,7 +19,7 @@ from hemostat.scoring.offline.stages import OfflineModels, offline_stages
 from hemostat.scoring.record_reader import RecordReader
 from hemostat.scoring.score_rows import VERSIONS, ScoredRow, StoredReference, scored_rows
 from hemostat.scoring.spool.keys import SpoolError, SpoolKey
-from hemostat.scoring.spool.segments import began, read_segment, segments
+from hemostat.scoring.spool.segments import Location, began, read_segment, segments
 from hemostat.store.protocol import BlobKey, StateKey, StoredProfile
 from hemostat_calibration.statistics.templates import TemplateTable
 
@@ -53,7 +52,7 @@ class NoWrites:
         return True
 
 
-def rows_in_order(folder: Path, key: SpoolKey | None) -> Iterator[ScoredRow]:
+def rows_in_order(folder: Location, key: SpoolKey | None) -> Iterator[ScoredRow]:
     """Yields the scored rows of a folder by time, and rows of one moment by client. Raises SpoolError.
 
     Segments overlap in time if several processes wrote them. A row is held back until the next segment begins later.
@@ -142,7 +141,7 @@ class Evidenced:
         }
 
 
-async def read_evidence(folder: Path, key: SpoolKey | None, cycle_hours: float) -> dict[str, Any]:
+async def read_evidence(folder: Location, key: SpoolKey | None, cycle_hours: float) -> dict[str, Any]:
     """Returns the report of a folder of scored segments. Raises SpoolError."""
     if not segments(folder):
         raise SpoolError(f"{folder} has no scored segments; write them by: hemostat score SPOOL --out {folder}")

@@ -24,7 +24,7 @@ from hemostat.scoring.offline.stages import OfflineModels, offline_stages
 from hemostat.scoring.score_rows import SCORED_SCHEMA, score_rows
 from hemostat.scoring.spool.columns import SCHEMA_VERSION, VERSION_KEY, to_rows
 from hemostat.scoring.spool.keys import SpoolError, SpoolKey
-from hemostat.scoring.spool.segments import SUFFIX, read_segment, segments, write_segment
+from hemostat.scoring.spool.segments import SUFFIX, Location, read_segment, segments, write_segment
 
 log = logging.getLogger("hemostat.score")
 
@@ -34,7 +34,7 @@ Progress = Callable[[int, int, float], None]
 """It gets the finished segments, all of them, and the captures that were scored in a second."""
 
 
-def model_of(rows: pa.Table, wanted: str | None, path: Path) -> str:
+def model_of(rows: pa.Table, wanted: str | None, path: Location) -> str:
     """Returns the served name of the rows. wanted: the only name that is scored; None: there is one.
 
     Raises SpoolError if there are several: a reference belongs to one model.
@@ -54,9 +54,9 @@ class Part(NamedTuple):
     read: Callable[[], Awaitable[pa.Table]]
 
 
-def parts_of(source: Path, key: SpoolKey | None, compressed: Reference | None) -> list[Part]:
+def parts_of(source: Location, key: SpoolKey | None, compressed: Reference | None) -> list[Part]:
     """Returns the parts of a spool, or of a file of JSON lines, in the order of time. Raises SpoolError."""
-    if source.is_dir():
+    if not isinstance(source, Path) or source.is_dir():
         return [Part(path.name, functools.partial(_read_segment, path, key)) for path in segments(source)]
     made = [
         Part(part.name + SUFFIX, functools.partial(_read_lines, source, part, compressed)) for part in parts(source)
@@ -64,7 +64,7 @@ def parts_of(source: Path, key: SpoolKey | None, compressed: Reference | None) -
     return sorted(made, key=lambda part: part.name)
 
 
-async def _read_segment(path: Path, key: SpoolKey | None) -> pa.Table:
+async def _read_segment(path: Location, key: SpoolKey | None) -> pa.Table:
     return await asyncio.to_thread(read_segment, path, key, {VERSION_KEY: SCHEMA_VERSION})
 
 
@@ -78,8 +78,8 @@ async def _read_lines(source: Path, part: LinesPart, compressed: Reference | Non
 
 
 async def score_folder(
-    source: Path,
-    out: Path,
+    source: Location,
+    out: Location,
     reference: Reference,
     *,
     key: SpoolKey | None,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hemostat.scoring.spool.keys import SegmentCipher, SpoolError, SpoolKey
+from hemostat.scoring.spool.objects import ObjectPath
 
+Location = Path | ObjectPath
+L = TypeVar("L", bound=Location)
 SUFFIX = ".parquet"
 TAKEN_SUFFIX = ".taken"
 """The suffix of the file next to a segment that says how many of its rows were scored in the window of each day."""
@@ -27,15 +30,17 @@ def segment_name(at: float) -> str:
     return f"captures-{round(at * 1000):013d}-{os.urandom(4).hex()}"
 
 
-def began(path: Path) -> float | None:
+def began(path: Location) -> float | None:
     """Returns the Unix time at which a segment or its journal was begun, by its name; None if the name has none."""
     match = _NAME.fullmatch(path.stem)
     return None if match is None else int(match[1]) / 1000
 
 
-def segments(folder: Path) -> list[Path]:
-    """Returns the segments of a folder in the order of their names, which is the order of time."""
-    return sorted(path for path in folder.glob("*" + SUFFIX) if not path.name.startswith("."))
+def segments(folder: L) -> list[L]:
+    """Returns the segments of a folder in the order of their names, which is the order of time. Raises OSError."""
+    paths: Any = folder.files() if isinstance(folder, ObjectPath) else folder.iterdir() if folder.is_dir() else ()
+    found = [path for path in paths if path.name.endswith(SUFFIX) and not path.name.startswith(".")]
+    return sorted(found, key=lambda path: path.name)
 
 
 def taken(path: Path) -> int:
@@ -63,14 +68,18 @@ def set_taken(path: Path, rows: int) -> None:
     sync_folder(path.parent)
 
 
-def write_segment(path: Path, rows: pa.Table, key: SpoolKey | None) -> None:
+def write_segment(path: Location, rows: pa.Table, key: SpoolKey | None) -> None:
     """Writes rows: the file is complete, or it is not there. Only the owner may read it. Raises OSError."""
+    if isinstance(path, ObjectPath):
+        content = pa.BufferOutputStream()
+        _write(content, rows, key)
+        path.write(content.getvalue())
+        return
     new = path.with_name(f".{path.name}.new")
-    encryption = None if key is None else SegmentCipher(key).encryption()
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            pq.write_table(rows, file, compression="zstd", use_dictionary=False, encryption_properties=encryption)
+            _write(file, rows, key)
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)
@@ -78,6 +87,11 @@ def write_segment(path: Path, rows: pa.Table, key: SpoolKey | None) -> None:
         new.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _write(file: Any, rows: pa.Table, key: SpoolKey | None) -> None:
+    encryption = None if key is None else SegmentCipher(key).encryption()
+    pq.write_table(rows, file, compression="zstd", use_dictionary=False, encryption_properties=encryption)
 
 
 def sync_folder(folder: Path) -> None:
@@ -89,18 +103,20 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_segment(path: Path, key: SpoolKey | None, metadata: dict[bytes, str]) -> pa.Table:
+def read_segment(path: Location, key: SpoolKey | None, metadata: dict[bytes, str]) -> pa.Table:
     """Returns the rows of a segment. metadata: the versions that its schema has to name.
 
     Raises SpoolError if it cannot be read: it is encrypted with another key, damaged, or no segment of this version.
     """
     properties: Any = None if key is None else SegmentCipher(key).decryption()
     try:
-        with path.open("rb") as file:
-            encrypted = file.read(4) == b"PARE"
+        content = path.read() if isinstance(path, ObjectPath) else pa.memory_map(str(path)).read_buffer()
+        encrypted = bytes(content[:4]) == b"PARE"
         if encrypted and key is None:
             raise SpoolError("it is encrypted")
-        rows = pq.read_table(path, decryption_properties=properties if encrypted else None, partitioning=None)
+        rows = pq.read_table(
+            pa.BufferReader(content), decryption_properties=properties if encrypted else None, partitioning=None
+        )
     except SpoolError as error:
         raise SpoolError(f"{path} cannot be read: {error}; name its key by --key") from None
     except (OSError, pa.ArrowException) as error:
