@@ -1,0 +1,141 @@
+"""The gateways of docs/gateways.md, with the page's own examples: in front of a relay, and behind one."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.support.fake_vllm import FakeVllm, serving
+from tests.support.paths import ROOT
+from tests.support.served import Served, hemostat
+from tests.support.waiting import HANG_SECONDS
+
+from hemostat_lab.demo.vllm_server import free_port
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+HEADERS = {"traceparent": TRACE, "x-request-id": "one", "x-forwarded-for": "203.0.113.9"}
+CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "temperature": 0.0}
+PLAIN = {"model": "fake", "prompt": "hello", "max_tokens": 12, "temperature": 0.0}
+REQUESTS = [
+    ("/v1/chat/completions", CHAT),
+    ("/v1/chat/completions", CHAT | {"stream": True}),
+    ("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 2}),
+    ("/v1/completions", PLAIN),
+    ("/v1/completions", PLAIN | {"stream": True}),
+    ("/v1/completions", PLAIN | {"n": 2}),
+]
+SCORED = 5
+"""All but the last, which the engine refuses: it is greedy."""
+COMMANDS = {
+    "nginx": ("nginx", lambda config: ["nginx", "-e", "stderr", "-p", str(config.parent), "-c", str(config)]),
+    "haproxy": ("haproxy", lambda config: ["haproxy", "-db", "-f", str(config)]),
+}
+
+
+def example(name: str) -> str:
+    (text,) = re.findall(rf"```{name}\n(.*?)```", (ROOT / "docs" / "gateways.md").read_text(), re.DOTALL)
+    return str(text)
+
+
+@contextmanager
+def gateway(name: str, to: str, folder: Path) -> Iterator[str]:
+    """The page's example, with these addresses. Returns its own."""
+    program, command = COMMANDS[name]
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    port = free_port()
+    text = example(name).replace("127.0.0.1:8080", to.removeprefix("http://"))
+    text = text.replace("127.0.0.1:8090", f"127.0.0.1:{port}")
+    if name == "nginx":
+        paths = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in NGINX_FOLDERS)
+        text = f"daemon off; pid {folder}/pid; events {{}} http {{ access_log off; {paths}\n{text}}}"
+    config = folder / f"{name}.conf"
+    config.write_text(text)
+    with (folder / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(command(config), stdout=log, stderr=log)
+    try:
+        ends = time.monotonic() + HANG_SECONDS
+        while True:
+            assert process.poll() is None, (folder / f"{name}.log").read_text()
+            try:
+                socket.create_connection(("127.0.0.1", port), 1.0).close()
+                break
+            except OSError:
+                assert time.monotonic() < ends
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(HANG_SECONDS)
+
+
+NGINX_FOLDERS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+
+
+@contextmanager
+def chain(name: str, place: str, engine: FakeVllm, url: str, folder: Path) -> Iterator[tuple[str, Served]]:
+    """Returns the address for clients, and Hemostat, which samples every request."""
+    with serving(FakeVllm(seed=5, noise=0.1)) as reference:
+        settings = {"reference": {"backend": "vllm", "url": reference}}
+        if place == "in front of the relay":
+            with hemostat(folder, engine, url, **settings) as served, gateway(name, served.data, folder) as address:
+                yield address, served
+        else:
+            with gateway(name, url, folder) as address, hemostat(folder, engine, address, **settings) as served:
+                yield served.data, served
+
+
+def read(address: str) -> list[tuple[int, str, bytes]]:
+    found = []
+    for route, body in REQUESTS:
+        answer = httpx.post(address + route, json=body, headers=HEADERS, timeout=60)
+        found.append((answer.status_code, answer.headers["content-type"], answer.content))
+    return found
+
+
+@pytest.mark.parametrize("place", ["in front of the relay", "behind the relay"])
+@pytest.mark.parametrize("name", COMMANDS)
+async def test_answers_are_the_engines_own_streams_flow_and_headers_arrive(
+    name: str, place: str, tmp_path: Path
+) -> None:
+    engine = FakeVllm(seed=5)
+    with serving(engine) as url:
+        own = await asyncio.to_thread(read, url)
+        with chain(name, place, engine, url, tmp_path) as (address, served):
+            await served.until(lambda status: status["reference"]["state"] == "ready" and status["relays"] > 0)
+            engine.headers.clear()
+            assert await asyncio.to_thread(read, address) == own
+            await served.until(lambda status: status["requests"]["scored"] >= SCORED)
+            arrived = [headers for headers in engine.headers if headers.get(b"x-request-id") == b"one"]
+            assert {headers[b"traceparent"].split(b"-")[1] for headers in arrived} == {TRACE.split("-")[1].encode()}
+            if place == "in front of the relay":
+                # The client's own claim is gone, as its hop is not trusted.
+                assert {headers[b"x-forwarded-for"] for headers in arrived} == {b"127.0.0.1"}
+            engine.hold_after = 4
+            await asyncio.to_thread(read_held, address, engine)
+
+
+def read_held(address: str, engine: FakeVllm) -> None:
+    """Reads a stream whose end the engine holds back until its beginning has arrived."""
+    route, body = REQUESTS[1]
+    with httpx.stream("POST", address + route, json=body, headers=HEADERS, timeout=60) as answer:
+        events = answer.iter_lines()
+        seen = [line for line in (next(events) for _ in range(4)) if line]
+        assert seen
+        assert "data: [DONE]" not in seen
+        engine.hold_after = None
+        assert [line for line in events if line][-1] == "data: [DONE]"
+
+
+def test_every_example_of_the_page_is_run() -> None:
+    languages = re.findall(r"```(\w+)", (ROOT / "docs" / "gateways.md").read_text())
+    assert languages == list(COMMANDS)
