@@ -36,7 +36,7 @@ def highest_integer(bits: int) -> int:
 
 def round_to_steps(weight: torch.Tensor, scale: torch.Tensor, highest: int) -> torch.Tensor:
     """The nearest integers to `weight / scale`, from -highest - 1 to highest, as floats."""
-    return (weight / scale).round().clamp(-highest - 1, highest)
+    return (weight / scale).round_().clamp_(-highest - 1, highest)
 
 
 def weight_groups(name: str, weight: torch.Tensor, group_size: int | None) -> torch.Tensor:
@@ -103,7 +103,8 @@ def _searched(
 ) -> torch.Tensor:
     """Returns the best scale of each group among `factors` · largest magnitude / `highest`, `snapped`.
 
-    steps: returns the numbers that weights, given with their scales, are rounded to, in units of the scales.
+    steps: returns the numbers that weights, given with their scales, are rounded to, in units of the scales, as a new
+    tensor.
     """
     exact = groups.float()
     weights = None if importance is None else importance.unflatten(-1, groups.shape[1:])
@@ -113,9 +114,15 @@ def _searched(
     for factor in factors:
         scale = snapped(largest * factor)
         wide = scale.float().unsqueeze(-1)
-        error = steps(exact, wide) * wide - exact
-        total = (error.abs().pow(2.4) if weights is None else error.square() * weights).sum(-1)
+        # In place: a new tensor of this size is new memory of the system, which takes longer than the arithmetic.
+        error = steps(exact, wide).mul_(wide).sub_(exact)
+        total = (_power(error) if weights is None else error.square_().mul_(weights)).sum(-1)
         better = total < best
         best = torch.where(better, total, best)
         fitted = torch.where(better, scale, fitted)
     return fitted
+
+
+def _power(error: torch.Tensor) -> torch.Tensor:
+    """Returns |error|^2.4, computed in place: the logarithm and the exponential take a third of the time of `pow`."""
+    return error.abs_().log_().mul_(2.4).exp_()
