@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hemostat.scoring.answer_losses import (
-    FIRST_PAUSE_SECONDS,
     MAX_ENGINES,
     MAX_LOST,
-    MAX_PAUSE_SECONDS,
+    PAUSE_SECONDS,
     RECENT_ANSWERS,
     AnswerLosses,
 )
@@ -50,13 +49,13 @@ class World:
 
 def test_where_nothing_comes_ten_requests_are_lost_before_the_response_is_asked() -> None:
     world = World(seconds=1.0)
-    world.run(FIRST_PAUSE_SECONDS, lambda _: 1.0)
+    world.run(PAUSE_SECONDS[0], lambda _: 1.0)
     assert (world.lost, world.asked, world.pauses) == (MAX_LOST, MAX_LOST, [float(MAX_LOST)])
     # Each further pause is twice as long.
     world.run(DAY, lambda _: 1.0)
     lengths = [b - a for a, b in zip(world.pauses, world.pauses[1:], strict=False)]
-    assert lengths[:3] == pytest.approx([FIRST_PAUSE_SECONDS * 2**n for n in range(3)], abs=2 * MAX_LOST)
-    assert max(lengths) == pytest.approx(MAX_PAUSE_SECONDS, abs=2 * MAX_LOST)
+    assert lengths[:3] == pytest.approx(PAUSE_SECONDS[:3], abs=2 * MAX_LOST)
+    assert max(lengths) == pytest.approx(PAUSE_SECONDS[-1], abs=2 * MAX_LOST)
     assert world.lost / world.requests < 0.002
 
 
@@ -89,15 +88,15 @@ def test_one_engine_of_ten_that_hands_out_nothing_is_noticed() -> None:
 
 def test_once_answers_come_again_the_next_pause_is_a_short_one() -> None:
     world = World(seconds=1.0)
-    world.run(4 * FIRST_PAUSE_SECONDS, lambda _: 1.0)
+    world.run(4 * PAUSE_SECONDS[0], lambda _: 1.0)
     assert len(world.pauses) > 1
-    repaired = world.now + 8 * FIRST_PAUSE_SECONDS
+    repaired = world.now + 8 * PAUSE_SECONDS[0]
     world.run(repaired, lambda _: 0.0)
     assert not world.losses.paused(world.now)
     before = len(world.pauses)
     world.run(repaired + 2 * MAX_LOST, lambda _: 1.0)
     assert len(world.pauses) == before + 1
-    assert not world.losses.paused(world.pauses[-1] + FIRST_PAUSE_SECONDS)
+    assert not world.losses.paused(world.pauses[-1] + PAUSE_SECONDS[0])
 
 
 def test_engines_are_bounded() -> None:
@@ -116,7 +115,7 @@ def test_it_pauses_exactly_where_ten_of_an_engines_last_fifty_were_lost(
     for engine, lost, seconds in events:
         now += seconds
         if losses.paused(now):
-            assert now - begun < MAX_PAUSE_SECONDS
+            assert now - begun < PAUSE_SECONDS[-1]
             assert not losses.update(engine, now, lost=lost)
             continue
         recent[engine].append(lost)

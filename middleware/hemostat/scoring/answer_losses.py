@@ -12,16 +12,16 @@ from collections.abc import Iterator
 
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
+from hemostat_calibration.backoff import Backoff
 
 MAX_LOST = 10
 RECENT_ANSWERS = 50
 """The number of an engine's last answers that are looked at. If MAX_LOST of them are lost (a fifth, or all of the first
 ten), logprobs in the response are asked for instead.
 """
-FIRST_PAUSE_SECONDS = 600.0
-MAX_PAUSE_SECONDS = 4 * 3600.0
-"""The longest pause after which the plugin is asked again. Each further pause is twice as long, until an engine's
-RECENT_ANSWERS came without it.
+PAUSE_SECONDS = (600.0, 1200.0, 2400.0, 4800.0, 9600.0, 14400.0)
+"""The pauses after which the plugin is asked again. After an engine's RECENT_ANSWERS came without a pause, the next one
+is the first one again.
 """
 MAX_ENGINES = 256
 """The largest number of engines that are remembered; the one that has answered nothing for longest is forgotten
@@ -38,8 +38,7 @@ class AnswerLosses:
     def __init__(self) -> None:
         self._recent: OrderedDict[str, deque[bool]] = OrderedDict()
         """The last answers of each engine, as a truth value each: True if the answer was lost."""
-        self._paused_until: float | None = None
-        self._pause = FIRST_PAUSE_SECONDS
+        self._pause = Backoff(PAUSE_SECONDS)
 
     def update(self, engine: str, now: float, *, lost: bool) -> bool:
         """Counts a request whose answer came, or did not come whole. Returns whether a pause begins with it."""
@@ -49,16 +48,15 @@ class AnswerLosses:
         recent.append(lost)
         if sum(recent) >= MAX_LOST:
             self._recent.clear()
-            self._paused_until = now + self._pause
-            self._pause = min(2 * self._pause, MAX_PAUSE_SECONDS)
+            self._pause.failed(now)
             return True
         if len(recent) == RECENT_ANSWERS:
-            self._pause = FIRST_PAUSE_SECONDS
+            self._pause.reset()
         return False
 
     def paused(self, now: float) -> bool:
         """Returns True if logprobs in the response are asked for, where it can have them."""
-        return self._paused_until is not None and now < self._paused_until
+        return not self._pause.may_try(now)
 
     def samples(self, now: float) -> Iterator[Sample]:
         yield Sample(names.ENGINE_ANSWERS_PAUSED, (), float(self.paused(now)))
