@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hemostat.commands.arguments import API_KEY, UsageError, vllm_server
+from hemostat.commands.arguments import API_KEY, UsageError, number_from_zero, positive_integer, vllm_server
 from hemostat.commands.report import KEY_HELP, add_outputs, check_outputs, write_report
 from hemostat.config.packages import require
 
@@ -58,6 +59,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="The checkpoint of a reference that is a pooling server, as in reference.folder.",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="The place where captures are scored: this machine, or a Ray cluster (extra `ray`), one task for each "
+        "file (default: local).",
+    )
+    parser.add_argument(
+        "--address", metavar="ADDRESS", help="The Ray cluster, such as auto (default: one of this machine alone)."
+    )
+    parser.add_argument(
+        "--workers", type=positive_integer, default=1, metavar="N", help="Number of references on Ray (default: 1)."
+    )
+    parser.add_argument(
+        "--gpus",
+        type=number_from_zero(1025.0, "not a number of GPUs"),
+        default=0.0,
+        metavar="N",
+        help="Number of GPUs of each reference on Ray (default: 0).",
+    )
     add_outputs(parser)
     parser.set_defaults(command=_run)
 
@@ -73,6 +94,10 @@ def _run(options: argparse.Namespace) -> int:
         raise UsageError(f"there is no folder {options.folder}; name the folder of spool.path, or a file of JSON lines")
     if options.compressed is not None and options.folder.is_dir():
         raise UsageError("--compressed: a spool has log-probabilities; leave it out")
+    if options.engine == "ray":
+        require("ray")
+    elif (options.address, options.workers, options.gpus) != (None, 1, 0.0):
+        raise UsageError("--address, --workers and --gpus: only with --engine ray")
     check_outputs(options)
     if isinstance(options.out, Path):
         try:
@@ -83,7 +108,10 @@ def _run(options: argparse.Namespace) -> int:
     if os.path.samefile(options.out, options.folder) if local else str(options.out) == str(options.folder):
         raise UsageError("--out: name another folder than the spool's")
     try:
-        asyncio.run(_score(options))
+        if options.engine == "ray":
+            _score_on_ray(options)
+        else:
+            asyncio.run(_score(options))
     except ReferenceFailure as failure:
         raise UsageError(f"the reference: {failure}") from None
     except OSError as error:
@@ -130,6 +158,27 @@ async def _score(options: argparse.Namespace) -> None:
             if compressed is not None:
                 await compressed.close()
         reporter.log(f"{scored} captures were scored now, {rate:.1f} in a second")
+
+
+def _score_on_ray(options: argparse.Namespace) -> None:
+    from hemostat.report.progress import Reporter  # noqa: PLC0415
+    from hemostat.scoring.offline.on_ray import Job, score_on_ray  # noqa: PLC0415
+
+    place = {"device": options.device, "dtype": options.dtype}
+    of = functools.partial(make_reference, options.reference, folder=options.reference_folder, **place)
+    own = None
+    if options.compressed is not None:
+        own = functools.partial(make_reference, options.compressed, option="--compressed", **place)
+    job = Job(options.folder, options.out, options.key, options.model, of, own)
+    with Reporter() as reporter:
+        scored = score_on_ray(
+            job,
+            address=options.address,
+            workers=options.workers,
+            gpus=options.gpus,
+            progress=lambda done, total, rate: reporter.step("segments", done, total),
+        )
+        reporter.log(f"{scored} captures were scored now")
 
 
 def make_reference(

@@ -19,6 +19,7 @@ EXTRAS = {
     "lab": ("hemostat_lab", "torch", "transformers", "accelerate", "compressed_tensors"),
     "report": ("jinja2",),
     "spool": ("pyarrow", "cryptography"),
+    "ray": ("ray",),
 }
 """Extra -> modules. lab: whatever opens whole checkpoints."""
 DISTRIBUTIONS = {"compressed_tensors": "compressed-tensors", "hemostat_lab": "hemostat-lab"}

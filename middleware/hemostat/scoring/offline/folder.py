@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hemostat.reference.protocol import Reference
+from hemostat.reference.protocol import Reference, ReferenceInfo
 from hemostat.scoring.endings import NotScored
 from hemostat.scoring.offline.lines import LinesPart, captures_of, parts
 from hemostat.scoring.offline.stages import OfflineModels, offline_stages
@@ -34,7 +34,7 @@ Progress = Callable[[int, int, float], None]
 """It gets the finished segments, all of them, and the captures that were scored in a second."""
 
 
-def model_of(rows: pa.Table, wanted: str | None, path: Location) -> str:
+def model_of(rows: pa.Table, wanted: str | None, name: str) -> str:
     """Returns the served name of the rows. wanted: the only name that is scored; None: there is one.
 
     Raises SpoolError if there are several: a reference belongs to one model.
@@ -43,7 +43,7 @@ def model_of(rows: pa.Table, wanted: str | None, path: Location) -> str:
     if wanted is not None:
         return wanted
     if len(names) > 1:
-        raise SpoolError(f"{path} has requests to several models: {', '.join(names[:8])}; name one by --model")
+        raise SpoolError(f"{name} has requests to several models: {', '.join(names[:8])}; name one by --model")
     return str(names[0])
 
 
@@ -77,6 +77,33 @@ async def _read_lines(source: Path, part: LinesPart, compressed: Reference | Non
     return to_rows(captures)
 
 
+class PartScorer:
+    """Scores the captures of parts on one reference, part by part. model: see `model_of`."""
+
+    def __init__(self, reference: Reference, model: str | None) -> None:
+        self._reference, self._model = reference, model
+        self._models = OfflineModels(reference)
+        self._stages = offline_stages(self._models)
+        self._info: ReferenceInfo | None = None
+
+    async def score(self, rows: pa.Table, name: str, scored: Callable[[int], None] = lambda rows: None) -> pa.Table:
+        """Returns scored rows. name: of the part, for errors. scored: gets the number of rows of each batch once they
+        are scored. Raises SpoolError and ReferenceFailure."""
+        if self._info is None:
+            self._info = await self._reference.start()
+        if len(rows):
+            self._models.set_pair(model_of(rows, self._model, name), self._info)
+            self._models.adapters |= set(pc.unique(rows["adapter"]).to_pylist()) - {None}
+        done = [SCORED_SCHEMA.empty_table()]
+        for start in range(0, len(rows), BATCH_ROWS):
+            try:
+                done.append(await score_rows(rows.slice(start, BATCH_ROWS), self._stages))
+            except NotScored as ending:
+                raise SpoolError(f"{name}: {ending}; run the same command again to go on") from None
+            scored(len(done[-1]))
+        return pa.concat_tables(done)
+
+
 async def score_folder(
     source: Location,
     out: Location,
@@ -94,29 +121,21 @@ async def score_folder(
     """
     done = {path.name for path in segments(out)}
     todo = await asyncio.to_thread(parts_of, source, key, compressed)
-    info = await reference.start()
     if compressed is not None:
         await compressed.start()
-    models = OfflineModels(reference)
-    stages = offline_stages(models)
-    began, scored, finished = time.monotonic(), 0, len([part for part in todo if part.name in done])
-    progress(finished, len(todo), 0.0)
-    for part in todo:
-        if part.name in done:
-            continue
-        rows = await part.read()
-        if len(rows):
-            models.set_pair(model_of(rows, model, source / part.name), info)
-            models.adapters |= set(pc.unique(rows["adapter"]).to_pylist()) - {None}
-        scored_parts = [SCORED_SCHEMA.empty_table()]
-        for start in range(0, len(rows), BATCH_ROWS):
-            try:
-                scored_parts.append(await score_rows(rows.slice(start, BATCH_ROWS), stages))
-            except NotScored as ending:
-                raise SpoolError(f"{part.name}: {ending}; run the same command again to go on") from None
-            scored += len(scored_parts[-1])
-            progress(finished, len(todo), scored / max(time.monotonic() - began, 1e-9))
-        write_segment(out / part.name, pa.concat_tables(scored_parts), key)
-        finished += 1
+    scorer, began = PartScorer(reference, model), time.monotonic()
+    scored, finished = 0, len([part for part in todo if part.name in done])
+
+    def count(rows: int) -> None:
+        nonlocal scored
+        scored += rows
         progress(finished, len(todo), scored / max(time.monotonic() - began, 1e-9))
+
+    count(0)
+    for part in todo:
+        if part.name not in done:
+            rows = await scorer.score(await part.read(), part.name, count)
+            await asyncio.to_thread(write_segment, out / part.name, rows, key)
+            finished += 1
+            count(0)
     return scored
