@@ -24,7 +24,8 @@ WORKER_CPUS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The work that is to be done. It travels to each machine, which has to see both folders and the key by these names.
+    """The work that is to be done. It travels to each machine, which has to see both folders and the key by these
+    names.
 
     key: as in `spool.key`; it is the name of the key, which stays where it is. reference: makes the reference, not
     started. compressed: see `score_folder`.
