@@ -63,7 +63,7 @@ def excess(emitted: float, top: Floats) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextReplay:
-    """What a server makes of texts.
+    """One replay: the results of a server for all texts.
 
     prompts: int32 [P] each, the token ids of each text as a client's message. excess: float64 [K], of the tokens of
     free answers, nats; empty where the server returns no log-probabilities.

@@ -37,7 +37,11 @@ class World:
         self.up = dict.fromkeys(self.names, True)
         self.outstanding = dict.fromkeys(self.names, 0)
         self.written = stored or DirectWrites()
-        made = settings(canaries={"file": folder / "prompts.txt"} | more, upstream={"urls": [f.url for f in fakes]})
+        canaries = {name: value for name, value in more.items() if name != "upstream"}
+        made = settings(
+            canaries={"file": folder / "prompts.txt"} | canaries,
+            upstream={"urls": [fake.url for fake in fakes]} | more.get("upstream", {}),
+        )
         self.registry = PluginReports()
         self.engines = EngineRegistry(
             made.upstream, self.registry, lambda: [self._health()], self.written, self.clock, lambda: None

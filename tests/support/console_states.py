@@ -89,6 +89,7 @@ def engine(name: str, **more: Any) -> Json:
         "relays": 2,
         "up": 2,
         "drained": False,
+        "excluded": False,
         "outstanding": 3,
         "requests": 20_480,
         "resent": 0,

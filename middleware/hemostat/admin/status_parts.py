@@ -143,6 +143,8 @@ class UpstreamStatus(msgspec.Struct, frozen=True):
     up: int
     """The number of relays that take it for healthy."""
     drained: bool
+    excluded: bool
+    """It gets no new requests, since canaries state that it is an outlier: `upstream.outlier`."""
     outstanding: int
     requests: int
     resent: int
@@ -280,13 +282,14 @@ class EngineParts:
     def upstream(self, figures: list[Report], now: float) -> list[UpstreamStatus]:
         """Returns the status of each engine. figures: the list from `measurement.by_engine`."""
         by_engine = {row["engine"]: row for row in figures}
-        held = self.registry.shown(now)
+        held, excluded = self.registry.shown(now), self.registry.excluded
         return [
             UpstreamStatus(
                 engine=name,
                 relays=engine.health.relays,
                 up=engine.health.up,
                 drained=name in self.registry.drained,
+                excluded=name in excluded,
                 outstanding=engine.health.outstanding,
                 requests=engine.health.requests,
                 resent=engine.health.resent,

@@ -164,6 +164,12 @@ class EngineCanaries:
         return next(iter(self.readings.values()), None)
 
     @property
+    def is_outlier(self) -> bool:
+        """True if one of its models has changed and differs from the other engines, or if it treats texts otherwise."""
+        differs = any(reading.since.keys() >= {BASELINE, ENGINES} for reading in self.readings.values())
+        return differs or self.texts.since is not None
+
+    @property
     def idle(self) -> bool:
         return self.task is None or self.task.done()
 

@@ -56,6 +56,7 @@ class Canaries:
         wall: Callable[[], float],
     ) -> None:
         self._settings = settings.canaries
+        self._engines = engines
         self.sets = Sets(writes)
         self.states = CanaryStates(engines, writes, wall)
         self._judge = Judge(self.states, writes, settings.canaries.tolerance_nats, clock, wall)
@@ -121,6 +122,7 @@ class Canaries:
     def step(self) -> None:
         """Looks at the engines, and begins what is due there."""
         self.schedule.step()
+        self._engines.outliers = frozenset(name for name, its in self.states.current.items() if its.is_outlier)
 
     def statements(self) -> Iterator[tuple[str, float]]:
         """Yields what is wrong now, one line each, and since when (Unix time)."""

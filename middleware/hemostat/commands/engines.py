@@ -92,6 +92,8 @@ def _row(engine: dict[str, Any]) -> tuple[str, ...]:
 def _state(engine: dict[str, Any]) -> str:
     if engine["drained"]:
         return "drained"
+    if engine.get("excluded"):
+        return "excluded as an outlier"
     if engine["up"] == engine["relays"]:
         return "up"
     return f"up for {engine['up']} of {engine['relays']} relays" if engine["up"] else "failing"

@@ -47,6 +47,10 @@ class Upstream(Section):
     """If it is true, all requests of a conversation go to one engine, whose prefix cache has the beginning of the
     conversation. If it is false, the engine of a sampled request is drawn at random, and Hemostat tests whether one
     engine is an outlier."""
+    outlier: Literal["report", "exclude"] = "report"
+    """With `exclude`, an engine gets no new requests while canaries say that it has changed and differs from the other
+    engines, or treats texts otherwise. At most half of the engines are excluded: never the last one, and never both of
+    two. With `report`, it is only said."""
     ca: ExistingFile | None = None
     """A PEM file of the authority that signed the upstream's certificate."""
     openai_sampling_defaults: bool = False

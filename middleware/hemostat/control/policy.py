@@ -107,7 +107,7 @@ class EngineOffers:
             tells_sets=reports.tells_sets(now),
             nonce_prefix=reports.nonce_prefix,
             secret=reports.secrets.current(now),
-            drained=self._engines.drained,
+            drained=self._engines.drained | self._engines.excluded,
         )
 
     def _by_engine(self, now: float) -> dict[str, frozenset[str]]:

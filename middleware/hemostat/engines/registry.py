@@ -74,6 +74,8 @@ class EngineRegistry:
         """The addresses that relays are believed to send requests to, and that may be contacted."""
         self.drained: frozenset[str] = frozenset()
         """The names of the engines that get no new requests."""
+        self.outliers: frozenset[str] = frozenset()
+        """The names of the engines that canaries state to be outliers."""
         self.only = Engine(ONLY, reports, functools.partial(self.connect, ONLY))
         self._upstream = upstream
         self._relayed = relayed
@@ -179,6 +181,16 @@ class EngineRegistry:
         log.warning("engine %s is %s", engine, "not drained any more" if ends else "drained")
         self.save()
 
+    @property
+    def excluded(self) -> frozenset[str]:
+        """The outliers that get no new requests, as `upstream.outlier` says: at most half of the engines that would get
+        some, so that it is never the last one, and never both of two."""
+        if self._upstream.outlier != "exclude" or not self.outliers:
+            return frozenset()
+        serving = {name for name, engine in self.current().items() if engine.health.up} - self.drained
+        found = self.outliers & serving
+        return found if 2 * len(found) <= len(serving) else frozenset()
+
     def save(self) -> None:
         """Queues a write of which engines are drained."""
         write_state(self._writes, STATE_KEY, _Drained(sorted(self.drained)), SCHEMA)
@@ -189,10 +201,11 @@ class EngineRegistry:
         self.drained = frozenset() if stored is None else frozenset(stored.engines)
 
     def samples(self) -> Iterator[Sample]:
+        closed = self.drained | self.excluded
         for name, engine in self.current().items():
             labels, health = (name,), engine.health
             yield Sample(names.UPSTREAM_UP_RATIO, labels, health.up / health.relays)
-            yield Sample(names.UPSTREAM_DRAINED, labels, name in self.drained)
+            yield Sample(names.UPSTREAM_DRAINED, labels, name in closed)
             yield Sample(names.UPSTREAM_OUTSTANDING, labels, health.outstanding)
 
     # --- their lifetime --------------------------------------------------------------------------------------------

@@ -14,7 +14,13 @@ UPSTREAM_METRICS = (
         "Fraction of the relay processes that consider the engine healthy: below 1 some have ejected it.",
         _ENGINE,
     ),
-    Metric(names.UPSTREAM_DRAINED, "gauge", "0 or 1", "1 while an operator drains the engine.", _ENGINE),
+    Metric(
+        names.UPSTREAM_DRAINED,
+        "gauge",
+        "0 or 1",
+        "1 while an operator drains the engine, or upstream.outlier excludes it.",
+        _ENGINE,
+    ),
     Metric(names.UPSTREAM_OUTSTANDING, "gauge", "requests", "Requests in progress at the engine.", _ENGINE),
     Metric(
         names.ENGINE_KL_NATS,

@@ -4,7 +4,7 @@ import { Action, Bar, Chart, Coloured, Explain, Facts, html, Link, Section, Tabl
 import { Canaries } from "./canaries.js";
 import { marks } from "./events.js";
 
-const stateOf = (e) => (e.drained ? "drained" : !e.up ? html`<${Coloured} as="bad">failing<//>` : e.up === e.relays ? "up" : html`<${Coloured} as="wait">up for ${e.up} of ${plural(e.relays, "relay")}<//>`);
+const stateOf = (e) => (e.drained ? "drained" : e.excluded ? html`<${Coloured} as="bad">excluded as an outlier<//>` : !e.up ? html`<${Coloured} as="bad">failing<//>` : e.up === e.relays ? "up" : html`<${Coloured} as="wait">up for ${e.up} of ${plural(e.relays, "relay")}<//>`);
 const outlier = (f) => (f.outlier ? html`<${Coloured} as="bad">yes: ${f.farther ? "further from" : "closer to"} the reference, on ${plural(f.on_tokens, "token")}<//>` : f.requests ? "no" : NONE);
 const holds = (e) => (e.holds ? (e.holds.length ? e.holds.map((version, n) => html`${n ? ", " : ""}<${Version} of=${version} />`) : "no profile") : "not known");
 
