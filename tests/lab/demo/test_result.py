@@ -43,6 +43,7 @@ def figures(requests: int, tokens: int, kl: dict[str, Any]) -> dict[str, Any]:
 def scene(**changes: Any) -> view.Scene:
     status = {
         "tokens_scored": 9217,
+        "background": "adapter 171c242c: 38 of about 56 conversations of chat, 4 min left",
         "raw": figures(204, 9217, figure(0.354, 0.322, 0.392)),
         "kinds": [
             {"kind": "chat text sampled", "raw": figures(148, 7217, figure(0.3, 0.28, 0.32))},
@@ -84,6 +85,7 @@ def test_page_says_what_it_cost_where_it_is_lost_and_what_to_do() -> None:
         "word start 6,000 0.300 90.0 %",
         "digits 200 1.000 10.0 %",
         "No profile was promoted in this run",
+        "At the end of the run: adapter 171c242c: 38 of about 56 conversations of chat, 4 min left.",
         "let the demo run longer",
         "chat json sampled loses most: 0.550 [0.500, 0.600] nats per token, against 0.354 in all traffic.",
         "hemostat doctor /models/reference /models/w4a16 --html doctor.html",

@@ -18,7 +18,7 @@ WORSE = 1.25
 MIN_TOKENS_NAMED = 500
 """The number of tokens below which a part of the traffic is not named as one that loses most."""
 MIN_TOKENS_PLOTTED = 100
-"""The number of tokens below which a kind of traffic has no bar: a few answers would look like the worst kind."""
+"""The number of tokens below which a part of the traffic has no bar: a few answers would look like the worst part."""
 
 Json = Mapping[str, Any]
 
@@ -79,6 +79,8 @@ def _recovered_lines(scene: view.Scene) -> Iterator[str]:
     yield from (f"Decision: {line}." for line in decided)
     if scene.sent_until_promotion is None:
         yield "No profile was promoted in this run, so every request was decoded unchanged."
+        if background := scene.status.get("background"):
+            yield f"At the end of the run: {background}."
 
 
 def _arms_table(status: Json) -> Table | None:
@@ -148,10 +150,11 @@ def _plots(status: Json, classes: Sequence[ClassLoss]) -> Iterator[Plot]:
         if kind["raw"]["tokens"] >= MIN_TOKENS_PLOTTED
     ]
     positions = status.get("places", {}).get("position", [])
+    by_class = [(each.name, each.kl_nats / each.tokens) for each in classes if each.tokens >= MIN_TOKENS_PLOTTED]
     for title, bars in (
         ("KL by kind of traffic", kinds),
         ("KL by position in the answer", [(row["place"], row["kl_nats"]["estimate"]) for row in positions]),
-        ("KL by class of the token", [(each.name, each.kl_nats / each.tokens) for each in classes]),
+        ("KL by class of the token", by_class),
     ):
         shown = [(label, value) for label, value in bars if value is not None]
         if shown:
