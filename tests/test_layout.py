@@ -13,6 +13,9 @@ ROOT = Path(__file__).parents[1]
 PRODUCT = [path for folder in ("middleware", "calibration", "deploy") for path in sorted((ROOT / folder).rglob("*.py"))]
 MAX_LINES = 600
 MAX_ENTRIES = 30
+MAX_PRIVATE_READS = 217
+"""It only goes down."""
+OWN = {"self", "cls", "super()"}
 
 
 def imported_modules(path: Path) -> Iterator[str]:
@@ -54,6 +57,21 @@ def test_tests_import_shared_code_from_support_only() -> None:
         if shared:
             result[str(path.relative_to(ROOT))] = shared
     assert result == {}
+
+
+def private_reads(path: Path, names: frozenset[str]) -> Iterator[str]:
+    """Yields the attributes of other objects by these names that a file reads or sets."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in names and ast.unparse(node.value) not in OWN:
+            yield f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_tests_look_into_few_private_parts_of_the_product() -> None:
+    """A test that does has to be changed with the part, although what the part does is the same."""
+    sources = "".join(path.read_text() for path in PRODUCT)
+    names = frozenset(re.findall(r"(?:\bself\.|\bdef |^)(_[a-z]\w*)", sources, re.M))
+    found = [read for path in sorted((ROOT / "tests").rglob("*.py")) for read in private_reads(path, names)]
+    assert len(found) <= MAX_PRIVATE_READS, "use what is public:\n" + "\n".join(found)
 
 
 PACKAGES = [

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from tests.support.control import control, settings, status_json
+from tests.support.control import control, settings, status_json, told
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import VOCAB, FakeVllm, running
 from tests.support.loops import looping
@@ -54,9 +54,7 @@ async def test_relays_may_ask_for_an_adapter_once_it_is_loaded_and_probed(tmp_pa
     async with hosting(tmp_path, lora) as plane:
         assert plane.profile_manager.serving.max_adapters is None
         await until(lambda: plane.adapters.hosts.ready)
-        plane.policy.publish()
-        policy = plane.policy._last
-        assert policy is not None
+        policy = told(plane)
         assert policy.adapters == {ADAPTER.version}
         assert ADAPTER.version in policy.acknowledged
         assert plane.profile_manager.serving.max_adapters == 1
@@ -145,9 +143,7 @@ async def test_what_served_serves_again_once_it_is_probed_and_no_place_is_given_
         ):
             plane.profile_manager.operator.promote(third, REST_KIND)
         await until(lambda: plane.adapters.hosts.ready == {ADAPTER.version, OTHER.version})
-        plane.policy.publish()
-        policy = plane.policy._last
-        assert policy is not None
+        policy = told(plane)
         assert policy.serving_by_kind == serving.version_by_kind
         assert set(policy.serving_by_kind.values()) <= set(policy.acknowledged)
         with pytest.raises(HemostatError, match="2 other adapters serve, as many as engines have slots for: roll one"):

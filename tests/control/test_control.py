@@ -106,7 +106,7 @@ async def test_an_upstream_that_gives_fewer_logprobs_is_a_mismatch_that_says_wha
 async def test_another_vocabulary_is_a_mismatch(
     upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = FakeVllm._other
+    original = FakeVllm.other
 
     def other_ids(self: FakeVllm, route: tuple[str, str], body: bytes) -> tuple[int, Any]:
         status, value = original(self, route, body)
@@ -114,7 +114,7 @@ async def test_another_vocabulary_is_a_mismatch(
             value["tokens"] = [token + 1 for token in value["tokens"]]
         return status, value
 
-    monkeypatch.setattr(FakeVllm, "_other", other_ids)
+    monkeypatch.setattr(FakeVllm, "other", other_ids)
     async with watched(tmp_path, pair(upstream[1], reference[1])) as (plane, told):
         await until(lambda: plane.monitor.state == "mismatch")
         assert "token ids of a probe text" in plane.monitor.detail

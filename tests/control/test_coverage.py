@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.support.captures import INFO
-from tests.support.control import connect_relay, control, relay_stats, scored, settings, status_json
+from tests.support.control import connect_relay, control, relay_stats, scored, settings, status_json, told
 from tests.support.samples import values
 from tests.support.served_models import pair, served_models
 from tests.support.waiting import until
@@ -63,9 +64,9 @@ async def test_requests_under_a_grammar_are_scored_where_engines_say_what_is_all
     """And the reference knows more than a list of ids."""
     async with control(tmp_path) as plane:
         plane.monitor.served = served_models(pair("m", info=replace(INFO, full_vocabulary=full)))
-        assert not plane.policy._policy(plane._clock()).grammars, "no plugin reports"
-        plane.engines.reports.update(RankReport("boot", 0, 1, [], 512, {}, "v1", "0.32.0", sets=sets), plane._clock())
-        result = plane.policy._policy(plane._clock())
+        assert not told(plane).grammars, "no plugin reports"
+        plane.engines.reports.update(RankReport("boot", 0, 1, [], 512, {}, "v1", "0.32.0", sets=sets), time.monotonic())
+        result = told(plane)
         assert (result.tap, result.grammars) == (True, sets and full)
 
 

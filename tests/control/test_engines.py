@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tests.support.admin_server import admin_client
 from tests.support.captures import K
-from tests.support.control import AUTHORIZED, connect_relay, control, relay_stats, scored, settings, status_json
+from tests.support.control import AUTHORIZED, connect_relay, control, relay_stats, scored, settings, status_json, told
 from tests.support.plugin_engines import PluginEngine
 from tests.support.waiting import until
 
@@ -71,7 +71,6 @@ async def test_a_drain_reaches_relays_and_survives_a_restart(tmp_path: Path) -> 
         assert policy_drains(plane) == {B}
         relay.close()
     async with control(tmp_path, made) as plane:
-        plane.policy.publish()
         assert policy_drains(plane) == {B}
         async with admin_client(plane) as client:
             ended = await client.post("/api/v1/engines/undrain", json={"engine": B}, headers=AUTHORIZED)
@@ -80,8 +79,7 @@ async def test_a_drain_reaches_relays_and_survives_a_restart(tmp_path: Path) -> 
 
 
 def policy_drains(plane: Control) -> frozenset[str]:
-    assert plane.link._policy is not None
-    return plane.link._policy.drained
+    return told(plane).drained
 
 
 def observe(plane: Control, count: int, outlier: str | None, first: int = 0, *, drawn: bool = True) -> None:
@@ -179,10 +177,9 @@ async def test_each_engine_is_asked_for_the_versions_that_it_holds_itself(tmp_pa
         def held() -> dict[str, frozenset[str]] | None:
             for engine in engines:
                 engine.report()
-            plane.policy.publish()
-            assert plane.link._policy is not None
-            assert plane.link._policy.acknowledged == frozenset()
-            return plane.link._policy.held_by_engine
+            policy = told(plane)
+            assert policy.acknowledged == frozenset()
+            return policy.held_by_engine
 
         assert held() == {}
         await until(lambda: held() == {names[0]: {"a" * 32}})

@@ -41,7 +41,7 @@ class Life:
         self.now = 1000.0
         control._clock = control.problems._clock = control.calibrated_model._clock = lambda: self.now
         control.monitor.served = served_models(pair(support.MODEL, info=INFO))
-        control._models_changed()
+        control.monitor.on_change()
 
     def reports(self, **engines: str) -> None:
         """By boot id, the weights that each live engine reports; others have been silent for long enough."""
@@ -151,7 +151,7 @@ OLD, NOISY, OTHER = (-1.0, -2.0, -3.0), (-1.02, -1.99, -3.0), (-1.4, -2.5, -2.0)
 def refers_to(plane: Life, probe: tuple[float, ...]) -> None:
     """The reference is matched, and gives fixed texts these log-probabilities."""
     plane.one.monitor.served = served_models(pair(support.MODEL, info=replace(INFO, probe=probe)))
-    plane.one._models_changed()
+    plane.one.monitor.on_change()
 
 
 def reasons(plane: Life) -> list[str]:
@@ -227,7 +227,7 @@ async def test_the_figures_of_another_model_begin_anew_by_themselves(settings: S
     def refer(plane: Life, probe: tuple[float, ...]) -> None:
         other = pair("other", info=replace(INFO, probe=probe))
         plane.one.monitor.served = served_models(pair(support.MODEL, info=replace(INFO, probe=OLD)), other)
-        plane.one._models_changed()
+        plane.one.monitor.on_change()
 
     def requests(plane: Life) -> tuple[int, int]:
         others = plane.one.pipeline.users.other_models.report("other")

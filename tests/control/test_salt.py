@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.support.control import control, settings
+from tests.support.control import control, settings, told
 from tests.support.stores import put, stored
 
 from hemostat.control.stored_state import SALT_BYTES, SALT_KEY
@@ -18,9 +18,7 @@ async def test_restarts_have_the_same_salt_and_relays_get_it_with_their_policy(t
     salts = set()
     for _ in range(3):
         async with control(tmp_path, settings(store={"url": url})) as plane:
-            plane.policy.publish()
-            assert plane.link._policy is not None
-            salts.add(plane.link._policy.salt)
+            salts.add(told(plane).salt)
     [salt] = salts
     assert len(salt) == SALT_BYTES
     assert json.loads(stored(url).states[SALT_KEY])["state"] == {"salt": salt.hex()}

@@ -45,7 +45,7 @@ class Server:
         self.engine = engine
         self.queue = queue or AnswerQueue()
         self.starts = 0
-        self._generate = wrapped(Engine.generate, AnswerTap(self.queue, self._start, Secrets()))
+        self.generate = wrapped(Engine.generate, AnswerTap(self.queue, self._start, Secrets()))
 
     def _start(self) -> None:
         self.starts += 1
@@ -53,7 +53,7 @@ class Server:
     def serve(self, sampling_params: SamplingParams, limit: int = 10**6) -> list[RequestOutput]:
         async def run() -> list[RequestOutput]:
             seen = []
-            generator = self._generate(self.engine, PROMPT, sampling_params, "id")
+            generator = self.generate(self.engine, PROMPT, sampling_params, "id")
             async for output in generator:
                 seen.append(output)
                 if len(seen) == limit:
@@ -198,7 +198,7 @@ def test_what_cannot_be_recorded_is_dropped_counted_and_still_served(caplog: pyt
                 yield output
 
     server = Server(Broken([[[3], [4]]]))
-    server._generate = wrapped(Broken.generate, AnswerTap(server.queue, lambda: None, Secrets()))
+    server.generate = wrapped(Broken.generate, AnswerTap(server.queue, lambda: None, Secrets()))
     seen = server.serve(params(ASKS))
     assert [output.outputs[0].token_ids for output in seen] == [[3], [4]]
     assert [output.outputs[0].logprobs for output in seen] == [None, None]
@@ -219,7 +219,7 @@ def test_logprobs_that_cannot_be_are_dropped_and_counted(damage: str) -> None:
                 yield output
 
     server = Server(Damaged([[[8]]]))
-    server._generate = wrapped(Damaged.generate, AnswerTap(server.queue, lambda: None, Secrets()))
+    server.generate = wrapped(Damaged.generate, AnswerTap(server.queue, lambda: None, Secrets()))
     assert [output.outputs[0].token_ids for output in server.serve(params(ASKS))] == [[8]]
     assert (server.recorded(), server.queue.dropped) == ([], 1)
 
@@ -232,7 +232,7 @@ def test_the_clients_own_logprobs_that_do_not_fit_its_ids_reach_it_as_they_are()
                 yield output
 
     server = Server(Longer([[[3], [4]]]))
-    server._generate = wrapped(Longer.generate, AnswerTap(server.queue, lambda: None, Secrets()))
+    server.generate = wrapped(Longer.generate, AnswerTap(server.queue, lambda: None, Secrets()))
     seen = server.serve(params(ASKS, logprobs=1))
     assert [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in seen] == [
         (ids, logprobs_of([3, 8], 2, False)) for ids in ([3], [4])
@@ -245,7 +245,7 @@ def test_generations_that_are_recorded_at_the_same_time_are_bounded(monkeypatch:
     server = Server(Engine([[[3], [4]]]))
 
     async def run() -> None:
-        begun = [server._generate(server.engine, PROMPT, params(ASKS), "id") for _ in range(4)]
+        begun = [server.generate(server.engine, PROMPT, params(ASKS), "id") for _ in range(4)]
         del begun[0]  # never started
         for generator in begun:
             await anext(generator)

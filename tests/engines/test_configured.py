@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -58,7 +59,7 @@ async def test_an_address_that_only_a_relay_names_is_never_contacted(
 ) -> None:
     configured, evil = [FakeEngine() for _ in range(count)], FakeEngine()
     async with contacted(configured, evil, tmp_path) as plane:
-        plane.engines.reports.update(RankReport("one", 0, 1, [], 100, {}, "v1", "0.32.0"), plane._clock())
+        plane.engines.reports.update(RankReport("one", 0, 1, [], 100, {}, "v1", "0.32.0"), time.monotonic())
         loops = [asyncio.create_task(loop) for loop in (plane.engines.run(), plane.canaries.run())]
         try:
             await until(lambda: evil.asked or all(engine.asked for engine in configured))

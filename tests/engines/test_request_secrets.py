@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from itertools import count
 from pathlib import Path
 
 import pytest
 from tests.support.admin_server import admin_client
-from tests.support.control import AUTHORIZED, control, settings, status_json
+from tests.support.control import AUTHORIZED, control, settings, status_json, told
 
 from hemostat.engines.messages import RankReport
 from hemostat.engines.request_secrets import ROTATE_SECONDS, RequestSecrets
@@ -39,21 +40,18 @@ async def test_relays_and_engines_get_them_and_nobody_else(tmp_path: Path, caplo
     caplog.set_level(logging.DEBUG)
     made = settings(admin={"port": 0, "token": "secret", "engine_token": "engines"})
     async with control(tmp_path, made) as plane:
-        now = plane._clock()
+        now = time.monotonic()
         secrets = plane.engines.reports.secrets.for_engines(now)
         plane.engines.reports.update(RankReport("one", 0, 1, [], 100, {}, "v1", "0.32.0"), now)
-        plane.policy.publish()
-        assert plane.link._policy is not None
-        assert plane.link._policy.secret == secrets[0]
+        assert told(plane).secret == secrets[0]
         async with admin_client(plane) as client:
             report = {"boot_id": "b", "rank": 0, "world_size": 1, "versions": [], "vocab_size": 9, "counters": {}}
-            told = await client.post(
+            answer = await client.post(
                 "/api/v1/engine/report", json=report | {"runner": "v1", "vllm": "0.32.0"}, headers=AUTHORIZED
             )
-            assert told.json()["secrets"] == secrets
+            assert answer.json()["secrets"] == secrets
             pages = [(await client.get(path)).text for path in ("/metrics", "/api/v1/status", "/api/v1/profiles")]
         text = "\n".join([*pages, str(status_json(plane)), caplog.text])
         assert not [secret for secret in secrets if secret in text]
         plane.engines.reports.secrets._rotates_at = now
-        plane.policy.publish()
-        assert plane.link._policy.secret == secrets[1], "a rotation is a new policy"
+        assert told(plane).secret == secrets[1], "a rotation is a new policy"

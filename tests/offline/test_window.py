@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.support.captures import capture
-from tests.support.control import settings
+from tests.support.control import listen_to_policies, settings, told
 from tests.support.scorer_bench import FakeReference
 
 from hemostat.config.schema import Settings
@@ -196,11 +196,12 @@ async def test_captures_only_go_to_the_spool_and_nothing_is_treated(tmp_path: Pa
     values = given(tmp_path, score=score)
     values["reference"] = {"backend": "vllm", "url": "http://127.0.0.1:1"}
     one = Control(Settings.model_validate(values), 0)
+    listen_to_policies(one)
     assert one.pipeline.scorer is not None
     assert one.pipeline.scorer.stages is None
     assert (one.later is not None) == (score != "never")
     one.profile_manager.operator.set_mode("auto")
-    assert one.policy._policy(0.0).mode == "off"
+    assert told(one).mode == "off"
     status = one.status.current()
     assert (status.later is not None) == (score != "never")
     await asyncio.sleep(0)

@@ -10,7 +10,18 @@ from collections.abc import Callable
 
 import pytest
 from tests.support.hooks import HookSequence, SpyHook
-from tests.support.relay import GET, OK, Client, Connect, Request, UpstreamConnection, answering, post, relaying
+from tests.support.relay import (
+    GET,
+    OK,
+    Client,
+    Connect,
+    Request,
+    UpstreamConnection,
+    answering,
+    budget_of,
+    post,
+    relaying,
+)
 from tests.support.waiting import until
 
 from hemostat.hooks import Rewrite
@@ -162,7 +173,7 @@ async def test_the_oldest_incomplete_body_gives_way_where_memory_ends() -> None:
         for client in second, third:
             await client.send(b"x" * 300)
             assert (await client.response("POST")).status == 200
-        assert relay._context.budget.held_bytes == 0
+        assert budget_of(relay).held_bytes == 0
 
 
 def unmeasured(relay: Relay) -> None:
@@ -196,7 +207,7 @@ async def test_bodies_of_who_holds_most_give_way_and_slow_clients_keep_theirs(
         honest = [await begin(relay, connect, long(500, b"x" * 300, b"Authorization: Bearer a")) for _ in range(5)]
         for _ in range(20):
             await begin(relay, connect, long(1000, b"x" * 700, field()), address)
-        assert relay._context.budget.held_bytes <= 8000
+        assert budget_of(relay).held_bytes <= 8000
         assert relay.counters.requests["/v1/completions", "overloaded"] >= 10
         for client in honest:
             await client.send(b"x" * 200)
@@ -205,7 +216,7 @@ async def test_bodies_of_who_holds_most_give_way_and_slow_clients_keep_theirs(
 
 async def test_incomplete_heads_count_and_are_given_back() -> None:
     async with relaying(answering([]), limits=Limits(buffered_bytes=100_000)) as (relay, _, connect):
-        budget = relay._context.budget
+        budget = budget_of(relay)
         honest = await connect()
         await honest.send(GET[:-2])
         greedy = []
@@ -229,7 +240,7 @@ async def test_complete_heads_without_a_body_count() -> None:
         fields = [b"X-%d: %b" % (number, b"x" * 100) for number in range(100)]
         for _ in range(10):
             await begin(relay, connect, long(1000, b"", *fields))
-        assert 30_000 < relay._context.budget.held_bytes <= 50_000
+        assert 30_000 < budget_of(relay).held_bytes <= 50_000
         assert relay.counters.requests["/v1/completions", "overloaded"] >= 5
 
 
@@ -241,11 +252,11 @@ async def test_what_is_sent_ahead_of_an_answer_counts() -> None:
         await greedy.send(GET)
         await until(lambda: busy.waiting == 2)
         await greedy.send(GET[:-2] + b"X: " + b"x" * 40_000)
-        await until(lambda: relay._context.budget.held_bytes > 40_000)
+        await until(lambda: budget_of(relay).held_bytes > 40_000)
         await greedy.send(b"x" * 20_000)
         with contextlib.suppress(ConnectionResetError):
             assert await greedy.rest() == b""
-        assert relay._context.budget.held_bytes <= 1000, "of the honest one's copy"
+        assert budget_of(relay).held_bytes <= 1000, "of the honest one's copy"
         busy.go.set()
         assert (await honest.response()).status == 200
 
@@ -282,7 +293,7 @@ async def test_slow_long_bodies_give_way_even_to_their_own_client() -> None:
         unmeasured(relay)
         third = await begin(relay, connect, long(100_000))
         assert (await third.response("POST")).status == 503, "nobody is known to be slow yet"
-        of_slow.since = relay._context.loop.time() - 2.5
+        of_slow.since = asyncio.get_running_loop().time() - 2.5
         of_slow.reading_paused = True
         fourth = await begin(relay, connect, long(100_000))
         assert (await fourth.response("POST")).status == 503, "it waits for the upstream, which does not read"
@@ -322,7 +333,7 @@ async def test_requests_that_wait_for_a_connection_count_too() -> None:
         busy.go.set()
         assert (await first.response()).status == 200
         assert (await second.response("POST")).status == 200
-        assert relay._context.budget.held_bytes == 0
+        assert budget_of(relay).held_bytes == 0
 
 
 async def test_a_request_that_would_wait_beyond_the_memory_is_refused() -> None:
@@ -337,13 +348,13 @@ async def test_a_request_that_would_wait_beyond_the_memory_is_refused() -> None:
         await third.send(post(b"x" * 900))
         refused = await third.response("POST")
         assert (refused.status, refused.get(b"retry-after")) == (503, [b"1"])
-        assert relay._context.budget.held_bytes < 2000
+        assert budget_of(relay).held_bytes < 2000
         busy.go.set()
         for client, method in ((first, "GET"), (second, "POST")):
             assert (await client.response(method)).status == 200
         await third.send(post(b"x" * 900))
         assert (await third.response("POST")).status == 200, "its connection stays open"
-        assert relay._context.budget.held_bytes == 0
+        assert budget_of(relay).held_bytes == 0
 
 
 async def test_what_is_kept_to_be_sent_again_is_counted_and_given_up_first() -> None:
@@ -361,7 +372,7 @@ async def test_what_is_kept_to_be_sent_again_is_counted_and_given_up_first() -> 
         await until(
             lambda: [client.exchange.state for client in relay.clients if client.exchange] == [ExchangeState.FORWARDED]
         )
-        budget = relay._context.budget
+        budget = budget_of(relay)
         assert budget.held_bytes == 900, "the client's own body; no copy of what was sent"
         await second.send(post(b"y" * 100))
         await until(lambda: hooks[1].calls)
@@ -384,7 +395,7 @@ async def test_copies_for_the_case_of_a_failure_do_not_switch_sampling_off() -> 
             await (await connect()).send(post(b"x" * 300))
         await until(lambda: hooks[-1].calls)
         assert [hook.calls for hook in hooks] == [[("request", b"x" * 300)]] * 9
-        budget = relay._context.budget
+        budget = budget_of(relay)
         await until(
             lambda: all(client.exchange.state is ExchangeState.FORWARDED for client in relay.clients if client.exchange)
         )
@@ -403,7 +414,7 @@ async def test_a_client_that_does_not_read_frees_its_upstream_connection() -> No
         await client.send(GET)
         await until(lambda: any(client.write_paused for client in relay.clients))
         (inside,) = relay.clients
-        now = relay._context.loop.time()
+        now = asyncio.get_running_loop().time()
         inside._stalled = 1, now - 1000.0
         inside.sweep(now)  # it has taken bytes since
         inside.sweep(now + 59.0)

@@ -7,7 +7,16 @@ import re
 import time
 
 import pytest
-from tests.support.relay import GET, OK, Request, UpstreamConnection, answering, post, relaying
+from tests.support.relay import (
+    GET,
+    OK,
+    Request,
+    UpstreamConnection,
+    answering,
+    budget_of,
+    post,
+    relaying,
+)
 from tests.support.waiting import HANG_SECONDS, until
 
 from hemostat.relay.limits import Limits
@@ -399,7 +408,7 @@ async def test_websocket_upgrade_is_tunnelled() -> None:
         assert head.startswith(b"HTTP/1.1 101 ")
         assert b"Sec-X: y\r\n" in head
         assert await client.reader.readexactly(10) == b"firstEARLY"
-        assert relay._context.budget.held_bytes == 0, "nothing of the request is needed any more"
+        assert budget_of(relay).held_bytes == 0, "nothing of the request is needed any more"
         await client.send(b"\x00\xffraw" * 50_000)
         assert await client.reader.readexactly(250_000) == b"\x00\xffRAW" * 50_000
         client.writer.write_eof()

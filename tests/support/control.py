@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import msgspec
 import numpy as np
@@ -17,13 +18,15 @@ from tests.support.waiting import until
 
 from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
-from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Stats, encode
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Policy, Stats, encode
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
 
 TOKEN = "secret"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 MODEL = "m"
+_told: WeakKeyDictionary[Control, list[Policy]] = WeakKeyDictionary()
+"""The policies that each process has sent to its relays."""
 
 
 def settings(url: str = "http://127.0.0.1:1", **more: Any) -> Settings:
@@ -40,6 +43,7 @@ def settings(url: str = "http://127.0.0.1:1", **more: Any) -> Settings:
 async def control(folder: Path, made: Settings | None = None, *, loops: bool = False) -> AsyncIterator[Control]:
     """Listening to relays; with `loops` it looks after house, store and reference as the process does."""
     plane = Control(made or settings(), 1234)
+    listen_to_policies(plane)
     await plane.start((made or settings()).calibration.force)
     relays = listen(plane.link, folder / "control.sock")
     tasks = []
@@ -57,6 +61,23 @@ async def control(folder: Path, made: Settings | None = None, *, loops: bool = F
         await asyncio.gather(*tasks, return_exceptions=True)
         await relays.close()
         await plane.close()
+
+
+def listen_to_policies(plane: Control) -> None:
+    """Has `told` know what this process sends from now on."""
+    sent, send = _told.setdefault(plane, []), plane.link.set_policy
+
+    def set_policy(policy: Policy) -> None:
+        sent.append(policy)
+        send(policy)
+
+    plane.link.set_policy = set_policy  # type: ignore[method-assign]
+
+
+def told(plane: Control) -> Policy:
+    """Returns the policy that relays have, once it is brought up to date."""
+    plane.policy.publish()
+    return _told[plane][-1]
 
 
 def status_json(plane: Control) -> dict[str, Any]:
@@ -92,8 +113,8 @@ def relay_stats(requests: float = 1.0, *, ready: bool = True) -> Stats:
 
 async def connect_relay(plane: Control, folder: Path, pid: int, figures: Stats) -> asyncio.StreamWriter:
     """The connection of a relay that has sent these figures."""
-    before = plane.link.relays
+    before = plane.link.reporting
     _, writer = await asyncio.open_unix_connection(str(folder / "control.sock"))
     writer.write(encode(hello(str(pid), pid=pid)) + encode(figures))
-    await until(lambda: plane.link.relays > before and figures in plane.link._live.values())
+    await until(lambda: plane.link.reporting > before)
     return writer

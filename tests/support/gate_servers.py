@@ -21,10 +21,10 @@ class Changed(FakeVllm):
     change: Change = lambda choice: None
     by_clients: bool = False
 
-    async def _generate(self, path: str, headers: Any, body: bytes, receive: Any, send: Any) -> None:
+    async def generate(self, path: str, headers: Any, body: bytes, receive: Any, send: Any) -> None:
         asked = json.loads(body)
         if "return_token_ids" not in asked or (self.by_clients and "temperature" in asked):
-            await super()._generate(path, headers, body, receive, send)
+            await super().generate(path, headers, body, receive, send)
             return
 
         async def changed(message: Any) -> None:
@@ -37,7 +37,7 @@ class Changed(FakeVllm):
                 self.change(choice)
             await send({**message, "body": json.dumps(answer).encode()})
 
-        await super()._generate(path, headers, body, receive, changed)
+        await super().generate(path, headers, body, receive, changed)
 
 
 @contextmanager

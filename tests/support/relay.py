@@ -17,6 +17,7 @@ from tests.support.waiting import HANG_SECONDS
 
 from hemostat.hooks import Hook
 from hemostat.relay.relay import Relay
+from hemostat.relay.request_budget import RequestBudget
 from hemostat.relay.upstreams.settings import UpstreamSettings
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -50,6 +51,11 @@ class Response:
 
     def get(self, name: bytes) -> list[bytes]:
         return [value for key, value in self.headers if key.lower() == name]
+
+
+def budget_of(relay: Relay) -> RequestBudget:
+    """Returns what bounds the memory for requests: the relay publishes no figure of it."""
+    return relay._context.budget
 
 
 def reset(writer: asyncio.StreamWriter) -> None:

@@ -186,7 +186,7 @@ def test_failures_are_one_line(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # The fake does not refuse too many prompt_logprobs by itself.
-    real = Generation._prompt_logprobs
+    real = Generation.prompt_logprobs
 
     def limited(self: Generation, prompt: list[int]) -> Any:
         top_k = self.body["prompt_logprobs"]
@@ -194,7 +194,7 @@ def test_failures_are_one_line(
             raise RefusedError(f"Requested prompt logprobs of {top_k}, which is greater than max allowed", "x")
         return real(self, prompt)
 
-    monkeypatch.setattr(Generation, "_prompt_logprobs", limited)
+    monkeypatch.setattr(Generation, "prompt_logprobs", limited)
     break_it(*fakes)
     with pytest.raises(DoctorError) as raised:
         run(options)

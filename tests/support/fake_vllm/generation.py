@@ -61,7 +61,7 @@ class Generation:
         name = f"{self.id}-{index}" if index else self.id
         return f"chatcmpl-tool-{blake2b(name.encode(), digest_size=8).hexdigest()}"
 
-    async def _steps(self) -> AsyncIterator[tuple[_Choice, Step]]:
+    async def decoded(self) -> AsyncIterator[tuple[_Choice, Step]]:
         """The steps of all choices, as they come: one of each choice in turn."""
         with self._in_batches():
             running = list(self.choices)
@@ -88,7 +88,7 @@ class Generation:
         if position == self.fake.die_after:
             raise ConnectionError("the fake engine dies here, as it was told to")
 
-    def _prompt_logprobs(self, prompt: list[int]) -> list[dict[str, Any] | None]:
+    def prompt_logprobs(self, prompt: list[int]) -> list[dict[str, Any] | None]:
         rows = prompt_logprobs(self.fake, prompt, self.body)
         if self.fake.last_prompt_logprob != 0:
             rows[-1] = {
@@ -102,13 +102,13 @@ class Generation:
 
     async def whole(self) -> dict[str, Any]:
         steps: list[list[Step]] = [[] for _ in self.choices]
-        async for choice, step in self._steps():
+        async for choice, step in self.decoded():
             steps[choice.index].append(step)
         make = self._whole_chat if self.chat else self._whole_completion
         first = self.prompts[0]
         prompt_k = self.body.get("prompt_logprobs")
         extra = {
-            "prompt_logprobs": None if prompt_k is None else self._prompt_logprobs(first),
+            "prompt_logprobs": None if prompt_k is None else self.prompt_logprobs(first),
             "prompt_token_ids": first if self.return_ids else None,
             "prompt_text": None,
         }
@@ -165,7 +165,7 @@ class Generation:
             "finish_reason": steps[-1].finish,
             "stop_reason": steps[-1].stop_reason,
             "token_ids": [step.token for step in steps] if self.return_ids else None,
-            "prompt_logprobs": None if prompt_k is None else self._prompt_logprobs(choice.prompt),
+            "prompt_logprobs": None if prompt_k is None else self.prompt_logprobs(choice.prompt),
             "prompt_token_ids": choice.prompt if self.return_ids else None,
             "routed_experts": None,
         }
@@ -191,7 +191,7 @@ class Generation:
 
     async def events(self) -> AsyncIterator[bytes]:
         begun = False
-        async for choice, step in self._steps():
+        async for choice, step in self.decoded():
             if choice.completed == self.fake.error_after:
                 yield error_event(RefusedError("Internal server error", None, "InternalServerError", 500).body)
                 break

@@ -61,7 +61,7 @@ class OtherForm:
         return prefix + blake2b(f"{prefix}{self._generation.id}".encode(), digest_size=16).hexdigest()
 
     async def whole(self) -> dict[str, Any]:
-        async for _, step in self._generation._steps():
+        async for _, step in self._generation.decoded():
             self.steps.append(step)
         return self._message() if self._path == MESSAGES else self._response("ended")
 
@@ -69,7 +69,7 @@ class OtherForm:
         make = self._message_events if self._path == MESSAGES else self._response_events
         for event in make(None):
             yield _event(event)
-        async for _, step in self._generation._steps():
+        async for _, step in self._generation.decoded():
             if len(self.steps) == self._generation.fake.error_after:
                 error = {"type": "internal_error", "message": "Internal server error"}
                 yield _event({"type": "error", "error": error})

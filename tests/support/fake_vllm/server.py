@@ -118,15 +118,15 @@ class FakeVllm(FakeModel):
             elif self.pooling is not None and route == ("POST", "/pooling"):
                 await self.pooling.answer(body, (self.model, *self.adapters), self.max_model_len, receive, send)
             elif route in GENERATING and (self.pooling is None or self.routed):
-                await self._named(body)._generate(route[1], headers, body, receive, send)
+                await self.named(body).generate(route[1], headers, body, receive, send)
             elif route in (("POST", RESPONSES), ("POST", MESSAGES)):
                 try:
-                    await self._named(body)._generate(route[1], headers, body, receive, send)
+                    await self.named(body).generate(route[1], headers, body, receive, send)
                 except RefusedError as refused:
                     value = anthropic_error(refused) if route[1] == MESSAGES else refused.body
                     await answer(send, refused.status, value)
             else:
-                status, value = (self if route[0] == "GET" else self._named(body))._other(route, body)
+                status, value = (self if route[0] == "GET" else self.named(body)).other(route, body)
                 await self._answer(send, status, value)
         except RefusedError as refused:
             await answer(send, refused.status, refused.body)
@@ -145,7 +145,7 @@ class FakeVllm(FakeModel):
     async def _answer(self, send: Send, status: int, value: Any) -> None:
         await answer(send, status, value, None if self.replace_body is None else self.replace_body.encode())
 
-    def _cards(self) -> list[tuple[str, str, str | None]]:
+    def cards(self) -> list[tuple[str, str, str | None]]:
         """Name, root and parent."""
         root = self.root or self.model
         base: list[tuple[str, str, str | None]] = [(name, root, None) for name in (self.model, *self.aliases)]
@@ -153,7 +153,7 @@ class FakeVllm(FakeModel):
         adapters = [*((name, name) for name in self.adapters), *loaded.items()]
         return [*base, *((name, path, self.model) for name, path in adapters)]
 
-    def _named(self, body: bytes) -> FakeVllm:
+    def named(self, body: bytes) -> FakeVllm:
         """The model that the body names."""
         try:
             name = json.loads(body or b"{}").get("model")
@@ -161,9 +161,9 @@ class FakeVllm(FakeModel):
             return self
         return next((fake for fake in self.others if name in (fake.model, *fake.aliases, *fake.adapters)), self)
 
-    def _other(self, route: tuple[str, str], body: bytes) -> tuple[int, Any]:
+    def other(self, route: tuple[str, str], body: bytes) -> tuple[int, Any]:
         if route == ("GET", "/v1/models"):
-            cards = [card for fake in (self, *self.others) for card in fake._cards()]
+            cards = [card for fake in (self, *self.others) for card in fake.cards()]
             return 200, {
                 "object": "list",
                 "data": [
@@ -283,9 +283,7 @@ class FakeVllm(FakeModel):
         room = self.max_model_len - longest
         return body, prompts, min(room, limit or room)
 
-    async def _generate(
-        self, path: str, headers: dict[bytes, bytes], data: bytes, receive: Receive, send: Send
-    ) -> None:
+    async def generate(self, path: str, headers: dict[bytes, bytes], data: bytes, receive: Receive, send: Send) -> None:
         own, chat = json.loads(data or b"{}") if path in (RESPONSES, MESSAGES) else None, path != "/v1/completions"
         self.headers.append(headers)
         if self.status is not None:
