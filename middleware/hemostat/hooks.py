@@ -9,15 +9,15 @@ own request is sent, or, where the client has got a part of the response already
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 Headers = Sequence[tuple[bytes, bytes]]
 """The header fields in order, with names in their original case."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(msgspec.Struct, frozen=True):
     """A verdict of the hook: the client is answered at once, and nothing is sent upstream."""
 
     status: int
@@ -25,8 +25,7 @@ class Refusal:
     """The body, which is JSON in OpenAI's error shape."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rewrite:
+class Rewrite(msgspec.Struct, frozen=True):
     """A verdict of the hook: this body is sent upstream instead of the client's (an empty one for a request without a
     body).
 
@@ -40,8 +39,7 @@ class Rewrite:
     read)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(msgspec.Struct, frozen=True):
     """The comparison that a request is a unit of: the arms of a profile in one kind of traffic."""
 
     kind: str

@@ -181,6 +181,16 @@ async def test_captures_arrive_and_figures_add_up_over_relays_and_restarts(link:
     again.close()
 
 
+async def test_what_compiles_a_relay_is_said_once(link: Link, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    command = "HATCH_BUILD_HOOKS_ENABLE=1 pip install"
+    for pid, compiled, said in ((7, True, 0), (8, False, 1), (9, False, 1)):
+        (_, writer) = await link.relay(hello(pid=pid, compiled=compiled))
+        await until(lambda pid=pid: f"(pid {pid}, " in caplog.text)
+        assert caplog.text.count(command) == said
+        writer.close()
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 async def test_a_relay_that_connects_is_logged(link: Link, caplog: pytest.LogCaptureFixture, compiled: bool) -> None:
     caplog.set_level(logging.INFO)

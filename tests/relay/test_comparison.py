@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from tests.support.hooks import HookSequence, SpyHook
 from tests.support.relay import Request, UpstreamConnection, answering, chat_json, post, relaying, reset
 from tests.support.waiting import HANG_SECONDS, until

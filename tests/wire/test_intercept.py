@@ -25,8 +25,8 @@ from tests.support.wire import (
 )
 
 from hemostat.openai import json_splice
+from hemostat.openai.parameters import LOGIT_EDITING_KEYS, sampling_parameters
 from hemostat.openai.reading import read_request
-from hemostat.openai.requests import LOGIT_EDITING_KEYS, sampling_parameters
 from hemostat.openai.routes import CHAT, COMPLETIONS, Form
 from hemostat_engine.xargs import edits_logits
 

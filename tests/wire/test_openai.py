@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.json_splice import MALFORMED, JsonObject, encode
 from hemostat.openai.logprobs.rows import read_rows
+from hemostat.openai.parameters import merged_xargs
 from hemostat.openai.reading import read_request
-from hemostat.openai.requests import merged_xargs
 from hemostat.openai.routes import Form
 from hemostat.openai.tokens import ResponseTokens
 from hemostat_calibration.engine_keys import ACTING_KEYS, MAC_KEY, is_signed

@@ -34,10 +34,13 @@ def hemostat_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
     return [(name.lower(), value) for name, value in headers if name[: len(_PREFIX)].lower() == _PREFIX]
 
 
-def first_value(headers: Headers, name: bytes) -> bytes:
+def first_value(fields: Sequence[tuple[bytes, bytes]], name: bytes) -> bytes:
     """Returns the value of the first field with this lower-case name, which is the one that servers read; b"" without
-    one."""
-    return next((value for field, value in headers if field.lower() == name), b"")
+    one. fields: with lower-case names."""
+    for field, value in fields:
+        if field == name:
+            return value
+    return b""
 
 
 def read_options(fields: Sequence[tuple[bytes, bytes]], policy: Policy) -> ClientOptions | Refusal:

@@ -30,7 +30,7 @@ from hemostat.interception.reports import Reports
 from hemostat.interception.response_state import ENDED, WITHHELD
 from hemostat.ipc.messages import MAX_TOP, Capture, Policy
 from hemostat.metrics.reasons import Unscored
-from hemostat.openai import requests
+from hemostat.openai import parameters
 from hemostat.openai.complexity import TooComplex
 from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.json_splice import MALFORMED, encode
@@ -45,6 +45,9 @@ from hemostat_calibration.records import Arm, Sampling
 
 MAX_TRACEPARENT: Final = 64
 """The largest number of characters of a client's traceparent that are kept."""
+_ARMS: Final = {arm: arm.value for arm in Arm}
+"""The names of arms: Python computes the value of an enumeration's member anew each time."""
+_TREATED: Final = Arm.TREATED.value
 _DROPPED_HEADERS: Final = frozenset({b"accept-encoding"})
 """The headers that are not sent upstream if the response has to be read."""
 
@@ -107,6 +110,8 @@ class InterceptedExchange:
         calibrated."""
         self._drawn = 0.0
         """See `Comparison`."""
+        self._comparison: Comparison | None = None
+        """The comparison, once it was asked for: a request may leave it, and never changes to another."""
         self._version: str | None = None
         """The version that is asked for, by Hemostat or by the client itself."""
         self._adapter: str | None = None
@@ -133,17 +138,22 @@ class InterceptedExchange:
 
     @property
     def arm(self) -> str:
-        return Arm.NONE.value if self._choice is None else self._choice.arm.value
+        return _ARMS[Arm.NONE if self._choice is None else self._choice.arm]
 
     @property
     def comparison(self) -> Comparison | None:
         compared = self._compared
         if compared is None or self._drawn >= self._policy.outcome_fraction:
             return None
+        if self._comparison is None:
+            self._comparison = self._compare(compared)
+        return self._comparison
+
+    def _compare(self, compared: str) -> Comparison:
         return Comparison(
             kind=served_kind(self._policy, self._kind),
             version=compared,
-            treated=self.arm == Arm.TREATED.value,
+            treated=self.arm == _TREATED,
             conversation=self._conversation,
             client=self._client,
             json_in_words=asks_json_in_words(self._kind),
@@ -191,9 +201,9 @@ class InterceptedExchange:
         if self.state is SAMPLED:
             self._ask_for_tokens(request, changes, xargs)
         if xargs or request.client_acts:
-            changes["vllm_xargs"] = requests.merged_xargs(request, xargs, policy.secret)
+            changes["vllm_xargs"] = parameters.merged_xargs(request, xargs, policy.secret)
         if self.state is ASKED:
-            self._sampling = requests.sampling_parameters(request, changes, policy.openai_sampling_defaults)
+            self._sampling = parameters.sampling_parameters(request, changes, policy.openai_sampling_defaults)
         if not changes:
             return None
         self._response = InterceptedResponse(
@@ -417,5 +427,5 @@ class InterceptedExchange:
             engine=engine,
             engine_drawn=self._engine_drawn and engine == self._engine,
             generated=-1 if tokens.usage is None else tokens.usage.completion_tokens,
-            decoding=requests.decoding_members(request),
+            decoding=parameters.decoding_members(request),
         )

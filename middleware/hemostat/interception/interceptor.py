@@ -89,13 +89,14 @@ class Interceptor:
         calibrated = calibrates(policy, options)
         if not shadow and not calibrated:
             return None
-        if any(name.lower() == b"content-encoding" for name, _ in headers):
+        fields = [(name.lower(), value) for name, value in headers]
+        if any(name == b"content-encoding" for name, _ in fields):
             if shadow:
                 self._reports.skipped(Unscored.ENCODED)
             if calibrated:
                 self._reports.calibrated(Arm.NONE, unjudged or Unscored.ENCODED)
             return None
-        client = first_value(headers, policy.client_header.encode("latin-1"))
+        client = first_value(fields, policy.client_header.encode("latin-1"))
         return InterceptedExchange(
             self._reports,
             policy,
@@ -104,7 +105,7 @@ class Interceptor:
             options,
             sampled=shadow,
             client=assignment.client_digest(client, policy.salt),
-            traceparent=first_value(headers, b"traceparent").decode("latin-1"),
+            traceparent=first_value(fields, b"traceparent").decode("latin-1"),
         )
 
 

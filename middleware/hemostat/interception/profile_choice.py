@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from hemostat.interception.assignment import in_control_arm
 from hemostat.interception.client_headers import ClientOptions
@@ -45,8 +45,7 @@ Reason = ArmReason | Uncalibrated | Unscored
 """The values of the label `reason` of calibration requests."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """A request's arm, the reason for it, and the version of its profile (None: no profile)."""
 
     version: str | None

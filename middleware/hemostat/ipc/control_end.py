@@ -44,6 +44,10 @@ MAX_FORMER_RELAYS = 64
 """The number of disconnected relays whose figures are kept apart, because the same process may reconnect; the figures
 of older ones are summed.
 """
+_HOW_TO_COMPILE = (
+    "the relay is interpreted, which takes more than twice the processor time of the compiled one; with a C compiler "
+    "and Python's headers, `HATCH_BUILD_HOOKS_ENABLE=1 pip install ./calibration .` in a clone compiles it"
+)
 SILENCE_SECONDS = 30.0
 """The time without a message after which a relay's connection is closed: its figures come once a second."""
 
@@ -70,6 +74,7 @@ class RelayLink:
         self._retired: Stats | None = None
         self._unconnected: OrderedDict[str, tuple[Stats, float]] = OrderedDict()
         """The last figures, and when they came, of processes that report without a connection (`hear`)."""
+        self._said_how_to_compile = False
         self._large_messages = asyncio.Semaphore(MAX_LARGE_MESSAGES)
         self.requests = 0.0
         """The number of requests that relays have answered while they were connected, without what they had answered
@@ -151,6 +156,9 @@ class RelayLink:
         peer = writer.get_extra_info("peername")
         machine = f" from {peer[0]}" if isinstance(peer, tuple) else ""
         log.info("relay %d connected%s (pid %d, %s)", hello.worker, machine, hello.pid, code)
+        if not hello.compiled and not self._said_how_to_compile:
+            self._said_how_to_compile = True
+            log.info(_HOW_TO_COMPILE)
         self._writers.add(writer)
         try:
             writer.write(encode(self._policy or Alive()))

@@ -10,10 +10,11 @@ kinds             the kind of traffic that a request belongs to
 logprobs          the log-probabilities in vLLM's responses
 model_name        the name of the model in what the server sends
 observing         responses that are passed on as they are
+parameters        the parameters of a request, whatever its form
 reading           reads a client's body into a `Request`
 recompressing     responses that the upstream compresses without being asked to
 repetition        answers that repeat themselves to their end
-requests          a client's request, whatever its form
+requests          a client's request, whatever its form: the structures that its body is read into
 restrictions      finds out if a grammar restricts the tokens of a request, as far as its body shows
 routes            the one table of the routes that vLLM serves, with the forms of their requests, and those that the
                   relay refuses to clients

@@ -64,13 +64,20 @@ class JsonObject:
     def _find_spans(self) -> None:
         """Finds the spans of the members in JSON of any style."""
         data, position = self.data, self.data.index(b"{")
-        self._spans = spans = {}
+        spans: dict[str, tuple[int, int]] = {}
+        self._spans = spans
         for key, value in self._values.items():
-            match = _KEY_AND_COLON.match(data, position)
-            if match is None or not data.startswith(bytes(value), match.end()):
+            # As Python's `json` writes a member; the pattern is for all other styles, and escaped keys.
+            written = b'%b"%b": ' % (b", " if spans else b"{", key.encode())
+            start = position + len(written)
+            if not data.startswith(written, position):
+                match = _KEY_AND_COLON.match(data, position)
+                start = -1 if match is None else match.end()
+            raw = bytes(value)
+            if start < 0 or not data.startswith(raw, start):
                 raise ValueError(f"duplicate key {key!r}")
-            position = match.end() + len(memoryview(value))
-            spans[key] = (match.end(), position)
+            position = start + len(raw)
+            spans[key] = start, position
         self._end = data.rindex(b"}")
         if data[position + (0 if spans else 1) : self._end].strip():
             raise ValueError("duplicate key")

@@ -112,7 +112,7 @@ def asks_json_in_words(name: str) -> bool:
     >>> asks_json_in_words("chat label text json greedy"), asks_json_in_words("chat label json text greedy")
     (True, False)
     """
-    return _output_part(name) == "json"
+    return "json" in name and _output_part(name) == "json"
 
 
 def is_conditional(name: str) -> bool:
@@ -122,7 +122,7 @@ def is_conditional(name: str) -> bool:
     >>> is_conditional("chat grammar greedy"), is_conditional("chat label grammar text greedy")
     (True, False)
     """
-    return _output_part(name) == GRAMMAR_PART
+    return GRAMMAR_PART in name and _output_part(name) == GRAMMAR_PART
 
 
 def _output_part(name: str) -> str:

@@ -9,13 +9,8 @@ from hemostat.openai.complexity import check_complexity
 from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.json_splice import JsonObject
 from hemostat.openai.model_name import is_version
-from hemostat.openai.requests import (
-    FROM_TAP,
-    Request,
-    Uncalibrated,
-    check_sampling,
-    uncalibrated,
-)
+from hemostat.openai.parameters import check_sampling, uncalibrated
+from hemostat.openai.requests import FROM_TAP, Request, Uncalibrated
 from hemostat.openai.routes import Form
 from hemostat_calibration.engine_keys import MAC_KEY, PROFILE_KEY, SHADOW_KEY, acts
 

@@ -60,6 +60,14 @@ EARLY_ENDS: Final = {ends.CLIENT_GONE: Outcome.GIVEN_UP, ends.UPSTREAM_FAILED: O
 the relay's own, which it gives for reasons that do not depend on the arm."""
 _OF_ANY_ANSWER: Final = (Outcome.LOOP, Outcome.CUT, Outcome.EMPTY, Outcome.GIVEN_UP, Outcome.BROKEN_OFF)
 """The outcomes that apply to the answer of any request."""
+# Module globals, since Python computes the value of an enumeration's member anew each time.
+_NOT_BAD: Final = {outcome.value: False for outcome in _OF_ANY_ANSWER}
+_LOOP: Final = Outcome.LOOP.value
+_CUT: Final = Outcome.CUT.value
+_EMPTY: Final = Outcome.EMPTY.value
+_BROKEN_OFF: Final = Outcome.BROKEN_OFF.value
+_JSON: Final = Outcome.JSON.value
+_TOOL_CALL: Final = Outcome.TOOL_CALL.value
 
 Count = Callable[[str, tuple[str, ...], float], None]
 """An increment of a counter: (metric, label values, increment)."""
@@ -198,13 +206,13 @@ class OutcomeObserver:
         reasons, text = tail_of(data, self._form)
         if reasons:
             return self._judge(data, arm, count)
-        bad = {outcome.value: False for outcome in _OF_ANY_ANSWER}
+        bad = dict(_NOT_BAD)
         bad[ended.value] = True
-        bad[Outcome.LOOP.value] = ends_in_loop(text)
+        bad[_LOOP] = ends_in_loop(text)
         if self._format.json:
-            bad[Outcome.JSON.value] = False
+            bad[_JSON] = False
         if self._format.tools:
-            bad[Outcome.TOOL_CALL.value] = False
+            bad[_TOOL_CALL] = False
         return ResponseOutcome((), self.events or None, None, bad)
 
     def _judge(self, data: bytes, arm: str, count: Count) -> ResponseOutcome:
@@ -244,23 +252,23 @@ class OutcomeObserver:
         """Returns which outcomes are bad. Only the first of several choices is judged. response: None if only the tail
         `data` of it is known.
         """
-        bad = {outcome.value: False for outcome in _OF_ANY_ANSWER}
-        bad[Outcome.LOOP.value], bad[Outcome.CUT.value] = loop, "length" in reasons
-        bad[Outcome.BROKEN_OFF.value] = not reasons
+        bad = dict(_NOT_BAD)
+        bad[_LOOP], bad[_CUT] = loop, "length" in reasons
+        bad[_BROKEN_OFF] = not reasons
         if response is None:
             blank = all(text.isspace() or not text.replace("\\n", "").strip() for text in texts)
-            bad[Outcome.EMPTY.value] = blank and _CALLS.search(data) is None
+            bad[_EMPTY] = blank and _CALLS.search(data) is None
             if asked.json and (loop or "length" in reasons):
-                bad[Outcome.JSON.value] = True  # too long to be parsed here, and not ended
+                bad[_JSON] = True  # too long to be parsed here, and not ended
             return bad
         choice = response.choices[0] if response.choices else Choice()
         calls = choice.calls
-        bad[Outcome.EMPTY.value] = not calls and not choice.whole_text.strip()
+        bad[_EMPTY] = not calls and not choice.whole_text.strip()
         if asked.json:
-            bad[Outcome.JSON.value] = not calls and not asked.is_json(choice.whole_text)
+            bad[_JSON] = not calls and not asked.is_json(choice.whole_text)
         if asked.tools:
             named = ((call.function.name or "", call.function.arguments or "") for call in calls if call.function)
-            bad[Outcome.TOOL_CALL.value] = not asked.calls_fit(named)
+            bad[_TOOL_CALL] = not asked.calls_fit(named)
         return bad
 
     def _count_structured(self, response: Response, arm: str, count: Count) -> None:

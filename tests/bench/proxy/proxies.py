@@ -221,7 +221,7 @@ def listening(port: int) -> socket.socket:
 
 def observing(rate: float, **changes: Any) -> Policy:
     """What a relay is told where nothing is treated, with changes."""
-    policy = Policy(
+    nothing = Policy(
         generation=1,
         mode="observe",
         shadow_rate=rate,
@@ -235,7 +235,7 @@ def observing(rate: float, **changes: Any) -> Policy:
         acknowledged=frozenset(),
         labels=frozenset(),
     )
-    return msgspec.structs.replace(policy, **changes)
+    return msgspec.structs.replace(nothing, **changes)
 
 
 TAPPED: dict[str, Any] = {"tap": True, "tap_tokens": True, "prefer_plugin": True}
@@ -252,7 +252,8 @@ def tapped_length(body: bytes) -> int:
     return len(rewrite.body)
 
 
-def _policy(rate: float, name: str) -> Policy:
+def policy(rate: float, name: str) -> Policy:
+    """Returns what the relay of this name is told. rate: the sampled share of its requests."""
     treats = name in {"profile", "adapter"}
     return observing(
         rate,
@@ -282,9 +283,7 @@ def _policy_of_another(checkout: Path, rate: float) -> bytes:
 @contextlib.asynccontextmanager
 async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
     """Stands in for the control process: gives the policy, takes captures and figures."""
-    policy = (
-        _policy_of_another(proxy.checkout, rate) if proxy.checkout is not None else encode(_policy(rate, proxy.name))
-    )
+    sent = _policy_of_another(proxy.checkout, rate) if proxy.checkout is not None else encode(policy(rate, proxy.name))
     writers: set[asyncio.StreamWriter] = set()
 
     async def stay_alive(writer: asyncio.StreamWriter) -> None:
@@ -295,7 +294,7 @@ async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers.add(writer)
-        writer.write(policy)
+        writer.write(sent)
         # What another revision reports, and takes, may have another form.
         alive = None if proxy.checkout is not None else asyncio.create_task(stay_alive(writer))
         frames = MessageReader()

@@ -7,4 +7,5 @@ protocol     the interface that each form implements
 responses    the form of `/v1/responses`, checked against vLLM 0.32 (`entrypoints/openai/responses`)
 shared       the common parts of the requests of chat and completions
 table        the one table of the forms that are implemented
+tapped       the common parts of the forms whose responses are passed on as they are
 """

@@ -10,6 +10,8 @@ keeps its logprobs.
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from hemostat.metrics.reasons import Unscored
@@ -24,23 +26,19 @@ from hemostat.openai.forms.shared import (
 )
 from hemostat.openai.json_splice import JsonObject, encode
 from hemostat.openai.observing import EndingObserver
-from hemostat.openai.requests import NO_LOGPROBS, Message, Request, RequestedLogprobs
+from hemostat.openai.requests import NO_LOGPROBS, Message, Part, Request, RequestedLogprobs
 from hemostat.openai.restrictions import restricts_chat
 from hemostat.openai.stripping import ChoiceStripper, choices_go_on, record_ending
 from hemostat.openai.tokens import ResponseTokens
 
-MAX_ALTERNATIVES = 1
+MAX_ALTERNATIVES: Final = 1
 """The largest number of alternatives of the client's own that a response with more of them can be turned back into."""
 
 
-class _Part(msgspec.Struct):
-    type: str = ""
-
-
-_elements: msgspec.json.Decoder[list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw])
-_byte_values: msgspec.json.Decoder[list[int]] = msgspec.json.Decoder(list[int])
-_messages: msgspec.json.Decoder[list[Message]] = msgspec.json.Decoder(list[Message])
-_parts: msgspec.json.Decoder[list[_Part]] = msgspec.json.Decoder(list[_Part])
+_elements: Final[msgspec.json.Decoder[list[msgspec.Raw]]] = msgspec.json.Decoder(list[msgspec.Raw])
+_byte_values: Final[msgspec.json.Decoder[list[int]]] = msgspec.json.Decoder(list[int])
+_messages: Final[msgspec.json.Decoder[list[Message]]] = msgspec.json.Decoder(list[Message])
+_parts: Final[msgspec.json.Decoder[list[Part]]] = msgspec.json.Decoder(list[Part])
 
 
 class Chat:
@@ -127,11 +125,11 @@ def _conversation(body: JsonObject, messages: list[Message] | None) -> bytes | N
 def _unscorable_messages(messages: list[Message] | None) -> Unscored | None:
     if not messages:
         return Unscored.INVALID
-    parts: list[_Part] = []
+    parts: list[Part] = []
     for message in messages:
         content = bytes(message.content)
         if content.startswith(b"["):
-            parts += decode_or_none(_parts, content) or [_Part()]
+            parts += decode_or_none(_parts, content) or [Part()]
             check_messages(len(parts))
     return Unscored.MULTIMODAL if any(part.type != "text" for part in parts) else None
 

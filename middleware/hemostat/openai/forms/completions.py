@@ -9,6 +9,8 @@ only, and keeps its logprobs: see `chat` for why.
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from hemostat.metrics.reasons import Unscored
@@ -28,11 +30,11 @@ from hemostat.openai.restrictions import restricts_chat
 from hemostat.openai.stripping import ChoiceStripper, choices_go_on, record_ending
 from hemostat.openai.tokens import ResponseTokens
 
-_text: msgspec.json.Decoder[str] = msgspec.json.Decoder(str)
-_texts: msgspec.json.Decoder[list[str]] = msgspec.json.Decoder(list[str])
-_lists: msgspec.json.Decoder[list[list[int]]] = msgspec.json.Decoder(list[list[int]])
-_ids: msgspec.json.Decoder[list[int]] = msgspec.json.Decoder(list[int])
-_rows: msgspec.json.Decoder[list[dict[str, msgspec.Raw] | None]] = msgspec.json.Decoder(
+_text: Final[msgspec.json.Decoder[str]] = msgspec.json.Decoder(str)
+_texts: Final[msgspec.json.Decoder[list[str]]] = msgspec.json.Decoder(list[str])
+_lists: Final[msgspec.json.Decoder[list[list[int]]]] = msgspec.json.Decoder(list[list[int]])
+_ids: Final[msgspec.json.Decoder[list[int]]] = msgspec.json.Decoder(list[int])
+_rows: Final[msgspec.json.Decoder[list[dict[str, msgspec.Raw] | None]]] = msgspec.json.Decoder(
     list[dict[str, msgspec.Raw] | None]
 )
 

@@ -11,7 +11,8 @@ import msgspec
 from hemostat.metrics.reasons import Unscored
 from hemostat.openai.complexity import check_messages
 from hemostat.openai.forms.protocol import Details
-from hemostat.openai.forms.shared import TappedForm, decode_or_none
+from hemostat.openai.forms.shared import decode_or_none
+from hemostat.openai.forms.tapped import TappedForm
 from hemostat.openai.json_splice import NULL, JsonObject
 from hemostat.openai.requests import Message
 from hemostat.openai.restrictions import restricts_message

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from hemostat.metrics.reasons import Unscored
 from hemostat.openai.json_splice import JsonObject
@@ -11,8 +12,7 @@ from hemostat.openai.requests import NO_LOGPROBS, Message, Request, RequestedLog
 from hemostat.openai.tokens import ResponseTokens
 
 
-@dataclass(frozen=True, slots=True)
-class Details:
+class Details(msgspec.Struct, frozen=True):
     """The parts that a form's reader finds in a request's body; see `Request` for the fields of the same names."""
 
     unscorable: Unscored | None

@@ -13,10 +13,11 @@ import msgspec
 from hemostat.metrics.reasons import Unscored
 from hemostat.openai.complexity import check_messages
 from hemostat.openai.forms.protocol import Details, Stripper
-from hemostat.openai.forms.shared import TappedForm, decode_or_none
+from hemostat.openai.forms.shared import decode_or_none
+from hemostat.openai.forms.tapped import TappedForm
 from hemostat.openai.json_splice import MALFORMED, NULL, JsonObject
 from hemostat.openai.observing import IdsStripper
-from hemostat.openai.requests import Message, Request
+from hemostat.openai.requests import Message, Part, Request
 from hemostat.openai.restrictions import restricts_response
 from hemostat.openai.tokens import ResponseTokens, TokenCount, Usage
 
@@ -28,10 +29,6 @@ class _Item(msgspec.Struct):
     role: str = ""
     content: msgspec.Raw = msgspec.Raw(NULL)
     output: msgspec.Raw = msgspec.Raw(NULL)
-
-
-class _Part(msgspec.Struct):
-    type: str = ""
 
 
 class _Usage(msgspec.Struct):
@@ -51,7 +48,7 @@ class _TokenMessage(msgspec.Struct):
 
 _elements: msgspec.json.Decoder[list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw])
 _items: msgspec.json.Decoder[list[_Item]] = msgspec.json.Decoder(list[_Item])
-_parts: msgspec.json.Decoder[list[_Part]] = msgspec.json.Decoder(list[_Part])
+_parts: msgspec.json.Decoder[list[Part]] = msgspec.json.Decoder(list[Part])
 _usage: msgspec.json.Decoder[_Usage] = msgspec.json.Decoder(_Usage)
 _output: msgspec.json.Decoder[list[_OutputItem]] = msgspec.json.Decoder(list[_OutputItem])
 _token_messages: msgspec.json.Decoder[list[_TokenMessage]] = msgspec.json.Decoder(list[_TokenMessage])
@@ -178,10 +175,10 @@ def _unscorable(body: JsonObject, items: list[_Item] | None, messages: list[Mess
 
 
 def _has_media(items: list[_Item]) -> bool:
-    parts: list[_Part] = []
+    parts: list[Part] = []
     for item in items:
         for content in (bytes(item.content), bytes(item.output)):
             if content.startswith(b"["):
-                parts += decode_or_none(_parts, content) or [_Part()]
+                parts += decode_or_none(_parts, content) or [Part()]
                 check_messages(len(parts))
     return any(part.type not in _TEXT_PARTS for part in parts)

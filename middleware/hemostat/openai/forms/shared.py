@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from hemostat.metrics.reasons import Unscored
-from hemostat.openai.forms.protocol import Stripper
 from hemostat.openai.json_splice import MALFORMED, JsonObject
-from hemostat.openai.observing import EndingObserver
-from hemostat.openai.requests import MAX_CHOICES, Request
-from hemostat.openai.tokens import ResponseTokens
+from hemostat.openai.requests import MAX_CHOICES, Request, StreamOptions
 
-_GUIDED_KEYS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
-
-
-class _StreamOptions(msgspec.Struct):
-    include_usage: bool | None = None
-
-
-_stream_options: msgspec.json.Decoder[_StreamOptions | None] = msgspec.json.Decoder(_StreamOptions | None)
+_GUIDED_KEYS: Final = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+_stream_options: Final[msgspec.json.Decoder[StreamOptions | None]] = msgspec.json.Decoder(StreamOptions | None)
 
 
 def decode_or_none(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
@@ -35,7 +25,7 @@ def decode_or_none(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
 
 def usage_requested(body: JsonObject) -> bool | None:
     """Returns True if the client asks for usage in a stream; None: `stream_options` has the wrong type."""
-    options: _StreamOptions | None = decode_or_none(_stream_options, body.raw("stream_options"))
+    options: StreamOptions | None = decode_or_none(_stream_options, body.raw("stream_options"))
     if options is None:
         return None if body.has("stream_options") else False
     return bool(options.include_usage)
@@ -84,25 +74,3 @@ def injected_members(request: Request, logprobs: dict[str, bytes]) -> dict[str, 
         # Of several choices, each finishing event would lose its fingerprint until the last one has finished.
         changes["stream_options"] = b'{"include_usage":true}'
     return changes
-
-
-class TappedForm(ABC):
-    """Every byte of a response is passed on. A `Format` but for `read`, and an `observing.EndingForm`."""
-
-    @abstractmethod
-    def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
-        """See `observing.EndingForm`."""
-
-    def goes_on(self, events: bytes) -> bool:
-        """See `observing.EndingForm`."""
-        return False
-
-    def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
-        """Returns no members: see `Unscored.NO_TOKEN_IDS`."""
-        return {}
-
-    def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
-        return self.observer(request, tokens, stream=stream)
-
-    def observer(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
-        return EndingObserver(self, request, tokens, stream=stream)
