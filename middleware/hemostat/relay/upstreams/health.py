@@ -15,6 +15,7 @@ gets fewer and fewer of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import Final
 
@@ -24,7 +25,7 @@ FAILURES: Final = 3
 """The number of failures in a row that are certainly the engine's (see `Health.request_failed`), after which it is
 ejected."""
 FAILED_CHECKS: Final = 2
-HOLD_SECONDS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+HOLD_SECONDS: Final[Sequence[float]] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 """The time of an ejection, by the number of ejections in a row."""
 STABLE_SECONDS: Final = 60.0
 """After an engine was up for this long, its next ejection is the first in a row again."""
