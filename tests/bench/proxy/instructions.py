@@ -149,12 +149,12 @@ def counted(
 
 @dataclass
 class Measured:
-    """What is measured: requests of one traffic."""
+    """Requests of one traffic, whose instructions are counted."""
 
     traffic: str
     stream: bool
     pieces: Path
-    """The file with the pieces of the response."""
+    """The path of the file with the pieces of the response."""
 
     def __str__(self) -> str:
         return self.traffic + (", stream" if self.stream else "")
