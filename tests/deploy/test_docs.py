@@ -387,7 +387,7 @@ def test_the_pages_values_are_valid() -> None:
     pages = (*shown("docs/operations.md"), *shown("helm/hemostat/README.md"))
     blocks = [block for text in pages for block in yaml.safe_load_all(text)]
     values = [block for block in blocks if block.keys() <= defaults.keys()]
-    assert len(values) == 8
+    assert len(values) == 9
     for block in values:
         engine = {"engine": {"enabled": True, "model": "m"}}
         given = engine if "engine" in block else {"upstream": {"url": "http://vllm:8000"}}
