@@ -11,6 +11,7 @@ from hemostat.scored_record import RecordConsumer
 from hemostat.scoring.consumers import Calibration, Texts, Traces
 from hemostat.scoring.distances import DistanceSource, DistanceWaits
 from hemostat.scoring.pipeline import ScoringPipeline
+from hemostat.scoring.record_reader import RecordReader
 from hemostat.scoring.record_users import RecordUsers
 
 from .control import settings
@@ -34,7 +35,7 @@ def record_pipeline(
     if consumers.texts is not None:
         others.append(Texts(consumers.texts, consumers.profiles))
     users = RecordUsers(
-        monitor,
+        RecordReader(monitor, consumers.profiles),
         measured,
         Calibration(consumers.profiles, consumers.learner),
         OtherModels(),

@@ -66,6 +66,7 @@ from hemostat.scoring.offline.evidence_time import EvidenceTime
 from hemostat.scoring.passive_captures import PassiveCaptures
 from hemostat.scoring.pipeline import ScoringPipeline, reference_budget
 from hemostat.scoring.prompt_templates import PromptTemplates
+from hemostat.scoring.record_reader import RecordReader
 from hemostat.scoring.record_users import NoiseFloorUsers, RecordUsers
 from hemostat.scoring.records_file import RecordsFile
 from hemostat.scoring.reference_call import ReferenceCall
@@ -228,7 +229,7 @@ class Control:
             self.engines.reports,
             stages,
             RecordUsers(
-                self.monitor,
+                RecordReader(self.monitor, self.profile_manager, late=settings.spool.score != "now"),
                 measured,
                 Calibration(self.profile_manager, self.learner),
                 other_models,
@@ -236,7 +237,6 @@ class Control:
                 self.changes.notify,
                 others=others,
                 records=self.records,
-                late=settings.spool.score != "now",
             ),
             clock,
             spool=self.spool,

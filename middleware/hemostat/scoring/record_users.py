@@ -48,14 +48,15 @@ class MeasuredParts(Protocol):
 class RecordUsers:
     """Owns the consumers of scored records, in their order.
 
-    on_change: called after every record, which may have changed what the relays' policy depends on.
+    reader: makes a scored record of each record. on_change: called after every record, which may have changed what the
+        relays' policy depends on.
     others: consumers that a deployment has or has not, such as traces: they get every record.
-    records: `records.path`; None without it. late: see `RecordReader`.
+    records: `records.path`; None without it.
     """
 
     def __init__(
         self,
-        models: ServedModelsSource,
+        reader: RecordReader,
         measured: MeasuredParts,
         calibration: Calibration,
         other_models: OtherModels,
@@ -64,10 +65,9 @@ class RecordUsers:
         *,
         others: Sequence[RecordConsumer] = (),
         records: RecordsFile | None = None,
-        late: bool = False,
     ) -> None:
         profiles, measurements = calibration.profiles, measured.measurements
-        self._reader = RecordReader(models, profiles, late=late)
+        self._reader = reader
         self._measurements = measurements
         self.calibration = calibration
         self.other_models = other_models
