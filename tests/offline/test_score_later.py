@@ -9,15 +9,17 @@ import pytest
 from tests.support.captures import INFO, capture
 from tests.support.scorer_bench import Bench, FakeReference, running
 
+from hemostat.engines.taps import TapResult
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.scoring.offline.evidence import read_evidence
 from hemostat.scoring.offline.folder import score_folder
+from hemostat.scoring.offline.stages import OfflineModels, offline_stages
 from hemostat.scoring.offline.summary import lines, page
-from hemostat.scoring.score_rows import VERSIONS, scored_rows
+from hemostat.scoring.score_rows import VERSIONS, StoredReference, score_rows, scored_rows
 from hemostat.scoring.spool.columns import to_rows
 from hemostat.scoring.spool.keys import SpoolError, SpoolKey
 from hemostat.scoring.spool.segments import read_segment, segments, write_segment
-from hemostat.scoring.spool.spooled import Spooled
+from hemostat.scoring.spool.spooled import Spooled, SpooledTap
 from hemostat_calibration.divergence.per_token import divergence
 
 KEY = SpoolKey(bytes(range(32)))
@@ -77,6 +79,29 @@ async def test_the_figures_are_the_ones_of_the_live_path_to_the_byte(tmp_path: P
     report = await read_evidence(tmp_path / "out", KEY, 0.0)
     figures = [divergence(record).kl_rc.mean() for record in live.values()]
     assert report["raw"]["kl_nats"]["estimate"] == pytest.approx(float(np.mean(figures)), abs=0.0, rel=1e-12)
+
+
+async def test_a_record_with_a_tap_is_the_one_of_the_live_path_to_the_byte() -> None:
+    """The record is made of the row alone, with what the engine's plugin reported of the capture."""
+    tap = TapResult("boot", "b" * 32, False, {"b" * 32: np.array([0.25, np.nan, 0.5])}, None, [])
+    one = capture("tapped", engine="e:1", client=b"k" * 8)
+    live_models = OfflineModels(FakeReference())
+    live_models.set_pair("m", INFO)
+    live, _ = await offline_stages(live_models).score(one, tap)
+    rows = to_rows([Spooled(one, 1.0, 1.0, SpooledTap.of(tap))])
+    (row,) = scored_rows(await score_rows(rows, offline_stages(live_models)))
+    stored = StoredReference()
+    stored.row = row
+    models = OfflineModels(stored)
+    assert row.info is not None
+    assert row.spooled.tap is not None
+    models.set_pair("m", row.info)
+    later, _ = await offline_stages(models).score(row.spooled.capture, row.spooled.tap.result())
+    assert (later.applied, later.engine_boot) == (live.applied, live.engine_boot) == ("b" * 32, "boot")
+    for name in ("reference_at", "reference_emitted", "compressed_emitted", "reference_entropy", "output_ids"):
+        np.testing.assert_array_equal(getattr(later, name), getattr(live, name))
+    for field in ("kl_rc", "kl_cr", "js", "tv", "estimate_rc", "delta_p"):
+        assert getattr(divergence(later), field).tobytes() == getattr(divergence(live), field).tobytes()
 
 
 async def test_requests_to_several_models_need_a_name(tmp_path: Path) -> None:
