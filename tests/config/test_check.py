@@ -412,7 +412,6 @@ async def test_adapters_need_both_checkpoints_of_one_model_on_this_machine(tmp_p
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     for upstream, folder, adapter, state, detail in (
         ({}, reference, both, "ok", f"{reference} and {compressed}"),
-        ({"root": compressed}, reference, {"enabled": True}, "ok", f"{reference} and {compressed}"),
         ({}, reference, {"enabled": True}, "NO", "adapter.compressed: name the folder"),
         ({"root": compressed}, None, {"enabled": True}, "NO", "reference.folder: name the folder"),
         ({}, str(tmp_path / "gone"), both, "NO", "reference.folder: .*gone is no folder"),
@@ -431,15 +430,17 @@ async def test_adapters_need_both_checkpoints_of_one_model_on_this_machine(tmp_p
 
 
 async def test_the_reference_s_checkpoint_is_also_found_in_a_hub_cache(tmp_path: Path) -> None:
+    """The compressed one is where the engine says that it is: nothing else names it here."""
     pair = make_pair(tmp_path)
     compressed = str(pair.compressed)
-    adapter = {"enabled": True, "compressed": compressed}
     cache = tmp_path / "hub" / "models--org--name"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("abc")
     (cache / "snapshots").mkdir()
     (cache / "snapshots" / "abc").symlink_to(pair.reference)
-    result = await findings_of({}, {"root": "org/name"}, folder=str(tmp_path / "hub"), adapter=adapter)
+    result = await findings_of(
+        {"root": compressed}, {"root": "org/name"}, folder=str(tmp_path / "hub"), adapter={"enabled": True}
+    )
     assert result["adapter checkpoints"].detail == f"{cache / 'snapshots' / 'abc'} and {compressed}"
 
 
