@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from tests.support import tiny_checkpoints
 from tests.support.captures import capture
+from tests.support.children import children
 from tests.support.control import control, settings, status_json
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, running
@@ -47,6 +48,8 @@ pytestmark = pytest.mark.timeout(900)
 V, D = tiny_checkpoints.VOCAB, tiny_checkpoints.HIDDEN
 PROMPT, TOKENS, K = 4, 16, 8
 HELD_OUT = 0.5
+PROCESSES = "hemostat_lab.adapters"
+"""What the command lines of the processes of copies and builds have in common."""
 LONG = 300.0
 """Seconds that only a hang takes: the processes of copies and builds have a low priority."""
 
@@ -230,8 +233,9 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
         assert version not in w.told[-1].acknowledged
         await until(lambda: version in adapters.hosts.ready, LONG)
         # Turned off, both processes end, and nothing is asked for.
+        assert children(PROCESSES)
         await plane.actions.set_mode("off")
-        await until(lambda: adapters.judge.loaded is None and adapters.learner._build is None, LONG)
+        await until(lambda: adapters.judge.loaded is None and not children(PROCESSES), LONG)
         assert status_json(plane)["adapter"]["state"] == "off"
         assert status_json(plane)["adapter"]["judge"]["state"] == "off"
         assert REST_KIND not in w.told[-1].serving_by_kind
