@@ -39,6 +39,7 @@ COMMANDS = {
     "nginx": ("nginx", lambda config: ["nginx", "-e", "stderr", "-p", str(config.parent), "-c", str(config)]),
     "haproxy": ("haproxy", lambda config: ["haproxy", "-db", "-f", str(config)]),
 }
+LITELLM_KEY = "sk-0123456789abcdef0123456789abcdef"
 
 
 def example(name: str) -> str:
@@ -136,6 +137,65 @@ def read_held(address: str, engine: FakeVllm) -> None:
         assert [line for line in events if line][-1] == "data: [DONE]"
 
 
+@contextmanager
+def litellm(to: str, folder: Path) -> Iterator[str]:
+    """The page's example of LiteLLM's proxy. Returns its address."""
+    program = shutil.which("litellm")
+    if program is None:
+        pytest.skip("litellm is not installed")
+    port = free_port()
+    config = folder / f"litellm-{port}.yaml"
+    config.write_text(example("yaml").replace("http://127.0.0.1:8080", to))
+    own = {"PATH": f"{Path(program).parent}:/usr/bin:/bin", "HOME": str(folder), "LITELLM_MASTER_KEY": LITELLM_KEY}
+    own["PYTHONHASHSEED"] = "0"  # LiteLLM writes some members in the order of a set
+    log = folder / f"litellm-{port}.log"
+    command = [program, "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=own)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        ends = time.monotonic() + HANG_SECONDS
+        while True:
+            assert process.poll() is None, log.read_text()[-2000:]
+            try:
+                httpx.get(f"{address}/health/liveliness", timeout=5).raise_for_status()
+                break
+            except httpx.HTTPError:
+                assert time.monotonic() < ends
+                time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(HANG_SECONDS)
+
+
+def chats(address: str) -> list[bytes]:
+    """The answers of LiteLLM's proxy without what it makes anew for each."""
+    found = []
+    for more in ({}, {"stream": True}):
+        answer = httpx.post(
+            f"{address}/v1/chat/completions",
+            json=CHAT | more,
+            headers={"authorization": f"Bearer {LITELLM_KEY}"},
+            timeout=60,
+        )
+        assert answer.status_code == 200, answer.text
+        found.append(re.sub(rb'"id":"[^"]*"|"created":\d+', b"", answer.content))
+    return found
+
+
+async def test_litellm_gives_the_same_answers_with_hemostat_behind_it(tmp_path: Path) -> None:
+    engine = FakeVllm(seed=5)
+    with serving(engine) as url, serving(FakeVllm(seed=5, noise=0.1)) as reference:
+        with litellm(url, tmp_path) as address:
+            own = await asyncio.to_thread(chats, address)
+        settings = {"reference": {"backend": "vllm", "url": reference}}
+        with hemostat(tmp_path, engine, url, **settings) as served, litellm(served.data, tmp_path) as address:
+            await served.until(lambda status: status["reference"]["state"] == "ready" and status["relays"] > 0)
+            assert await asyncio.to_thread(chats, address) == own
+            await served.until(lambda status: status["requests"]["scored"] >= len(own))
+
+
 def test_every_example_of_the_page_is_run() -> None:
     languages = re.findall(r"```(\w+)", (ROOT / "docs" / "gateways.md").read_text())
-    assert languages == list(COMMANDS)
+    assert languages == [*COMMANDS, "yaml"]
