@@ -19,8 +19,9 @@ What is different from the offline gate:
   test of the first required mean that is at its margin or above it to reject, whichever that is, and has a probability
   of at most alpha (asymptotically, as far as v̂ is right). Kinds that are not seen enough are named with their share of
   the traffic that was met.
-- In the closed test of failing, the weight of the kinds is shared out to as many kinds as are followed at most. For
-  those that have not come, the evidence is 1 (in logarithms 0).
+- In the closed test of failing, the weight of the kinds is shared out to as many kinds as are followed at most, in the
+  order in which they come: the j-th one has a weight of 1/j relative to the first one, since traffic mostly has few
+  kinds. For those that have not come, the evidence is 1 (in logarithms 0).
 
 The evidence as it is now decides, not the largest of the past: v̂ may become larger with more units.
 """
@@ -282,14 +283,20 @@ class LiveGate:
 
     def _above_its_margin(self, findings: Sequence[LiveFinding], own: Sequence[float]) -> LiveFinding | None:
         """Returns the mean that the closed test finds above its margin; the one with the most evidence."""
-        each = 0.5 / len(self._questions)
-        slots = max(self.state.rules.kinds, 1)
-        weights = [each if finding.kind == ALL else each / slots for finding in findings]
+        weights = [self._weight(finding.question, finding.kind) for finding in findings]
         unused = max(1.0 - sum(weights), 0.0)
         best = max(range(len(own)), key=lambda j: own[j])
         rest = ([*own, 0.0], [*weights, unused]) if unused > 0.0 else (own, weights)
         adjusted = own[best] + math.log(least_mean(*rest, best))
         return findings[best] if adjusted >= -math.log(self.state.rules.alpha) else None
+
+    def _weight(self, question: Question, kind: str) -> float:
+        """Returns the weight of a mean in the closed test of failing."""
+        if kind == ALL:
+            return 0.5 / len(self._questions)
+        slots = max(self.state.rules.kinds, 1)
+        place = list(self.state.means[question.name]).index(kind)  # `ALL` is the first one
+        return 0.5 / len(self._questions) / place / sum(1.0 / j for j in range(1, slots + 1))
 
     def _unseen(self) -> dict[str, float]:
         """Returns the share of the traffic that was met of each kind in which a question is not required."""

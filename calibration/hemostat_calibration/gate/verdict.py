@@ -19,10 +19,11 @@ one of the hypotheses is true and its test has rejected it, so its probability i
 (intersection–union test; Berger, Technometrics 1982).
 
 **Fail** needs the closed test (`guard.closing`) over the tests of failing to reach 1/alpha for one of them: half of the
-weight is of the questions over all units, half of the kinds. A wrong fail has a probability of at most alpha, however
-many kinds there are and however they depend on each other, as long as each unit's D has a conditional mean of at most
-the margin. In the closed test the product of several questions' e-values is not used, because the same unit changes all
-of them; the weighted mean alone is an e-value whatever the dependence (Vovk & Wang, Annals of Statistics 2021).
+weight is of the questions over all units, half of the kinds; how it is shared out there among the questions is up to
+the caller. A wrong fail has a probability of at most alpha, however many kinds there are and however they depend on
+each other, as long as each unit's D has a conditional mean of at most the margin. In the closed test the product of
+several questions' e-values is not used, because the same unit changes all of them; the weighted mean alone is an
+e-value whatever the dependence (Vovk & Wang, Annals of Statistics 2021).
 
 **Assumption.** Units are independent draws: offline, prompts come in random order, and a template counts once. The
 promise is about the traffic that the prompts were drawn from. It is for one candidate: of twenty bad ones, one may
@@ -58,6 +59,8 @@ MIN_UNITS = 30
 without noise."""
 NO_QUESTIONS: Mapping[str, Mapping[str, int]] = MappingProxyType({})
 """The questions that do not apply to all units, where each does."""
+NO_WEIGHTS: Mapping[str, float] = MappingProxyType({})
+"""The weights of the questions, where all are equal."""
 
 
 class Outcome(StrEnum):
@@ -178,7 +181,8 @@ class Gate:
 
     questions: what is asked. planned: how many units of each kind will be asked at most. alpha: the probability of a
     wrong pass, and of a wrong fail. applying: the same as `planned` by question, for each question that does not apply
-    to all units.
+    to all units. kind_weights: the weights of questions in the test of failing in a kind; 1 for those that it leaves
+    out.
 
     >>> gate = Gate([Question("near", "farther from the reference", 0.05, 0.15)], {"chat": 100}, alpha=0.05)
     >>> for _ in range(80):
@@ -193,6 +197,7 @@ class Gate:
         planned: Mapping[str, int],
         alpha: float = 0.05,
         applying: Mapping[str, Mapping[str, int]] = NO_QUESTIONS,
+        kind_weights: Mapping[str, float] = NO_WEIGHTS,
     ) -> None:
         if not 0.0 < alpha < 1.0:
             raise InvalidArgumentError(f"alpha is {alpha}: it must be between 0 and 1")
@@ -200,7 +205,7 @@ class Gate:
             raise InvalidArgumentError("a gate needs a question and a kind: give at least one of each")
         self._needed = -math.log(alpha)
         self._questions = {question.name: question for question in questions}
-        total = sum(planned.values())
+        total, weight = sum(planned.values()), sum(kind_weights.get(name, 1.0) for name in self._questions)
         self._unseen = {kind: units / total for kind, units in planned.items() if units < MIN_UNITS}
         self._always = {question.name for question in questions if question.name not in applying}
         self._tests: dict[tuple[str, str], MeanTest] = {}
@@ -214,7 +219,8 @@ class Gate:
                 self._tests[question.name, kind] = MeanTest(question.allowed(kind))
                 if units >= question.min_units or (kind == ALL and question.name in self._always):
                     self._required.add((question.name, kind))
-                self._weights.append(0.5 / len(questions) / (1 if kind == ALL else len(kinds)))
+                in_kind = 0.5 * kind_weights.get(question.name, 1.0) / weight / max(len(kinds), 1)
+                self._weights.append(0.5 / len(questions) if kind == ALL else in_kind)
         self.units = 0
         """The number of units that have counted."""
         self._failed: tuple[str, str] | None = None

@@ -207,7 +207,7 @@ async def _asked(options: argparse.Namespace) -> tuple[Result, Subject]:
 
                 planned_most, partly_most = evidence.plan(planned, partly)
                 questions = [*unit.questions(expect, margin, options.kind_margin), *served.questions(partly_most)]
-                gate = Gate(questions, planned_most, options.alpha, partly_most)
+                gate = Gate(questions, planned_most, options.alpha, partly_most, unit.KIND_WEIGHTS)
                 measuring = unit.Measuring(stable, candidate, reference, served)
                 running = run.Run(gate, measuring, evidence, options.at_once, progress, options.seed)
                 result = await running.until_verdict(new, options.within)

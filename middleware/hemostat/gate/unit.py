@@ -17,6 +17,9 @@ from hemostat_calibration.gate.distance import Listed, distance_gain, sampled_di
 from hemostat_calibration.gate.verdict import Question
 
 MARGINS = {"same": 0.02, "other": 0.05}
+KIND_WEIGHTS = {"stable_tokens": 15.0, "own_answers": 15.0}
+"""The weights in the test of failing in a kind. Both distances have four fifths of it, so that a candidate that is bad
+in a small kind is found sooner."""
 REFUSALS = frozenset({FailureReason.REFUSED, FailureReason.VOCABULARY, FailureReason.TOO_LONG})
 """The failures of a model that cannot score given tokens: they are outside of its vocabulary, or too many."""
 
