@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 import tracemalloc
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
-from tests.engine.test_passive import POLICY, TOKENS, Server
 from tests.support.async_llm import params
 from tests.support.engine_admin import TOKEN, EngineAdmin
+from tests.support.passive_server import POLICY, TOKENS, Server, run
 from tests.support.waiting import HANG_SECONDS
 
 from hemostat_engine.answer_sender import AnswerQueue, AnswerSender
@@ -28,21 +27,6 @@ SECONDS = 600.0
 QUEUE_BYTES = 20_000
 GROWTH_BYTES = 1 << 18
 """The largest growth of the process's memory over most of the requests; an answer that is kept has some 2 kB."""
-
-
-def run(generator: AsyncGenerator[Any, None]) -> tuple[list[Any], int]:
-    """Returns what a generator yields, and how often it waits, which must not depend on the plugin."""
-    outputs, waits = [], 0
-    while True:
-        step = generator.__anext__()
-        try:
-            while True:
-                step.send(None)
-                waits += 1
-        except StopIteration as yielded:
-            outputs.append(yielded.value)
-        except StopAsyncIteration:
-            return outputs, waits
 
 
 @contextmanager

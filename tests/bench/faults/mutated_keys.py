@@ -109,9 +109,8 @@ def is_replayed(keys: dict[str, Any]) -> bool:
 
 def attack(number: int, seed: int = SEED) -> Counter[str]:
     """Sends so many requests; returns what was found, by name. Names of what must not be are sentences."""
-    from tests.engine.test_passive import POLICY, TOKENS, Server
-    from tests.engine.test_passive_outages import run
     from tests.support.async_llm import params
+    from tests.support.passive_server import POLICY, TOKENS, Server, run
     from vllm.exceptions import VLLMValidationError
 
     from hemostat_engine.processor import LogitsProcessor

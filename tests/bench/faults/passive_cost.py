@@ -74,8 +74,8 @@ def drain(generator: AsyncGenerator[Any, None]) -> None:
 
 
 def measure(rounds: int = ROUNDS) -> Cost:
-    from tests.engine.test_passive import POLICY, TOKENS, Server
     from tests.support.async_llm import Engine, params
+    from tests.support.passive_server import POLICY, TOKENS, Server
 
     from hemostat_engine.answer_tap import wrapped
 
