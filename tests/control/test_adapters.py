@@ -49,7 +49,7 @@ V, D = tiny_checkpoints.VOCAB, tiny_checkpoints.HIDDEN
 PROMPT, TOKENS, K = 4, 16, 8
 HELD_OUT = 0.5
 PROCESSES = "hemostat_lab.adapters"
-"""What the command lines of the processes of copies and builds have in common."""
+"""The part that the command lines of the processes of copies and builds have in common."""
 LONG = 300.0
 """Seconds that only a hang takes: the processes of copies and builds have a low priority."""
 

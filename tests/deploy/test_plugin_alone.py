@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.deploy.test_plugin_wheel import vllm_environment
+from tests.support.environments import vllm_environment
 from tests.support.paths import ROOT
 
 from hemostat_lab.demo.checkpoints import Checkpoints

@@ -4,57 +4,21 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import subprocess
-import sys
-import sysconfig
 import tomllib
-import venv
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from tests.support.environments import Environment, vllm_environment
 from tests.support.paths import ROOT
 
 from hemostat import __version__
 
-OWN = ("hemostat", "hemostat_lab", "hemostat_vllm", "hemostat_calibration", "hemostat_engine")
 NEEDS = [
     Requirement(text)
     for text in tomllib.loads((ROOT / "calibration" / "pyproject.toml").read_text())["project"]["dependencies"]
 ]
 LOWEST = {requirement.name: next(iter(requirement.specifier)).version for requirement in NEEDS}
-
-
-class Environment:
-    """An environment without pip, into which the pip of this one installs."""
-
-    def __init__(self, folder: Path) -> None:
-        venv.create(folder, symlinks=True)
-        self.python = folder / "bin" / "python"
-        (self.site,) = folder.glob("lib/python*/site-packages")
-
-    def pip(self, *arguments: str, succeeds: bool = True) -> str:
-        command = [sys.executable, "-m", "pip", "--python", str(self.python), *arguments]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert not succeeds or ended.returncode == 0, ended.stderr
-        return ended.stdout
-
-    def would_install(self, wheel: Path) -> list[str]:
-        """The distributions that pip would install or move; their wheels would come from the plugin's own folder."""
-        report = self.pip("install", "--quiet", "--no-index", "--dry-run", "--report", "-", str(wheel))
-        return [entry["metadata"]["name"] for entry in json.loads(report)["install"]]
-
-    def installed(self) -> set[str]:
-        """All distributions, as name==version."""
-        program = "import importlib.metadata as m; print(*{f'{d.name}=={d.version}' for d in m.distributions()})"
-        return set(self.run(program).split())
-
-    def run(self, program: str) -> str:
-        """Returns what a program prints that sees nothing of this checkout."""
-        command = [str(self.python), "-I", "-c", program]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert ended.returncode == 0, ended.stderr
-        return ended.stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +44,6 @@ def test_whatever_versions_vllm_has_brought_pip_installs_the_plugin_alone(
         (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         (about / "INSTALLER").write_text("pip\n")
     assert environment.would_install(wheel) == ["hemostat-vllm"]
-
-
-def vllm_environment(folder: Path) -> Environment:
-    """Returns an environment with all that is installed here, vLLM and PyTorch among it, but Hemostat."""
-    environment = Environment(folder)
-    for path in Path(sysconfig.get_path("purelib")).iterdir():
-        if path.name.partition("-")[0] not in OWN and not path.name.startswith("_hemostat"):
-            (environment.site / path.name).symlink_to(path)
-    return environment
 
 
 def test_beside_vllm_it_moves_nothing(wheel: Path, tmp_path: Path) -> None:

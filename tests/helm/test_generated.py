@@ -152,7 +152,7 @@ TRIED: list[object] = [
     "other",
     "bfloat16",
     "pooled", "route", "engine", "request", "INFO", "info", "json", [], ["a"], ["a", "a"], [""], ["a b"], [1],
-    {}, {"a": 1}, "address", "stdout", "/var/log/access.log", "now",
+    {}, {"a": 1}, "address", "stdout", "/var/log/access.log", "now", "report",
 ]
 # fmt: on
 

@@ -31,7 +31,7 @@ class Writes:
 
 @dataclass
 class OwnersWrites(Writes):
-    """The writes of one process to a store that takes those of its owner only. store: of all processes."""
+    """The writes of one process to a store that takes its owner's writes only. store: the writes of all processes."""
 
     store: Writes = field(default_factory=Writes)
     owns: bool = True

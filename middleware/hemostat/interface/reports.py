@@ -151,7 +151,7 @@ def _need(package: str) -> None:
     import importlib.util  # noqa: PLC0415
 
     if importlib.util.find_spec(package) is None:
-        raise HemostatError(f"{package} is not installed: pip install {package}")
+        raise HemostatError(f"{package} is not installed; install it, for example with pip")
 
 
 def wait(work: Coroutine[Any, Any, T]) -> T:

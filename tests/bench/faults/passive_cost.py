@@ -27,11 +27,11 @@ class Cost:
     """Microseconds of CPU time, medians over the rounds."""
 
     row: float
-    """Of one token of a sampled request, in the server's event loop."""
+    """The time of one token of a sampled request, in the server's event loop."""
     sent: float
-    """Of one token, on the thread that makes the message."""
+    """The time of one token, on the thread that makes the message."""
     unsampled: float
-    """Of a whole request that is not sampled."""
+    """The time of a whole request that is not sampled."""
 
 
 def seconds(call: Callable[[], Any]) -> float:
