@@ -1,4 +1,4 @@
-"""What a spool costs and keeps: `make bench-spool`. A table and build/bench/spool.json.
+"""Measures what a spool costs and keeps: `make bench-spool` prints a table and writes build/bench/spool.json.
 
     rate     captures of 128 tokens that are scored later in a second of CPU time, and the same on the live path, both
              by a reference that costs nothing, in one process

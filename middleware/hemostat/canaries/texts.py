@@ -181,7 +181,7 @@ def _excess(logprobs: _Logprobs | None) -> list[float]:
 
 @dataclass(slots=True)
 class TextReading:
-    """What the replays of an engine's texts say."""
+    """The judgement of the replays of an engine's texts."""
 
     due: float = 0.0
     """The time of the next replay, monotonic seconds."""

@@ -1,4 +1,4 @@
-"""What measuring with the plugin alone costs the process of vLLM's API server, in CPU time, without vLLM's own work.
+"""Measures what the plugin alone costs the process of vLLM's API server, in CPU time, without vLLM's own work.
 
 The outputs are vLLM's own, and are made before the clock runs. What vLLM itself does to give log-probabilities is
 measured apart, as the operations that its sampler runs on the CPU over a whole batch as soon as one request asks.
