@@ -93,8 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The outcome of the replays. tokens: of the sequences. texts: of the texts as clients send them; None for a set without.
-    changed: two replays in a row differ in the same way."""
+    """The outcome of the replays. tokens: of the sequences. texts: of the texts as clients send them; None for a set
+    without. changed: two replays in a row differ in the same way."""
 
     tokens: Comparison
     texts: TextComparison | None
