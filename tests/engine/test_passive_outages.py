@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -30,11 +30,13 @@ GROWTH_BYTES = 1 << 18
 
 
 @contextmanager
-def sending(server: Server, url: str, token: str) -> Iterator[None]:
-    """Sends what is queued, and asks for the policy, on a thread of its own as in a process of vLLM."""
+def sending(server: Server, url: str, token: str, fails: Callable[[], None]) -> Iterator[None]:
+    """Sends what is queued, and asks for the policy, on a thread of its own as in a process of vLLM. The control
+    process fails after it was asked once, and before it is asked again."""
     peers = Peers(Settings(admin_url=url, engine_token=token))
     sender = AnswerSender(server.queue, peers, "boot", server.secrets, server.sampler, pause=lambda _: None)
     sender.look()
+    fails()
     ended = threading.Event()
 
     def work() -> None:
@@ -80,8 +82,7 @@ def test_no_answer_waits_or_differs_memory_is_flat_and_each_loss_is_counted(faul
     url = f"http://127.0.0.1:{free_port()}" if fault == "absent" else admin.url
     tracemalloc.start()
     try:
-        with sending(server, url, TOKEN):
-            begin(fault, admin)
+        with sending(server, url, TOKEN, lambda: begin(fault, admin)):
             at_first = largest = 0
             for n in range(REQUESTS):
                 server.now += seconds / REQUESTS

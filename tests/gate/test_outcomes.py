@@ -134,7 +134,7 @@ def test_times_are_tested_only_if_they_have_a_margin(gate: Gate) -> None:
         code, text = gate(stable, slow)
         assert code == PASS, text
         assert "token_time" not in text
-        code, text = gate(stable, slow, "--outcome-margin", "token_time=0.3")
+        code, text = gate(stable, slow, "--outcome-margin", "token_time=0.1")
     assert code == FAIL, text
     assert text.startswith("fail: the candidate is slower in each further token, as a share of the longer time")
 

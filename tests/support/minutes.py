@@ -93,6 +93,9 @@ class Minutes:
     def pytest_sessionfinish(self) -> None:
         subprocess.run = self._run
 
+    def pytest_collection_finish(self) -> None:
+        _started.clear()  # what collecting has started belongs to no file's tests
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self) -> Iterator[None]:
         report: Any = yield
