@@ -195,13 +195,12 @@ class Recording:
         nonce: str,
         call: int,
         params: Any,
-        max_logprobs: int,
         top: int,
         sampled: Sampled | None = None,
         sampler: PassiveSampler | None = None,
     ) -> None:
-        """params: the request's own. max_logprobs: the server's limit, -1 for none. top: what was asked for. sampled:
-        None if a relay has sampled the request. sampler: counts what becomes of it otherwise.
+        """params: the request's own. top: the number of log-probabilities to record, within the server's limit.
+        sampled: None if a relay has sampled the request. sampler: counts what becomes of it otherwise.
         """
         self._sampled = sampled
         self._sampler = sampler
@@ -217,7 +216,7 @@ class Recording:
         self._failed = False
         self._own: int | None = params.logprobs
         """The number of log-probabilities that the server itself asked for, and gets."""
-        self.top_k = max(self._own or 0, top if max_logprobs < 0 else min(top, max_logprobs))
+        self.top_k = max(self._own or 0, top)
         self.params = copy.copy(params)
         self.params.logprobs = self.top_k
         if sampled is not None and sampled.xargs:
@@ -369,8 +368,7 @@ class AnswerTap:
             self._queue.drop()
             return None
         call = self._calls.next(asked.nonce)
-        most = engine.model_config.max_logprobs
-        return Recording(self._queue, self.room, asked.nonce, call, params, most, asked.top)
+        return Recording(self._queue, self.room, asked.nonce, call, params, _most(engine, asked.top))
 
     def _begin_sampled(
         self, engine: Any, prompt: Any, params: Any, request_id: str, lora_request: Any
@@ -386,9 +384,8 @@ class AnswerTap:
         if not _recordable(params):
             self._sampler.lost(Lost.CLIENT_LOGPROBS)
             return None
-        top = min(sampled.policy.top_k, xargs.MAX_TOP)
-        most = config.max_logprobs
-        return Recording(self._queue, self.room, sampled.nonce, 0, params, most, top, sampled, self._sampler)
+        top = _most(engine, min(sampled.policy.top_k, xargs.MAX_TOP))
+        return Recording(self._queue, self.room, sampled.nonce, 0, params, top, sampled, self._sampler)
 
     def enter(self, recording: Recording) -> bool:
         """Returns True if one more generation may be recorded now; then `leave` must be called when it ends. If it may
@@ -411,6 +408,12 @@ def _recordable(params: Any) -> bool:
     chosen = getattr(params, "logprob_token_ids", None)
     known_kind = params.output_kind.name in ("DELTA", "FINAL_ONLY")
     return not chosen and known_kind and (own is None or 0 <= own <= xargs.MAX_TOP)
+
+
+def _most(engine: Any, top: int) -> int:
+    """Returns how many of so many log-probabilities the server allows; its limit is -1 if there is none."""
+    limit: int = engine.model_config.max_logprobs
+    return top if limit < 0 else min(top, limit)
 
 
 class _ImportWatch(importlib.abc.MetaPathFinder):

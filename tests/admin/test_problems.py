@@ -306,7 +306,7 @@ async def test_a_store_that_is_not_known_is_a_problem_for_as_long_as_it_is(tmp_p
 
 
 def fail_floor(plane: Control) -> None:
-    meter = plane.pipeline.noise_floor
+    meter = plane.noise_floor
     assert meter is not None
     meter.failing["reference"] = "no cache"
 

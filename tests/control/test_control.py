@@ -176,8 +176,8 @@ async def test_an_adapter_that_the_reference_serves_too_is_scored_with_it(
         assert status_json(plane)["requests"]["scored"] == 2
         assert status_json(plane)["requests"]["skipped"] == {"unknown_model": 1}
         assert {r["model"] for r in other.requests if "prompt_logprobs" in r} == {"sql", "fake"}
-        assert plane.pipeline.noise_floor is not None
-        assert plane.pipeline.noise_floor._queue.qsize() == 1, "the noise floor is of the model itself"
+        assert plane.noise_floor is not None
+        assert plane.noise_floor._queue.qsize() == 1, "the noise floor is of the model itself"
         own = temperature_bias("fake", VOCAB, 1.0, np.linspace(-0.5, 0.5, VOCAB), 1.0)
         version = plane.profile_manager.operator.import_profile(own)
         plane.profile_manager.operator.promote(version, "rest")

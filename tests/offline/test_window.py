@@ -17,7 +17,7 @@ from hemostat.ipc.messages import Capture
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.scoring.offline.evidence_time import EvidenceTime
 from hemostat.scoring.offline.stages import OfflineModels, offline_stages
-from hemostat.scoring.offline.window import BATCH_ROWS, SpoolScoring
+from hemostat.scoring.offline.window import BATCH_ROWS, SpoolScoring, is_open
 from hemostat.scoring.spool.columns import to_rows
 from hemostat.scoring.spool.keys import SpoolKey
 from hemostat.scoring.spool.segments import taken, write_segment
@@ -60,12 +60,11 @@ class World:
         return SpoolScoring(
             self.folder,
             KEY,
-            (120, 300),
             offline_stages(models),
             emit=emit,
             save=save,
             evidence_time=time,
-            may_score=lambda: self.active,
+            may_score=lambda: is_open((120, 300), self.wall) and self.active,
             wall=lambda: self.wall,
         )
 

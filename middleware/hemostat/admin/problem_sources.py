@@ -28,6 +28,7 @@ from hemostat.metrics.reasons import Outcome
 from hemostat.profiles.decisions import Decision, EventLog
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ReferenceState
+from hemostat.scoring.noise_floor import NoiseFloorMeter
 from hemostat.scoring.pipeline import ScoringPipeline
 from hemostat.scoring.records_file import RecordsFile
 from hemostat.store.errors import StoreErrorLog
@@ -216,6 +217,7 @@ class MeasuringProblems:
         ownership: OwnershipView,
         monitor: ReferenceMonitor,
         pipeline: ScoringPipeline,
+        noise_floor: NoiseFloorMeter | None,
         relays: RelayGrowth,
         reports: PluginReports,
         adapter_learner: AdapterLearner,
@@ -223,6 +225,7 @@ class MeasuringProblems:
         self._ownership = ownership
         self._monitor = monitor
         self._pipeline = pipeline
+        self._noise_floor = noise_floor
         self._relays = relays
         self._reports = reports
         self._adapter_learner = adapter_learner
@@ -234,7 +237,7 @@ class MeasuringProblems:
         if self._ownership.knows and self._monitor.state in REFERENCE:
             text = f"{REFERENCE[self._monitor.state]}: nothing is measured"
             yield Found("HemostatReferenceDown", f"{text} ({self._monitor.detail})" if self._monitor.detail else text)
-        meter = self._pipeline.noise_floor
+        meter = self._noise_floor
         if meter is not None and meter.failing:
             why = "; ".join(f"{model} model: {failure}" for model, failure in meter.failing.items())
             text = "The noise floor cannot be measured, so that the excess KL is not known"

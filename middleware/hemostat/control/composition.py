@@ -36,6 +36,7 @@ from hemostat.engines.direct import DirectEngines
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.reports import PluginReports, ServedWeights
 from hemostat.gate.live.keeper import ShadowGate
+from hemostat.gate.live.stable import StableSide
 from hemostat.ipc import relay_samples
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import OutcomeReport
@@ -193,9 +194,10 @@ class Control:
         self.templates = PromptTemplates(self.writer, self._clock)
         clock, measured, budget = self._clock, self.measured, reference_budget(settings.shadow)
         other_models = OtherModelFigures(settings.shadow.max_tokens, measured.cycle)
-        floor = None
+        self.noise_floor: NoiseFloorMeter | None = None
+        """Repeats scorings for the noise floor; None where it is not measured."""
         if self.references is not None and self.compressed_scorer is not None:
-            floor = NoiseFloorMeter(
+            self.noise_floor = NoiseFloorMeter(
                 fraction=settings.shadow.floor_fraction,
                 draw=draw,
                 budget=budget,
@@ -205,19 +207,17 @@ class Control:
             )
         self.gate = ShadowGate(
             settings,
-            EngineScorer(self.engines, settings.shadow.top_k),
-            budget,
-            self.writer,
+            StableSide(EngineScorer(self.engines, settings.shadow.top_k), budget, clock),
+            self.ownership,
             noted=self.profile_manager.trials.noted_inflation,
-            active=lambda: self.ownership.active,
             record_event=measured.alarms.record_event,
             draw=draw,
             clock=clock,
             wall=self._wall,
         )
         others: list[RecordConsumer] = [self.gate]
-        if floor is not None:
-            others.append(NoiseFloorOffers(floor))
+        if self.noise_floor is not None:
+            others.append(NoiseFloorOffers(self.noise_floor))
         if self.tracing is not None:
             others.append(Traces(self.tracing, clock))
         if settings.adapter.enabled:
@@ -240,7 +240,6 @@ class Control:
             ),
             clock,
             spool=self.spool,
-            noise_floor=floor,
             decides=lambda: self.ownership.active,
         )
         self.later = self._scoring_in_window(settings, stages)
@@ -250,18 +249,17 @@ class Control:
         spool, window = settings.spool, settings.spool.window
         if window is None or stages is None or self.evidence_time is None or spool.path is None or spool.key is None:
             return None
-        from hemostat.scoring.offline.window import SpoolScoring  # noqa: PLC0415
+        from hemostat.scoring.offline.window import SpoolScoring, is_open  # noqa: PLC0415
         from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415  an extra
 
         return SpoolScoring(
             spool.path,
             read_key(spool.key),
-            window,
             stages,
             emit=self.pipeline.update,
             save=self.measured.save,
             evidence_time=self.evidence_time,
-            may_score=lambda: self.ownership.active and self.monitor.ready,
+            may_score=lambda: is_open(window, self._wall()) and self.ownership.active and self.monitor.ready,
             wall=self._wall,
         )
 
@@ -355,7 +353,13 @@ class Control:
                 ServingProblems(self.ownership, self.link, relays, self.engines, self.adapters.hosts),
                 ModelProblems(self.measured, self.canaries, profiles.events, self.gate),
                 MeasuringProblems(
-                    self.ownership, self.monitor, self.pipeline, relays, self.engines.reports, self.adapters.learner
+                    self.ownership,
+                    self.monitor,
+                    self.pipeline,
+                    self.noise_floor,
+                    relays,
+                    self.engines.reports,
+                    self.adapters.learner,
                 ),
                 ProcessProblems(self.ownership, self.store_errors, self.configuration, self.records),
             ],
@@ -390,6 +394,7 @@ class Control:
     def _sample_sources(self) -> list[Callable[[], Iterable[AnySample]]]:
         return [
             self.pipeline.samples,
+            *([] if self.noise_floor is None else [self.noise_floor.samples]),
             self.monitor.samples,
             self.measured.samples,
             self.engines.samples,
@@ -486,6 +491,8 @@ class Control:
             loops.append(self.spool.run())
         if self.later is not None:
             loops.append(self.later.run())
+        if self.noise_floor is not None:
+            loops.append(self.noise_floor.run())
         return loops + self.pipeline.loops()
 
     def do_periodic(self) -> None:

@@ -29,7 +29,6 @@ from hemostat.scoring.answer_losses import AnswerLosses
 from hemostat.scoring.endings import EndingCounts
 from hemostat.scoring.intake import CaptureIntake
 from hemostat.scoring.limits import CaptureSampling, ShadowQueue, TokenBudget
-from hemostat.scoring.noise_floor import NoiseFloorMeter
 from hemostat.scoring.record_users import RecordUsers
 from hemostat.scoring.scorer import CaptureSpool, Scorer
 from hemostat.scoring.stages import ScoringStages
@@ -56,7 +55,7 @@ class ScoringPipeline:
     stages: None with `reference.backend: none`; then every capture is dropped that no spool takes. spool:
         `spool.path`; None without it. With another `spool.score` than now, captures only go there.
     users: gets every record that was scored. decides: False while what records say is to change nothing.
-    clock: monotonic seconds. noise_floor: None if it is not measured.
+    clock: monotonic seconds.
     """
 
     def __init__(
@@ -69,7 +68,6 @@ class ScoringPipeline:
         clock: Callable[[], float],
         *,
         spool: CaptureSpool | None = None,
-        noise_floor: NoiseFloorMeter | None = None,
         decides: Callable[[], bool] = lambda: True,
     ) -> None:
         shadow = settings.shadow
@@ -77,7 +75,6 @@ class ScoringPipeline:
         self._decides = decides
         self._clock = clock
         self.users = users
-        self.noise_floor = noise_floor
         self._spools = spool is not None
         self.rate = None if stages is None and spool is None else shadow.rate
         """The fraction that is sampled at most; None if nothing takes captures."""
@@ -103,8 +100,6 @@ class ScoringPipeline:
         coroutines = []
         if self.scorer is not None:
             coroutines.append(self.scorer.run(self._workers))
-        if self.noise_floor is not None:
-            coroutines.append(self.noise_floor.run())
         return coroutines
 
     @property
@@ -128,8 +123,6 @@ class ScoringPipeline:
             yield from self._stages.samples()
         else:
             yield Sample(names.REFERENCE_TOKENS, (), 0.0)
-        if self.noise_floor is not None:
-            yield from self.noise_floor.samples()
         yield from self.users.samples()
 
     def sample(self, requests_per_second: float) -> None:

@@ -184,8 +184,8 @@ class Pipeline:
         pipeline = self._control.pipeline
         assert pipeline.scorer is not None
         self._run(pipeline.scorer.run(1))
-        if pipeline.noise_floor is not None:
-            self._run(pipeline.noise_floor.run())
+        if self._control.noise_floor is not None:
+            self._run(self._control.noise_floor.run())
 
     def _run(self, loop: Any) -> None:
         self._tasks.append(asyncio.create_task(loop))
@@ -233,8 +233,7 @@ class Pipeline:
 
     async def settled(self) -> None:
         """All that was sent has come to an end, the noise floor included."""
-        current = self._control.pipeline
-        floor = current.noise_floor
+        current, floor = self._control.pipeline, self._control.noise_floor
         await until(
             lambda: current.received == self._sent and not current.pending and not (floor and floor._queue.qsize())
         )

@@ -17,6 +17,7 @@ from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.gate_writes import Writes
 
 from hemostat.gate.live.keeper import ShadowGate
+from hemostat.gate.live.stable import StableSide
 from hemostat.ipc.messages import Capture
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import ReferenceInfo, ScoreRequest
@@ -49,6 +50,18 @@ class Engines:
 
 
 @dataclass
+class WorldsOwner:
+    """The ownership of the store of one control process."""
+
+    world: World
+    writer: Writes
+
+    @property
+    def active(self) -> bool:
+        return self.world.active
+
+
+@dataclass
 class World:
     """The servers, and the gate of one control process after another."""
 
@@ -72,11 +85,9 @@ class World:
         made = settings(self.stable, **(given | more))
         gate = ShadowGate(
             made,
-            EngineScorer(Engines(self.stable), TOP_K),
-            TokenBudget(0.0, 1.0),
-            writes or self.writes,  # type: ignore[arg-type]
+            StableSide(EngineScorer(Engines(self.stable), TOP_K), TokenBudget(0.0, 1.0), lambda: self.ticks),  # type: ignore[arg-type]
+            WorldsOwner(self, writes or self.writes),  # type: ignore[arg-type]
             noted=lambda kind, units: 1.0,
-            active=lambda: self.active,
             record_event=self.events.append,
             draw=lambda: 0.5,
             clock=lambda: self.ticks,

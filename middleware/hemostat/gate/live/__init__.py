@@ -4,6 +4,7 @@ sees it.
 keeper      begins and ends gates, takes scored records, and says what the verdict is
 measuring   measures one record at the candidate: the excess of each question
 candidate   the candidate's server: whether it answers, and is the same as before
+stable      the engine that has answered, and the reference: the other side of each comparison
 stored      what outlasts the control process
 report      the verdict as JSON and in words
 """

@@ -20,7 +20,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -38,6 +38,7 @@ from hemostat.gate.live.measuring import (
     failed,
     questions,
 )
+from hemostat.gate.live.stable import StableSide
 from hemostat.gate.live.stored import (
     BLOB_KEY,
     FAIL,
@@ -58,11 +59,10 @@ from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.identity import Identity
 from hemostat.reference.match import PROBE_SECONDS
-from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceScores, ScoreRequest
+from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import VllmServer
 from hemostat.scored_record import ScoredRecord, Use
 from hemostat.scoring.capture_arrays import prompt_ids
-from hemostat.scoring.engine_scores import EngineScorer
 from hemostat.scoring.limits import TokenBudget
 from hemostat.store.protocol import BlobKey, StoreWrites
 from hemostat_calibration import state_codec
@@ -101,34 +101,41 @@ NOT_OF_THE_MODEL = frozenset(
 """The failures that say that nobody was asked: see the module's text."""
 
 
+class Owner(Protocol):
+    """The ownership of the store, as far as a gate needs it."""
+
+    @property
+    def active(self) -> bool:
+        """True if this process owns the store, and so decides."""
+
+    @property
+    def writer(self) -> StoreWrites: ...
+
+
 class ShadowGate:
     """Lives in the control process's event loop, and touches no client's request. Implements `RecordConsumer`.
 
-    engines: for the values of the model that serves. reference_budget: the reference's tokens. noted: v̂ of the
-    traffic, as the tests of profiles know it. active: this process owns the store. record_event: is told what happens,
-    in one line. draw: uniform numbers in [0, 1). clock: monotonic seconds. wall: Unix time.
+    stable: the model that serves, and the reference. owner: says if this process decides, and writes what is decided.
+    noted: v̂ of the traffic, as the tests of profiles know it. record_event: is told what happens, in one line. draw:
+    uniform numbers in [0, 1). clock: monotonic seconds. wall: Unix time.
     """
 
     def __init__(
         self,
         settings: Settings,
-        engines: EngineScorer,
-        reference_budget: TokenBudget,
-        writes: StoreWrites,
+        stable: StableSide,
+        owner: Owner,
         *,
         noted: Noted,
-        active: Callable[[], bool],
         record_event: Callable[[str], None],
         draw: Callable[[], float],
         clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> None:
         self._settings = settings
-        self._engines = engines
-        self._reference_budget = reference_budget
-        self._writes = writes
+        self._stable = stable
+        self._owner = owner
         self._noted = noted
-        self._active = active
         self._record_event = record_event
         self._draw = draw
         self._clock = clock
@@ -218,11 +225,11 @@ class ShadowGate:
     def save(self) -> None:
         """Stores all."""
         gate = self._gate
-        self._writes.put_blob(
+        self._owner.writer.put_blob(
             BLOB_KEY, state_codec.encode(Stored(None if gate is None else gate.stored, self._configured), SCHEMA)
         )
         if gate is not None and gate.stored.state != RUNNING and gate.decision is None:
-            gate.decision = self._writes.queued()
+            gate.decision = self._owner.writer.queued()
 
     def _begin(self, candidate: str, expect: str, margin: float, kind_margin: float, *, waived: bool) -> None:
         evidence = self._settings.evidence
@@ -244,7 +251,7 @@ class ShadowGate:
         server = VllmServer(url, key, timeout=ANSWER_SECONDS, ca=upstream.ca)
         candidate = Candidate(server, name or None)
         longest = self._settings.shadow.max_tokens
-        measuring = Measuring(subject.expect, candidate, self._of_engine, self._of_reference, longest)
+        measuring = Measuring(subject.expect, candidate, self._stable.of_engine, self._stable.of_reference, longest)
         rate = self._settings.gate.tokens_per_hour / 3600.0
         gate = _Gate(stored, candidate, measuring, TokenBudget(rate, max(rate * 3600.0 * BURST_HOURS, 1.0)))
         if stored.state != RUNNING:
@@ -314,7 +321,7 @@ class ShadowGate:
         """Takes a verdict back if another candidate answers behind the address by now. A candidate that does not answer
         changes nothing: it may have been rolled out, and ended."""
         gate = self._gate
-        if gate is None or gate.stored.state not in (PASS, FAIL) or not gate.stored.identity or not self._active():
+        if gate is None or gate.stored.state not in (PASS, FAIL) or not gate.stored.identity or not self._owner.active:
             return
         try:
             identity = await gate.candidate.identity()
@@ -328,7 +335,7 @@ class ShadowGate:
         """Waits for the next record, and measures it. What goes wrong costs this record only."""
         gate, work = await self._queue.get()
         try:
-            if gate is self._gate and gate.stored.state == RUNNING and self._active():
+            if gate is self._gate and gate.stored.state == RUNNING and self._owner.active:
                 await self._measure(gate, work)
         except Exception as error:
             self._count_failure(gate, "internal_error")
@@ -345,7 +352,7 @@ class ShadowGate:
         """Closes the connections."""
         if self._gate is not None:
             await self._gate.candidate.close()
-        await self._engines.close()
+        await self._stable.close()
 
     async def _measure(self, gate: _Gate, work: Work) -> None:
         """Measures one record, and counts it."""
@@ -481,7 +488,7 @@ class ShadowGate:
         """Returns how the candidate's tokens differ; "" if they do not, or if the engine does not say."""
         capture = work.scored.capture
         try:
-            stable = await self._engines.server(capture.engine)
+            stable = await self._stable.server(capture.engine)
             await stable.models()
         except ReferenceFailure:
             return ""
@@ -499,17 +506,6 @@ class ShadowGate:
         self.failures[reason] = self.failures.get(reason, 0) + 1
         gate.stored.failures[reason] = gate.stored.failures.get(reason, 0) + 1
 
-    async def _of_engine(self, scored: ScoredRecord, request: ScoreRequest) -> ReferenceScores:
-        capture = scored.capture
-        return await self._engines.score(capture.engine, capture.model, request)
-
-    async def _of_reference(self, scored: ScoredRecord, request: ScoreRequest) -> ReferenceScores:
-        pair = scored.pair
-        if pair is None or pair.scorer is None:
-            raise ReferenceFailure(FailureReason.DOWN, "the reference is not known any more")
-        await self._reference_budget.take(request.tokens, self._clock)
-        return await pair.scorer.score(request)
-
     # --- what is shown -----------------------------------------------------------------------------------------------
 
     @property
@@ -518,7 +514,7 @@ class ShadowGate:
         gate = self._gate
         if gate is None:
             return NONE
-        return gate.stored.state if gate.is_stored(self._writes) else RUNNING
+        return gate.stored.state if gate.is_stored(self._owner.writer) else RUNNING
 
     def report(self) -> dict[str, Any]:
         """Returns the gate, JSON-ready."""

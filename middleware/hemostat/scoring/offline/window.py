@@ -50,15 +50,14 @@ class SpoolScoring:
     """Owns which rows of a spool were handed on.
 
     emit: is handed every record with its capture, and the probability with which that was admitted. save: stores what
-    was made of the records. evidence_time: is set to the time of each row before. may_score: returns True while this
-    process is the active one, and has a reference. wall: Unix time.
+    was made of the records. evidence_time: is set to the time of each row before. may_score: returns True while the
+    window is open, and this process is the active one and has a reference. wall: Unix time.
     """
 
     def __init__(
         self,
         folder: Path,
         key: SpoolKey | None,
-        window: tuple[int, int],
         stages: ScoringStages,
         *,
         emit: Callable[[TokenRecord, Capture, float], None],
@@ -67,7 +66,7 @@ class SpoolScoring:
         may_score: Callable[[], bool],
         wall: Callable[[], float],
     ) -> None:
-        self._folder, self._key, self._window, self._stages = folder, key, window, stages
+        self._folder, self._key, self._stages = folder, key, stages
         self._emit, self._save, self._may_score, self._wall = emit, save, may_score, wall
         self.evidence_time = evidence_time
         self._refused: set[Path] = set()
@@ -85,15 +84,11 @@ class SpoolScoring:
             except OSError as error:
                 log.error("spool.score: cannot go on (%s); it is tried again", error.strerror)
 
-    @property
-    def _open(self) -> bool:
-        return is_open(self._window, self._wall()) and self._may_score()
-
     async def look(self) -> None:
         """Scores what is there, until the window closes. Raises OSError."""
         before = self.scored
         for path in await asyncio.to_thread(segments, self._folder):
-            if not self._open:
+            if not self._may_score():
                 break
             if path not in self._refused and not await self._score(path):
                 break
@@ -117,7 +112,7 @@ class SpoolScoring:
             log.error("spool.score: left out: %s", error)
             return True
         while done < len(rows):
-            if not self._open:
+            if not self._may_score():
                 return False
             batch = list(from_rows(rows.slice(done, BATCH_ROWS)))
             results = await asyncio.gather(*(self._ask(spooled) for spooled in batch))
