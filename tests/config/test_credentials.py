@@ -66,6 +66,7 @@ def written(key: str, address: str) -> dict[str, Any]:
 @example(key="upstream.urls", scheme="http://", user="Q#Q", password="Q,Q,Q")
 @example(key="upstream", scheme="http://", user="Q", password="Q")
 @example(key="upstream.url.url", scheme="http://", user="Q", password="Q")
+@example(key="upstream.url", scheme="", user="Q=Q", password="Q")
 def test_errors_of_the_configuration_and_of_commands(
     key: str, scheme: str, user: str, password: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,7 +79,7 @@ def drawn(given: Answers) -> dict[str, Any]:
     groups = ByDecoding()
     for value, tokens in given:
         ends = Interval(np.full(tokens, value), np.full(tokens, 1.1 * value))
-        groups.update("greedy", figures_of(value, tokens), DecodedDivergence(ends, ends, ends, ends, ends.lower > 0.0))
+        groups.update("greedy", figures_of(value, tokens), DecodedDivergence(ends, ends, ends.lower > 0.0))
     (row,) = groups.report()
     result: dict[str, Any] = row["drawn_from"]["total_variation"]
     return result

@@ -19,7 +19,7 @@ from tests.support.running_vllm import RunningVllm, answers_of, wait_until_signe
 from tests.support.slow import slow_unless
 from tests.support.wire import Wire, policy, rows, user
 
-from hemostat.openai import requests
+from hemostat.openai import parameters
 from hemostat.openai.routes import CHAT, COMPLETIONS, RESPONSES, Form
 from hemostat.reference.probes import keeps_responses
 from hemostat.reference.server import VllmServer
@@ -86,7 +86,7 @@ def tapped(server: RunningVllm, nonce: str) -> dict[str, Any]:
 def own_taps(vllm_server: RunningVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     """The relay passes on the test's own tap, which it would remove."""
     wait_until_signed_answers_are_recorded(vllm_server)
-    monkeypatch.setattr(requests, "merged_xargs", lambda request, *_: request.body.raw("vllm_xargs"))
+    monkeypatch.setattr(parameters, "merged_xargs", lambda request, *_: request.body.raw("vllm_xargs"))
 
 
 def same(path: str, body: bytes, other: bytes) -> bool:

@@ -174,7 +174,7 @@ class LiveGate:
     """Owns the tests of one candidate on live traffic.
 
     >>> gate = LiveGate(LiveState(LiveRules((Question("near", "farther", 0.05, 0.15),), 0.05, 0.0, 26)))
-    >>> for n in range(100):
+    >>> for n in range(800):
     ...     gate.update_met("chat")
     ...     gate.update("chat", {"near": 0.01 * (-1) ** n}, now=float(n))
     >>> gate.verdict(lambda kind, units: 1.0).outcome.value

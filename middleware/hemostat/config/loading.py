@@ -129,6 +129,9 @@ def _set_value(data: dict[str, Any], places: dict[Key, str], parts: list[str], t
         )
         hint = f"; did you mean {_spelled(near, source)}?" if near else ""
         what = "a section, not a key" if below else "unknown"
+        if "@" in text and source.startswith("--set ") and not below:
+            # An address that was given without its key may have an = in its user or password.
+            source = "--set KEY=VALUE: the key is not shown, as it may be a part of an address"
         raise ConfigError(one_line(f"{source}: {what}{hint}"))
     into = data
     for n, part in enumerate(parts[:-1], 1):
