@@ -296,7 +296,7 @@ async def test_status_has_the_reports_shape_and_is_json(plane: Control, client: 
 
 async def test_a_gate_is_begun_shown_asked_by_webhooks_and_ended(tmp_path: Path) -> None:
     made = settings(reference={"backend": "vllm", "url": "http://127.0.0.1:1"})
-    async with control(tmp_path, made, loops=True) as plane, admin_client(plane) as client:
+    async with control(tmp_path, made) as plane, admin_client(plane) as client:
         assert (await client.get("/api/v1/gate")).json()["state"] == "none"
         for body in ({}, {"candidate": "http://127.0.0.1:1", "expect": "better"}, {"candidate": "x", "expect": "same"}):
             answer = await client.post("/api/v1/gate", headers=AUTHORIZED, json=body)
@@ -324,7 +324,7 @@ async def test_a_gate_is_begun_shown_asked_by_webhooks_and_ended(tmp_path: Path)
 
 
 async def test_an_operator_accepts_what_the_canaries_find(tmp_path: Path) -> None:
-    async with control(tmp_path, loops=True) as plane, admin_client(plane) as client:
+    async with control(tmp_path) as plane, admin_client(plane) as client:
         answer = await client.post("/api/v1/canaries/accept", headers=AUTHORIZED)
         assert (answer.status_code, answer.json()["set"]) == (200, None)  # one is taken anew
         assert plane.store.read().events[0]["why"] == "a new set of canaries is taken: accepted by the operator"

@@ -46,6 +46,8 @@ from hemostat.scoring.spool.spooled import Spooled  # noqa: E402
 
 RESULT = ROOT / "build" / "bench" / "spool.json"
 PROMPT = 200
+FIRST_SEGMENTS = 120
+"""The seconds after which two segments have been written."""
 MIN_RATIO, MAX_TOKEN_BYTES, MAX_APPEND_MS, MAX_GROWN_MIB = 5.0, 300.0, 0.05, 64.0
 OUTAGE_SECONDS, OUTAGE_RATE = 12 * 3600, 20
 BATCH = 128
@@ -168,7 +170,7 @@ def append(count: int) -> Iterator[Row]:
 
 async def keep(folder: Path, seconds: int, per_second: int, tokens: int) -> tuple[int, int, float]:
     """Returns how many captures came while the reference was down, how many segments have, and the MiB that memory has
-    grown by since the first hundredth."""
+    grown by since the first segments: what writes them is loaded with the first one."""
     world, first = World(folder), 0.0
     given = list(captures(per_second, tokens))
     for second in range(seconds):
@@ -177,7 +179,7 @@ async def keep(folder: Path, seconds: int, per_second: int, tokens: int) -> tupl
             one = msgspec.structs.replace(capture, request_id=f"{second}-{number}")
             assert world.spool.update(one, None) is None
         await world.spool._do_periodic()
-        if second == seconds // 100:
+        if second == FIRST_SEGMENTS:
             first = resident_mib(os.getpid())
     world.spool.close()
     grown = resident_mib(os.getpid()) - first

@@ -110,10 +110,10 @@ async def test_each_model_is_compared_with_itself_for_its_own_noise_floor(tmp_pa
         shadow = {"rate": 1.0, "top_k": 4, "floor_fraction": 1.0}
         async with bench(tmp_path, upstream, {"url": first.url, "models": models}, shadow=shadow) as made:
             await until(lambda: made.one.monitor.ready and made.state("b") == "ready")
-            assert made.one.pipeline.noise_floor is not None
-            loop = asyncio.create_task(made.one.pipeline.noise_floor.run())
+            assert made.one.noise_floor is not None
+            loop = asyncio.create_task(made.one.noise_floor.run())
             await made.scored(capture(model="b"))
-            await until(lambda: sum(made.one.pipeline.noise_floor.outcomes.values()) == 2)  # type: ignore[union-attr]
+            await until(lambda: sum(made.one.noise_floor.outcomes.values()) == 2)  # type: ignore[union-attr]
             loop.cancel()
             status = status_json(made.one)
             assert set(status["models"][1]["figures"]["noise_floor"]) == {"compressed", "reference"}
