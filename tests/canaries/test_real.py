@@ -59,6 +59,7 @@ def test_a_set_is_equal_on_the_same_model_and_changed_on_another(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(client, "ANSWER_TOKENS", 6)
+    monkeypatch.setattr(texts, "FREE_TOKENS", 8)
     prompts, path = tmp_path / "prompts", tmp_path / "set.json"
     prompts.write_text("".join(f"{n}. {text}\n" for n in range(4) for text in PROMPTS))
     assert main(["canaries", "take", lora_server.url, str(path), "--prompts", str(prompts)]) == EQUAL
