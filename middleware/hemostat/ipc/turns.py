@@ -15,6 +15,16 @@ CPU = "cpu"
 """The device whose places are cores."""
 
 
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def half_of(cores: int) -> int:
+    """Returns the number of cores that background work may take of so many: half of them, at least one."""
+    return max(1, cores // 2)
+
+
 class Turns:
     """Owns which jobs have their turn. cores: of this machine; another device has one place.
 
@@ -28,8 +38,7 @@ class Turns:
 
     def __init__(self, cores: int | None = None) -> None:
         """cores: None means those that this process may use."""
-        count = len(os.sched_getaffinity(0)) if cores is None and hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self._places = max(1, (cores or count or 1) // 2)
+        self._places = half_of(usable_cores() if cores is None else cores)
         self._taken: dict[str, str] = {}
         """The device of each job that has its turn."""
 

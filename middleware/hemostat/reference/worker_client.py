@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.ipc.supervisor import ChildRefused, Supervisor
+from hemostat.ipc.turns import half_of, usable_cores
 from hemostat.reference import worker_messages
 from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceScores, ScoreRequest
 from hemostat_calibration.arrays import Floats
@@ -281,8 +281,7 @@ def _name(load: LoadRequest) -> str:
 
 def threads_or_default(threads: int | None) -> int:
     """Returns the number of threads. For None, this is half of the cores that this process may use, at least one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return threads or max(1, cores // 2)
+    return threads or half_of(usable_cores())
 
 
 def _up(profile: CalibrationProfile) -> npt.NDArray[np.floating]:

@@ -75,7 +75,7 @@ def score_on_ray(job: Job, *, address: str | None, workers: int, gpus: float, pr
     """
     import ray  # noqa: PLC0415  an extra
 
-    names, done = [part.name for part in parts_of(job.source, read_key(job.key), None)], set[str]()
+    names = [part.name for part in parts_of(job.source, read_key(job.key), None)]
     done = {path.name for path in segments(job.out)}
     todo = [name for name in names if name not in done]
     progress(len(names) - len(todo), len(names), 0.0)

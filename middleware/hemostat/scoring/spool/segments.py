@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hemostat.report.written_files import write_atomically
 from hemostat.scoring.spool.keys import SegmentCipher, SpoolError, SpoolKey
 from hemostat.scoring.spool.objects import ObjectPath
 
@@ -58,13 +59,7 @@ def taken(path: Path) -> int:
 
 def set_taken(path: Path, rows: int) -> None:
     """Writes how many rows of a segment figures have, next to it. Raises OSError."""
-    new = path.with_name(f".{path.stem}{TAKEN_SUFFIX}.new")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(f"{rows}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path.with_suffix(TAKEN_SUFFIX))
+    write_atomically(path.with_suffix(TAKEN_SUFFIX), b"%d\n" % rows)
     sync_folder(path.parent)
 
 
