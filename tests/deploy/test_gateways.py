@@ -184,6 +184,7 @@ def chats(address: str) -> list[bytes]:
     return found
 
 
+@pytest.mark.slow
 async def test_litellm_gives_the_same_answers_with_hemostat_behind_it(tmp_path: Path) -> None:
     engine = FakeVllm(seed=5)
     with serving(engine) as url, serving(FakeVllm(seed=5, noise=0.1)) as reference:

@@ -23,7 +23,8 @@ from hemostat.scoring.spool.keys import SpoolError
 from hemostat.scoring.spool.segments import segments, write_segment
 from hemostat.scoring.spool.spooled import Spooled
 
-ray = pytest.importorskip("ray", reason="ray is not installed")
+pytestmark = pytest.mark.slow
+"""Ray is no part of the test environment: install it by `.[ray]`, and run `make test-slow`."""
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = f"{os.getpid()}-{time.time_ns()}"
@@ -41,6 +42,7 @@ class SlowReference(FakeReference):
 @pytest.fixture(scope="module")
 def cluster() -> Any:
     environment = {"HEMOSTAT_TEST": TOKEN, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    ray = pytest.importorskip("ray", reason="ray is not installed")
     ray.init(
         num_cpus=2,
         include_dashboard=False,
