@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import msgspec
 
-from hemostat.config.prompt_lines import PromptFileError, lines_of, parse_line
+from hemostat.config.prompt_lines import PromptFileError, lines_of, parse_line, read_prompts
 from hemostat_calibration.canaries import MAX_SEQUENCES, MIN_SEQUENCES
 
 SHAPE = '{"prompt": "..."}'
@@ -34,11 +33,7 @@ def load(path: Path | None = None) -> Prompts:
     """Returns the prompts of a file, one per line, as text or as SHAPE; without `path`, the prompts of this package.
     Raises PromptFileError.
     """
-    name = str(path or "prompts.jsonl")
-    try:
-        data = resources.files(__package__).joinpath(name).read_bytes() if path is None else path.read_bytes()
-    except OSError as error:
-        raise PromptFileError(f"{name}: cannot be read ({error.strerror}); name a text file") from None
+    name, data = read_prompts(path, "hemostat.canaries")
     prompts = tuple(_parse(line, f"{name}:{number}") for number, line in lines_of(data))
     if not MIN_SEQUENCES <= len(prompts) <= MAX_SEQUENCES:
         raise PromptFileError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -10,10 +12,22 @@ import msgspec
 from hemostat_calibration.errors import HemostatError
 
 T = TypeVar("T", bound=msgspec.Struct)
+_PACKAGED = "prompts.jsonl"
 
 
 class PromptFileError(HemostatError):
     """A file of prompts is invalid; the text is one line with the file, the line and the correction."""
+
+
+def read_prompts(path: Path | None, package: str = "hemostat.gate") -> tuple[str, bytes]:
+    """Returns the name and the content of a file of prompts. Without `path` it is the one that comes with the package.
+    Raises PromptFileError."""
+    if path is None:
+        return _PACKAGED, resources.files(package).joinpath(_PACKAGED).read_bytes()
+    try:
+        return str(path), path.read_bytes()
+    except OSError as error:
+        raise PromptFileError(f"{path} cannot be read ({error.strerror}); name a file of prompts") from None
 
 
 def lines_of(data: bytes) -> Iterator[tuple[int, bytes]]:

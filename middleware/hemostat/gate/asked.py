@@ -7,7 +7,6 @@ import hashlib
 import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import msgspec
 import numpy as np
 
 from hemostat.config.packages import require
-from hemostat.config.prompt_lines import PromptFileError, lines_of, parse_line
+from hemostat.config.prompt_lines import PromptFileError, lines_of, parse_line, read_prompts
 from hemostat.ipc.messages import REST_KIND
 from hemostat.scoring.capture_arrays import prompt_ids
 from hemostat_calibration.statistics.templates import TemplateTable
@@ -96,13 +95,8 @@ def _spooled(path: Path | None, key: str) -> Iterator[Prompt]:
 def _read(path: Path | None) -> list[tuple[str, bytes]]:
     """Returns the name and the content of each file."""
     if path is None:
-        packages = "hemostat.gate", "hemostat.canaries"
-        return [(package, resources.files(package).joinpath("prompts.jsonl").read_bytes()) for package in packages]
-    try:
-        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        return [(str(file), file.read_bytes()) for file in files]
-    except OSError as error:
-        raise PromptFileError(f"--prompts: {path} cannot be read ({error.strerror}); name a text file") from None
+        return [read_prompts(None, package) for package in ("hemostat.gate", "hemostat.canaries")]
+    return [read_prompts(file) for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
 
 
 def _parse(line: bytes, where: str) -> Prompt:

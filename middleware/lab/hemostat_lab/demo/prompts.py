@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from hemostat.config.prompt_lines import PromptFileError, lines_of, parse_json_line
+from hemostat.config.prompt_lines import PromptFileError, lines_of, parse_json_line, read_prompts
 
 MAX_TOKENS = 64
 """For a line without `max_tokens`."""
@@ -32,15 +31,7 @@ class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def load(path: Path | None = None) -> list[Prompt]:
     """Returns the prompts of a file, by default the ones that the gate asks. Blank lines are skipped. Raises
     PromptFileError."""
-    if path is None:
-        name = "prompts.jsonl"
-        data = resources.files("hemostat.gate").joinpath(name).read_bytes()
-    else:
-        name = str(path)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise PromptFileError(f"{name}: cannot be read ({error.strerror}); name a JSON Lines file") from None
+    name, data = read_prompts(path)
     prompts = [_parse(line, f"{name}:{number}") for number, line in lines_of(data)]
     if not prompts:
         raise PromptFileError(f'{name}: no prompts in it; write one {{"messages": [...], "max_tokens": n}} a line')

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from itertools import islice
 from pathlib import Path
 
 import msgspec
 
-from hemostat.config.prompt_lines import PromptFileError, lines_of, parse_line
+from hemostat.config.prompt_lines import PromptFileError, lines_of, parse_line, read_prompts
 
 SHAPE = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
 
@@ -48,15 +47,7 @@ class Prompt(msgspec.Struct, frozen=True):
 def load(path: Path | None, max_prompts: int | None) -> list[Prompt]:
     """Returns the first `max_prompts` prompts of a file (None: all); without `path`, the demo's prompts. Raises
     PromptFileError."""
-    if path is None:
-        name = "prompts.jsonl"
-        data = resources.files("hemostat.gate").joinpath(name).read_bytes()
-    else:
-        name = str(path)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise PromptFileError(f"--prompts: {name} cannot be read ({error.strerror}); name a text file") from None
+    name, data = read_prompts(path)
     lines = islice(lines_of(data), max_prompts)
     prompts = [_parse(line, f"{name}:{number}", number) for number, line in lines]
     if not prompts:
