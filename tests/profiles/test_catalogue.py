@@ -47,11 +47,11 @@ def test_the_oldest_profile_that_is_not_in_use_is_evicted(monkeypatch: pytest.Mo
     held = Catalogue(lambda: float(next(times)))
     first, second, third, fourth = (harmful(seed=seed) for seed in range(4))
     for profile in (first, second, third):
-        assert held.add(profile, ()) == []
-    assert held.add(fourth, {first.version}) == [second.version]
+        assert held.keep(profile, ()) == []
+    assert held.keep(fourth, {first.version}) == [second.version]
     assert list(held) == [first.version, third.version, fourth.version]
     assert held.created(third.version) == 2.0
-    assert held.add(third, ()) == []
+    assert held.keep(third, ()) == []
     assert list(held)[-1] == third.version, "it is the newest again"
     assert held.created(third.version) == 2.0
 
@@ -60,7 +60,7 @@ def test_a_removed_probe_is_no_longer_the_probe() -> None:
     held = Catalogue(lambda: 0.0)
     profile = harmful()
     held.probe = profile.version
-    held.add(profile, ())
+    held.keep(profile, ())
     held.remove(profile.version)
     assert held.probe is None
     assert held.get(profile.version) is None

@@ -179,7 +179,7 @@ def test_a_full_test_goes_on_noting_how_much_gains_depend(monkeypatch: pytest.Mo
     bench = Bench()
     bench.profiles.operator.import_profile(harmful())
     noted: list[float] = []
-    monkeypatch.setattr(bench.profiles.trials, "note_gain", lambda name, unit, gain, now: noted.append(now))
+    monkeypatch.setattr(bench.profiles.trials, "update_gain", lambda name, unit, gain, now: noted.append(now))
     bench.feed(BIASED, JUDGED[:30])
     assert bench.status()["candidates"][0]["requests"] == 20
     assert noted == [float(n) for n in range(21, 31)]

@@ -77,7 +77,7 @@ def test_the_queue_is_ordered_by_priority_and_then_by_age() -> None:
         ("c", Proposed(CONTEXTUAL)),
         ("d", Origin.SERVING),
     ):
-        trials.add(Candidate(version, source))
+        trials.enqueue(Candidate(version, source))
     assert [candidate.version for candidate in trials.queue] == ["b", "c", "d", "a"]
     assert trials.tested_versions == ["b", "c"]
     assert [candidate.version for candidate in trials.successors(trials.tested[0])] == ["d", "a"]
@@ -87,11 +87,11 @@ def test_a_newer_proposal_waits_for_the_earlier_one_of_its_family_alone() -> Non
     trials = Made().trials
     earlier = [Candidate(version, Proposed(CONTEXTUAL), 1) for version in ("a", "variant")]
     for candidate in earlier:
-        trials.add(candidate)
+        trials.enqueue(candidate)
     assert trials.tested == earlier, "variants of one proposal are tested together"
     newer, imported = Candidate("b", Proposed(CONTEXTUAL), 2), Candidate("c", Origin.IMPORT, 3)
-    trials.add(newer)
-    trials.add(imported)
+    trials.enqueue(newer)
+    trials.enqueue(imported)
     trials.remove(lambda candidate: candidate == earlier[0])
     assert trials.tested == [earlier[1], imported], "the place is free, and not for the newer one"
     assert trials.waiting == [newer]
@@ -106,10 +106,10 @@ def test_a_test_that_another_family_displaces_goes_on_with_its_evidence() -> Non
     made = Made()
     first, second = (Candidate(version, Proposed(TEMPERATURE_BIAS), 1) for version in "vw")
     for candidate in (first, second):
-        made.trials.add(candidate)
+        made.trials.enqueue(candidate)
     made.feed(second, REST_KIND, range(7))
     contextual_one = Candidate("c", Proposed(CONTEXTUAL), 2)
-    made.trials.add(contextual_one)
+    made.trials.enqueue(contextual_one)
     assert made.trials.tested == [contextual_one, first]
     begun = made.trials.tests_begun
     made.trials.resume(made.trials.guard.save(), begun, made.trials.queue)
@@ -123,10 +123,10 @@ def test_a_test_that_is_displaced_begins_anew_where_what_serves_changes() -> Non
     made = Made()
     imports = [Candidate(version, Origin.IMPORT) for version in "vw"]
     for candidate in imports:
-        made.trials.add(candidate)
+        made.trials.enqueue(candidate)
         made.feed(candidate, REST_KIND, range(7))
     adapter = Candidate("a", Proposed(ADAPTER), 1)
-    made.trials.add(adapter)
+    made.trials.enqueue(adapter)
     assert made.trials.waiting == imports[1:]
     made.serving.kinds[REST_KIND].version = "a"
     made.trials.begin_in(REST_KIND)
@@ -137,7 +137,7 @@ def test_a_test_that_is_displaced_begins_anew_where_what_serves_changes() -> Non
 def test_only_candidates_that_are_tested_spend_alpha() -> None:
     made = Made()
     for version in "abc":
-        made.trials.add(Candidate(version, Origin.IMPORT))
+        made.trials.enqueue(Candidate(version, Origin.IMPORT))
     assert made.trials.begun == made.trials.tests_begun == MAX_TESTED
     made.trials.remove(lambda candidate: candidate.version == "a")
     assert made.trials.tests_begun == 3, "the one that waited is tested now"
@@ -146,7 +146,7 @@ def test_only_candidates_that_are_tested_spend_alpha() -> None:
 def test_a_unit_counts_once_in_each_test_and_kind() -> None:
     made = Made((REST_KIND, "chat"))
     candidate = Candidate("a", Origin.IMPORT)
-    made.trials.add(candidate)
+    made.trials.enqueue(candidate)
     assert made.feed(candidate, "chat", range(3)) == 3
     assert made.feed(candidate, "chat", range(4)) == 1
     assert made.feed(candidate, REST_KIND, range(4)) == 4
@@ -159,7 +159,7 @@ def test_a_candidate_is_tested_in_the_kinds_that_were_seen() -> None:
     made.serving.kinds["b"].held = "why"
     made.serving.kinds["new"] = KindState()
     candidate = Candidate("v", Origin.IMPORT)
-    made.trials.add(candidate)
+    made.trials.enqueue(candidate)
     assert made.trials.running_kinds(candidate) == [REST_KIND, "a"]
     made.serving.kinds["new"].units = 1
     made.trials.begin_in("new")
@@ -172,7 +172,7 @@ def test_a_candidate_waits_for_the_first_kind_that_is_seen() -> None:
     made = Made(())
     made.serving.kinds[REST_KIND] = KindState()
     candidate = Candidate("v", Origin.IMPORT)
-    made.trials.add(candidate)
+    made.trials.enqueue(candidate)
     assert (made.trials.tests_begun, made.trials.tested_versions) == (0, ["v"])
     made.serving.kinds["a"] = KindState(units=1)
     made.trials.begin_in("a")
@@ -182,28 +182,28 @@ def test_a_candidate_waits_for_the_first_kind_that_is_seen() -> None:
 def test_a_candidate_leaves_the_queue_when_its_last_test_ends() -> None:
     made = Made((REST_KIND, "a"))
     for version in "vw":
-        made.trials.add(Candidate(version, Proposed(CONTEXTUAL)))
+        made.trials.enqueue(Candidate(version, Proposed(CONTEXTUAL)))
     made.trials.begin_in("a", lambda c: c.version == "v")
     assert made.trials.tested_versions == ["v", "w"]
     made.trials.begin_in(REST_KIND, lambda c: c.version == "v")
     assert made.trials.tested_versions == ["w"]
     assert made.serving.kinds["a"].tried == ["v"]
-    made.trials.add(Candidate("v", Origin.SERVING))
+    made.trials.enqueue(Candidate("v", Origin.SERVING))
     assert made.trials.tested_versions == ["w"], "it is not tested again where it was"
 
 
 def test_the_versions_that_a_kind_remembers_are_bounded() -> None:
     state = KindState()
     for n in range(2 * MAX_TRIED_VERSIONS):
-        state.add_tried(f"v{n}")
-    state.add_tried("v20")
+        state.update_tried(f"v{n}")
+    state.update_tried("v20")
     assert len(state.tried) == MAX_TRIED_VERSIONS
     assert state.tried[-1] == "v20"
 
 
 def test_a_larger_count_of_tests_begun_stays() -> None:
     trials = Made().trials
-    trials.add(Candidate("a", Origin.IMPORT))
+    trials.enqueue(Candidate("a", Origin.IMPORT))
     trials.resume(None, 7, [])
     assert trials.tests_begun == 7
     trials.resume(None, 2, [])
@@ -214,7 +214,7 @@ def test_stored_tests_go_on_and_those_of_unknown_candidates_do_not() -> None:
     made = Made()
     kept, gone = Candidate("a", Origin.IMPORT), Candidate("b", Origin.IMPORT)
     for candidate in (kept, gone):
-        made.trials.add(candidate)
+        made.trials.enqueue(candidate)
         made.feed(candidate, REST_KIND, range(5))
     other = Made()
     other.trials.resume(made.trials.guard.save(), 0, [kept])

@@ -57,8 +57,8 @@ class Catalogue:
         """Returns the Unix time at which the profile was first held, here or by whoever stored it."""
         return self._created[version]
 
-    def add(self, profile: CalibrationProfile, in_use: Collection[str]) -> list[str]:
-        """Holds a profile as the newest. Returns the versions that were evicted for it; none that is in use."""
+    def keep(self, profile: CalibrationProfile, in_use: Collection[str]) -> list[str]:
+        """Keeps a profile as the newest. Returns the versions that were evicted for it; none that is in use."""
         self._put(profile)
         self._created.setdefault(profile.version, self._wall())
         self._profiles.move_to_end(profile.version)

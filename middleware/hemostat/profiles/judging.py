@@ -138,9 +138,9 @@ class Judge:
     def update(self, unit: ScoredRecord) -> None:
         """Judges by one held-out record, whose kind is followed or is the rest."""
         if unit.fresh:
-            self._lifecycle.count_unit(unit.record.kind)
+            self._lifecycle.update_units(unit.record.kind)
         self._judge(unit)
-        self._trials.count_seen()
+        self._trials.update_seen()
         for candidate in self._trials.tested:
             self._give_way(candidate)
 
@@ -162,7 +162,7 @@ class Judge:
         for candidate in full if unit.fresh else ():
             gain = self._gain(unit, candidate.version, selected)
             if gain is not None:
-                self._trials.note_gain(candidate.test, record, gain, now)
+                self._trials.update_gain(candidate.test, record, gain, now)
         if watched and self._judge_serving(record.kind):
             return
         self._promote_best(counted + full, record.kind)

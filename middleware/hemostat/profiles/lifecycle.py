@@ -94,7 +94,7 @@ class Lifecycle:
 
     def hold(self, profile: CalibrationProfile) -> None:
         """Adds it to the catalogue; what is evicted for it leaves the store too."""
-        for version in self._catalogue.add(profile, self.in_use()):
+        for version in self._catalogue.keep(profile, self.in_use()):
             self._writer.delete_profile(version)
 
     def forget(self, version: str) -> None:
@@ -115,7 +115,7 @@ class Lifecycle:
             self.drop(first, Reason.NEWER, "the queue is full")
         proposal = 1 + max((candidate.proposal for candidate in self._trials.queue), default=0)
         self.hold(profile)
-        self._trials.add(Candidate(profile.version, source, proposal))
+        self._trials.enqueue(Candidate(profile.version, source, proposal))
         self._writer.put_profile(self._catalogue.stored(profile.version))
         self._writer.write_serving()
 
@@ -196,7 +196,7 @@ class Lifecycle:
         """
         state = self._serving.kinds[kind]
         if state.version is not None and state.version != version:
-            state.add_tried(state.version)
+            state.update_tried(state.version)
         state.version, state.window, state.chosen, state.held = version, window, chosen, ""
         self._serving.rolled_back = False
         self._trials.watch(kind, like=version)
@@ -217,7 +217,7 @@ class Lifecycle:
             return
         version = state.version
         self._end_serving(kind, state)
-        state.add_tried(version)
+        state.update_tried(version)
         self._serving.rolled_back = True
         if reason is Reason.OUTCOMES:
             state.held = why
@@ -270,7 +270,7 @@ class Lifecycle:
             self._trials.watch(kind)
         self._writer.write_serving()
 
-    def count_unit(self, kind: str) -> None:
+    def update_units(self, kind: str) -> None:
         """Counts a held-out unit of this kind; with the first one, tests begin there."""
         state = self._serving.kinds[kind]
         state.units += 1
@@ -298,7 +298,7 @@ class Lifecycle:
                 continue
             candidate = Candidate(other.version, Origin.SERVING)
             if self._trials.is_wanted(candidate, kind) and len(self._trials.queue) < MAX_QUEUED_CANDIDATES:
-                self._trials.add(candidate)
+                self._trials.enqueue(candidate)
 
     # --- the model -------------------------------------------------------------------------------------------------
 

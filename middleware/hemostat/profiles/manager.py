@@ -147,7 +147,7 @@ class ProfileManager:
             if others:
                 self.proposals.restart()
             else:
-                self.proposals.count_serving()
+                self.proposals.update_proposed()
 
     def forget_evidence(self, why: str) -> None:
         """Forgets the evidence, since the models are others than the ones that it is about: identity serves, and all
@@ -218,7 +218,7 @@ class ProfileManager:
 
     def _place(self, record: TokenRecord) -> str | None:
         """Counts a record, and returns the kind that it counts in; None if it counts in none."""
-        self.writer.note_record()
+        self.writer.update()
         kind = record.kind
         if kind not in self.serving.kinds:
             if record.constraint:

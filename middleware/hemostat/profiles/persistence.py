@@ -205,7 +205,7 @@ class StateWriter:
         already, by `BegunTests`; the rest is written soon."""
         return self._trials.begun != self._written_begun
 
-    def note_record(self) -> None:
+    def update(self) -> None:
         """Notes that a record was learned from or judged by."""
         self._changed = True
 

@@ -68,7 +68,7 @@ class Proposals:
         """Goes on from the numbers of tokens that the last proposals of an earlier run were learned from, by family."""
         self._proposed_at = stored_proposed(states)
 
-    def count_serving(self) -> None:
+    def update_proposed(self) -> None:
         """Counts what serves, and what was proposed and is tested or waits, as the last proposal of its family, learned
         from the tokens that its metadata says."""
         tokens = dict(self._proposed_at)

@@ -64,7 +64,7 @@ class KindState:
     tried: list[str] = field(default_factory=list)
     """The versions that are not tested here again by themselves: rolled back, replaced or given up."""
 
-    def add_tried(self, version: str) -> None:
+    def update_tried(self, version: str) -> None:
         self.tried = [*(other for other in self.tried if other != version), version][-MAX_TRIED_VERSIONS:]
 
 

@@ -198,7 +198,7 @@ class Trials:
 
     # --- the queue -------------------------------------------------------------------------------------------------
 
-    def add(self, candidate: Candidate) -> None:
+    def enqueue(self, candidate: Candidate) -> None:
         """Appends to the queue, behind the candidates of the same or a lower priority number."""
         self._queue.append(candidate)
         self._arrange()
@@ -240,7 +240,7 @@ class Trials:
 
     def _give_up(self, candidate: Candidate) -> None:
         for kind in self.running_kinds(candidate):
-            self._serving.kinds[kind].add_tried(candidate.version)
+            self._serving.kinds[kind].update_tried(candidate.version)
         self.guard.end(candidate.test)
 
     # --- tests of candidates ---------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ class Trials:
         for candidate in self._queue:
             if ends(candidate) and (kind in self.running_kinds(candidate) or self.is_wanted(candidate, kind)):
                 self.guard.end_kind(candidate.test, kind)
-                state.add_tried(candidate.version)
+                state.update_tried(candidate.version)
         for candidate in self._queue:
             if self.has_begun(candidate) and self.is_wanted(candidate, kind):
                 figure = self._gains.figure(candidate.version, state.version)
@@ -274,7 +274,7 @@ class Trials:
                 self._note_begun()
         self._arrange()
 
-    def count_seen(self) -> None:
+    def update_seen(self) -> None:
         """Counts a held-out request, whether it counted in a test or not."""
         self._seen = {c: n for c, n in self._seen.items() if c in self._queue}
         self._seen.update({candidate: self.seen(candidate) + 1 for candidate in self.tested})
@@ -356,7 +356,7 @@ class Trials:
         self.guard.update(*names, gain.lower, gain.upper, record.tokens, gain.kl, now)
         self._paces.update(test, record.kind, now)
 
-    def note_gain(self, test: GuardKey, record: TokenRecord, gain: UnitGain, now: float) -> None:
+    def update_gain(self, test: GuardKey, record: TokenRecord, gain: UnitGain, now: float) -> None:
         """Notes a record that the test is too full to count: how much gains depend on each other is estimated from it,
         too."""
         self.guard.update_gain_dependence(test, record.kind, gain.lower, now)
