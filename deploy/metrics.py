@@ -84,7 +84,6 @@ CALIBRATION_REASONS: Values = {
     "unknown": "the engine does not hold the version",
     "opted_out": "the client sent `X-Hemostat-Calibration: off`, or `X-Hemostat-Shadow: off`",
     "pinned": "the client named a version",
-    "forced": "`calibration.force`",
     "own_logits": "the client changes logits itself (logit_bias, penalties)",
     "own_xargs": "the client named a profile itself, in `vllm_xargs.hemostat`",
     "other_model": "profiles are for another of the served models",

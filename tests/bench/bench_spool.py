@@ -75,7 +75,7 @@ def captures(count: int, tokens: int = TOKENS) -> Iterator[Capture]:
 async def live_rate(count: int) -> float:
     """Returns the captures that the control process's pipeline scores in a second of CPU time."""
     control = made(0.0)
-    await control.start(None)
+    await control.start()
     control.monitor._set_state(ReferenceState.READY, "stored scores")
     scorer, pipeline = control.pipeline.scorer, control.pipeline
     assert scorer is not None

@@ -174,13 +174,6 @@ def operator(log: Log) -> None:
         smaller = Life(life.store, known=False, at=life.now)
         smaller.restore()
     log.step("restart where profiles of this size are not kept", smaller)
-    forced = Life(known=False)
-    forced.force(harmful())
-    forced.know()
-    forced.feed(BIASED, [*LEARNED[:20], *JUDGED[:5]])
-    log.step("a forced profile: nothing is learned or judged", forced)
-    forced.know("another", V + 1)
-    log.step("another vocabulary ends it", forced)
 
 
 def kinds(log: Log) -> None:

@@ -136,7 +136,11 @@ WRONG = [
         UPSTREAM + "calibration: {apply: engine}\n",
         "calibration.apply: this setting has gone: the plugin in vLLM applies",
     ),
-    (UPSTREAM + "calibration: {force: /no/such/file}\n", "calibration.force: there is no file '/no/such/file'"),
+    (
+        UPSTREAM + "calibration: {force: /no/such/file}\n",
+        "calibration.force: this setting has gone: import",
+    ),
+    (UPSTREAM + "canaries: {file: /no/such/file}\n", "canaries.file: there is no file '/no/such/file'"),
     (UPSTREAM + "reference: {backend: vlm, model: m}\n", "did you mean vllm?"),
     (
         UPSTREAM + "calibration: {scope: pooled}\n",
@@ -371,9 +375,7 @@ def test_references_that_do_not_fit_together(written: Any, reference: str, words
 def test_plain_round_trips_through_json(written: Any, tmp_path: Path) -> None:
     import json
 
-    path = written(
-        UPSTREAM + f"records: {{path: {tmp_path}/r.jsonl}}\ncalibration: {{force: {tmp_path}/hemostat.yaml}}\n"
-    )
+    path = written(UPSTREAM + f"records: {{path: {tmp_path}/r.jsonl}}\ncanaries: {{file: {tmp_path}/hemostat.yaml}}\n")
     settings = load(path, {})
     assert Settings.model_validate(json.loads(json.dumps(settings.plain()))) == settings
 

@@ -32,7 +32,6 @@ from hemostat.reference import monitor
 from hemostat.reference.match import Match
 from hemostat.store import writer as writer_module
 from hemostat.store.protocol import ExclusionLost, NotActiveError, StoreFailure
-from hemostat_calibration.errors import HemostatError
 
 
 @pytest.fixture(autouse=True)
@@ -294,7 +293,7 @@ async def test_a_store_that_cannot_be_read_is_unknown_and_not_empty(
     intact = path.read_bytes()
     path.write_bytes(b"no database " * 1000)
     other = Control(made, 1234)
-    starting = asyncio.create_task(other.start(None))
+    starting = asyncio.create_task(other.start())
     await other.ownership.settled.wait()
     await until(lambda: other.store_errors.count > 2)
     assert not starting.done()
@@ -368,7 +367,7 @@ async def test_one_of_two_with_the_same_store_is_active_and_the_other_continues_
     async with control(folders[0], made) as plane:
         plane.profile_manager.set_model_pair("m", 30)
         plane.profile_manager.operator.promote(plane.profile_manager.operator.import_profile(profile()))
-        starting = asyncio.create_task(other.start(None))
+        starting = asyncio.create_task(other.start())
         await other.ownership.settled.wait()
         async with admin_client(other) as client:
             ready = await client.get("/readyz")
@@ -421,17 +420,6 @@ async def test_while_it_is_suspended_records_decide_nothing_and_off_applies(
         assert stored_mode(plane.store.read().states, "auto") == "off"
         plane.pipeline.update(*scored())
         assert plane.measured.measurements.tokens > 0
-
-
-async def test_a_forced_profile_that_is_none_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "p.safetensors"
-    path.write_bytes(b"junk")
-    with pytest.raises(HemostatError, match=r"calibration\.force: .*p\.safetensors"):
-        async with control(tmp_path, settings(calibration={"force": str(path)})):
-            pass
-    path.write_bytes(profile().to_bytes())
-    async with control(tmp_path, settings(calibration={"force": str(path)})) as plane:
-        assert plane.profile_manager.serving.forced == profile().version
 
 
 async def test_closing_writes_what_was_queued(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ async def process(folder: Path, machine: Machine) -> AsyncIterator[Control]:
         wall=lambda: machine.wall,
         steady=lambda: machine.steady,
     )
-    await plane.start(None)
+    await plane.start()
     plane.profile_manager.set_model_pair("m", 30)
     try:
         yield plane

@@ -133,7 +133,7 @@ def test_the_schema_knows_the_keys_that_serve_knows() -> None:
 
 
 FILES = {
-    *(("upstream", "ca"), ("calibration", "force"), ("canaries", "file")),
+    *(("upstream", "ca"), ("canaries", "file")),
     *(("reference", "folder"), ("run_dir",), ("spool", "path")),
     *(
         ("admin", "token_file"),

@@ -11,7 +11,7 @@ import msgspec
 
 from hemostat.ipc import messages
 
-RECORDED = (2, "a98c04e17f14f785")
+RECORDED = (2, "34a45d4fa480c7ad")
 """`PROTOCOL`, and the digest of its messages. Where they change, raise `PROTOCOL`, unless all that an older version
 would not understand is a new field with a default value, and record both anew."""
 

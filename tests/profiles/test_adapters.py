@@ -327,8 +327,6 @@ def test_operators_import_promote_pin_and_roll_back_adapters() -> None:
     operator.unpin()
     judging.feed(300)
     assert profiles.serving.version is None
-    operator.force(made)
-    assert profiles.lifecycle.adapter_versions() == [made.version]
 
 
 def test_a_restart_continues_with_tests_of_the_same_figure() -> None:

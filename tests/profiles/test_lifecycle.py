@@ -122,20 +122,6 @@ def test_off_ends_serving_learning_and_judging_at_once() -> None:
     assert bench.last("mode")["why"] == "set to off by the operator"
 
 
-def test_a_forced_profile_is_applied_to_every_request_and_nothing_is_learned() -> None:
-    bench = Bench(known=False)
-    profile = harmful()
-    bench.profiles.operator.force(profile)
-    bench.profiles.set_model_pair(MODEL, V)
-    assert bench.profiles.serving.forced == bench.profiles.serving.reported == profile.version
-    assert bench.profiles.serving.version is None
-    assert bench.profiles.engine_versions() == [profile.version]
-    bench.feed(BIASED, JUDGED[:10])
-    assert not bench.profiles.learns_from(bench.record(BIASED.truth(0), LEARNED[0]))
-    bench.profiles.set_model_pair(MODEL, V + 1)
-    assert bench.profiles.serving.forced is None, "it does not fit the model"
-
-
 def test_another_model_restarts_proposals() -> None:
     bench = Bench()
     bench.learn(tokens=10_000)

@@ -45,7 +45,6 @@ BY_KIND = {REST_KIND: "one", "chat": "two"}
         ({"mode": "observe"}, None, {}, "two"),
         ({"mode": "off"}, None, {}, None),
         ({"model": None}, None, {}, "two"),
-        ({"forced": "forced"}, None, {}, "forced"),
     ],
 )
 def test_what_serves(
@@ -63,7 +62,6 @@ def test_what_serves(
         ({}, ["two", None, "one", "one"]),
         ({"mode": "observe"}, ["two", None, "one", "one"]),
         ({"mode": "off"}, [None] * 4),
-        ({"forced": "forced"}, ["forced"] * 4),
     ],
 )
 def test_what_would_serve_a_request(state: dict[str, object], expected: list[str | None]) -> None:
@@ -90,7 +88,7 @@ def test_the_number_of_different_profiles_that_serve_is_bounded() -> None:
     assert made.has_room("new", set(made.kinds))
 
 
-@pytest.mark.parametrize("state", [{"mode": "off"}, {"model": None}, {"forced": "forced"}])
+@pytest.mark.parametrize("state", [{"mode": "off"}, {"model": None}])
 def test_nothing_is_learned_or_judged_while_calibration_is_not_active(state: dict[str, object]) -> None:
     assert serving().uses(of_kind("chat"))
     assert not serving(**state).uses(of_kind("chat"))

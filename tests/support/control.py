@@ -44,7 +44,7 @@ async def control(folder: Path, made: Settings | None = None, *, loops: bool = F
     """Listening to relays; with `loops` it looks after house, store and reference as the process does."""
     plane = Control(made or settings(), 1234)
     listen_to_policies(plane)
-    await plane.start((made or settings()).calibration.force)
+    await plane.start()
     relays = listen(plane.link, folder / "control.sock")
     tasks = []
     if loops:

@@ -39,7 +39,6 @@ POLICY = Policy(
     shadow_max_tokens=1024,
     scoring=True,
     tap=False,
-    forced=None,
     control_fraction=0.5,
     acknowledged=frozenset({VERSION}),
     labels=frozenset(),

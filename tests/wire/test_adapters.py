@@ -123,15 +123,10 @@ def test_only_the_named_members_of_the_request_change(wire: Wire) -> None:
     assert wire.send(COMPLETIONS, body).sent == body[:-2] + b',"model":"%b" }' % VERSION.encode()
 
 
-@pytest.mark.parametrize("how", ["serving", "forced", "pinned"])
+@pytest.mark.parametrize("how", ["serving", "pinned"])
 def test_a_client_s_own_adapter_is_never_replaced(wire: Wire, how: str) -> None:
     names = NAMES | {"sql"}
-    wire.interceptor.policy = served(
-        scorable_models=names,
-        calibrated_models=names,
-        shadow_rate=0.0,
-        forced=VERSION if how == "forced" else None,
-    )
+    wire.interceptor.policy = served(scorable_models=names, calibrated_models=names, shadow_rate=0.0)
     headers = {"X-Hemostat-Calibration": VERSION} if how == "pinned" else None
     answer = wire.send(CHAT, ask(model="sql"), headers=headers)
     assert sent(answer)["model"] == json.loads(answer.body)["model"] == "sql"
@@ -146,22 +141,20 @@ def test_no_adapter_before_the_base_model_is_known(wire: Wire, names: frozenset[
     assert wire.calibration("none", "own_adapter") == 1
 
 
-@pytest.mark.parametrize("how", ["serving", "forced", "pinned"])
+@pytest.mark.parametrize("how", ["serving", "pinned"])
 def test_a_version_that_not_every_engine_has_is_not_asked_for(wire: Wire, how: str) -> None:
-    wire.interceptor.policy = served(acknowledged=frozenset(), forced=VERSION if how == "forced" else None)
+    wire.interceptor.policy = served(acknowledged=frozenset())
     headers = {"X-Hemostat-Calibration": VERSION} if how == "pinned" else None
     assert sent(wire.send(CHAT, ask(), headers=headers))["model"] == "fake"
     assert wire.calibration("none", "unknown") == 1
 
 
-@pytest.mark.parametrize(("how", "reason"), [("forced", "forced"), ("pinned", "pinned")])
-def test_a_forced_and_a_pinned_adapter(wire: Wire, how: str, reason: str) -> None:
-    wire.interceptor.policy = served(serving_by_kind={}, forced=VERSION if how == "forced" else None)
-    headers = {"X-Hemostat-Calibration": VERSION} if how == "pinned" else None
-    answer = wire.send(CHAT, ask(), headers=headers)
+def test_an_adapter_that_a_client_names(wire: Wire) -> None:
+    wire.interceptor.policy = served(serving_by_kind={})
+    answer = wire.send(CHAT, ask(), headers={"X-Hemostat-Calibration": VERSION})
     assert sent(answer)["model"] == VERSION
     assert json.loads(answer.body)["model"] == "fake"
-    assert wire.calibration("none", reason) == 1
+    assert wire.calibration("none", "pinned") == 1
     assert (wire.captures[0].adapter, wire.captures[0].arm) == (VERSION, "none")
 
 

@@ -128,8 +128,6 @@ def test_arms_are_assigned_by_conversation_and_only_treated_requests_get_the_pro
         (ALL_TREATED, {"X-Hemostat-Calibration": OTHER_VERSION}, {}, None, "none", "unknown"),
         (policy(served=OTHER_VERSION, control_fraction=0.0), {}, {}, None, "none", "unknown"),
         (policy(mode="off", served=VERSION), {"X-Hemostat-Calibration": VERSION}, {}, None, "none", "off"),
-        (policy(mode="off", forced=VERSION), {}, {}, None, "none", None),
-        (policy(forced=VERSION), {}, {}, VERSION, "none", "forced"),
         (ALL_TREATED, {}, {"vllm_xargs": {"hemostat": "mine"}}, "mine", "none", "own_xargs"),
         (ALL_TREATED, {}, {"logit_bias": {"5": 1}}, None, "none", "own_logits"),
         (ALL_TREATED, {}, {"presence_penalty": 0.5}, None, "none", "own_logits"),
@@ -149,7 +147,6 @@ def test_arms_are_assigned_by_conversation_and_only_treated_requests_get_the_pro
             "treated",
             "assigned",
         ),
-        (policy(forced=VERSION), {}, {"vllm_xargs": {"hemostat_tap": "mine"}}, VERSION, "none", "forced"),
         (
             *(ALL_TREATED, {"X-Hemostat-Calibration": VERSION}, {"vllm_xargs": {"hemostat_tap": "mine"}}),
             *(VERSION, "none", "pinned"),
@@ -166,9 +163,7 @@ def test_choice_of_arm_and_profile(
     arm: str,
     reason: str | None,
 ) -> None:
-    wire.interceptor.policy = policy(
-        **{name: getattr(chosen, name) for name in ("mode", "serving_by_kind", "forced")}, control_fraction=0.0
-    )
+    wire.interceptor.policy = policy(mode=chosen.mode, serving_by_kind=chosen.serving_by_kind, control_fraction=0.0)
     assert wire.send(CHAT, chat() | more, headers=headers).status == 200
     assert asked_of_engine(fake) == asked
     assert len(wire.captures) == more.get("n", 1)

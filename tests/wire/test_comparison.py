@@ -81,7 +81,6 @@ def test_it_is_known_if_the_client_asked_for_a_stream(stream: bool, scoring: boo
         ({}, {"headers": {"x-hemostat-calibration": "off"}}),
         ({}, {"headers": {"x-hemostat-calibration": VERSION}}),
         ({}, {"response_format": {"type": "json_object"}}),
-        ({"forced": VERSION}, {}),
     ],
 )
 def test_a_request_in_no_arm_is_in_no_comparison(changes: dict[str, Any], request_: dict[str, Any]) -> None:

@@ -67,11 +67,9 @@ def test_an_arm_is_kept_where_the_other_engine_holds_the_profile_too(wire: Wire)
     assert exchange.arm == arm != "none"
 
 
-@pytest.mark.parametrize("how", ["forced", "pinned"])
-def test_a_version_that_is_named_is_asked_for_at_engines_that_hold_it_alone(wire: Wire, how: str) -> None:
-    forced = {"forced": VERSION} if how == "forced" else {}
-    wire.interceptor.policy = msgspec.structs.replace(ONE_HOLDS, **forced)
-    fields = [] if forced else [(b"X-Hemostat-Calibration", VERSION.encode())]
+def test_a_version_that_is_named_is_asked_for_at_engines_that_hold_it_alone(wire: Wire) -> None:
+    wire.interceptor.policy = ONE_HOLDS
+    fields = [(b"X-Hemostat-Calibration", VERSION.encode())]
     for engine, held in ((HOLDER, True), (OTHER, False)):
         exchange = wire.interceptor.begin("POST", CHAT.encode(), fields, "r")
         assert exchange is not None

@@ -219,7 +219,6 @@ def _proxy(settings: Settings) -> Finding:
     calibration = settings.calibration
     asked = {
         "calibration.mode auto": calibration.mode == "auto",
-        "calibration.force": calibration.force is not None,
         "adapter.enabled": settings.adapter.enabled,
     }
     if wanted := [name for name, on in asked.items() if on]:
@@ -318,7 +317,7 @@ def _folders(settings: Settings, served: str, root: str, reference_root: str) ->
 
 async def _plugin(server: VllmServer, model: str, settings: Settings, *, alone: bool) -> Finding:
     """Reports if vLLM has loaded the logits processor. alone: no profile can serve in any case."""
-    needed = not alone and (settings.calibration.mode == "auto" or settings.calibration.force is not None)
+    needed = not alone and settings.calibration.mode == "auto"
     drafts = await speculates(server)
     try:
         version = await plugin_of(server, model)

@@ -26,6 +26,8 @@ REMOVED: Mapping[str, str] = {
     "adapter.reference": "this setting has gone: adapters are made from the reference's checkpoint; leave it out, and "
     "if the reference is a server, name the folder in reference.folder",
     "calibration.apply": "this setting has gone: the plugin in vLLM applies profiles; leave it out",
+    "calibration.force": "this setting has gone: import the profile and pin it (hemostat profile import, then hemostat "
+    "profile pin); leave it out",
     "calibration.scope": "this setting has gone: profiles are learned from all traffic, and each kind of it decides "
     "which one serves; leave it out",
 }

@@ -121,8 +121,6 @@ class Calibration(Section):
     model: ModelName | None = None
     """The served base model that profiles are learned and served for. All other models are only measured. With none,
     it is the first model that is matched with its reference."""
-    force: ExistingFile | None = None
-    """The file of a profile that is applied to every request, without evidence. It is meant for tests."""
 
 
 class Evidence(Section):

@@ -9,7 +9,6 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
@@ -77,9 +76,7 @@ from hemostat.store.errors import StoreErrorLog
 from hemostat.store.factory import open_store
 from hemostat.store.protocol import Snapshot, StoreFailure
 from hemostat_calibration.elapsed import TimeBreak
-from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
-from hemostat_calibration.messages import in_words
-from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from hemostat.scoring.offline.window import SpoolScoring
@@ -416,17 +413,8 @@ class Control:
         if self.ownership.active:
             self.measured.outcomes.update(report)
 
-    async def start(self, force: Path | None) -> None:
-        """Returns once this process owns the store, and uses what it holds.
-
-        force: `calibration.force`, file of a profile to put on every request. Raises HemostatError if it is none.
-        """
-        if force is not None:
-            try:
-                data = await asyncio.to_thread(force.read_bytes)
-                self.profile_manager.operator.force(CalibrationProfile.from_bytes(data))
-            except (OSError, InvalidProfileError) as error:
-                raise HemostatError(f"calibration.force: {force}: {in_words(error)}") from error
+    async def start(self) -> None:
+        """Returns once this process owns the store, and uses what it holds."""
         self.use(await self.ownership.begin())
 
     def use(self, snapshot: Snapshot) -> None:

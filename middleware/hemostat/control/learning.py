@@ -35,16 +35,12 @@ class LearningSubject:
         self._learner = learner
 
     def update(self) -> None:
-        """Tells the learner what is to be learned now. It is to be called after any change of the mode, the models, or
-        what is forced.
-        """
+        """Tells the learner what is to be learned now. Call after any change of the mode or the models."""
         self._adapters.update()
         pair, serving = self._monitor.served.calibrated, self._profiles.serving
         info = pair.reference if pair is not None else None
         if serving.mode == "off":
             self._learner.stop("calibration is off")
-        elif serving.forced is not None:
-            self._learner.stop("calibration.force: nothing is learned meanwhile")
         elif info is None or serving.model is None:
             self._learner.stop("the reference is not ready")
         elif info.full_vocabulary and not info.hidden_size:

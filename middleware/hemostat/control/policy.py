@@ -281,7 +281,6 @@ class PolicyPublisher:
             tap=engines.tap,
             tap_tokens=engines.tap_tokens,
             prefer_plugin=self._shares.prefers_plugin(now),
-            forced=profiles.serving.forced,
             serving_by_kind=profiles.serving.version_by_kind,
             control_fraction=calibration.control_fraction,
             acknowledged=engines.acknowledged,

@@ -99,10 +99,7 @@ async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
     app = create_app(control, Tokens.of(admin), time.monotonic, names=admin.names)
     server = AdminServer(app, listener)
     serving, stopping = asyncio.create_task(server.run()), asyncio.create_task(stop.wait())
-    loops = [
-        asyncio.create_task(loop)
-        for loop in (own(control, settings.calibration.force), follow(lines, control, app, relays))
-    ]
+    loops = [asyncio.create_task(loop) for loop in (own(control), follow(lines, control, app, relays))]
     settled = asyncio.create_task(control.ownership.settled.wait())
     done, _ = await asyncio.wait({settled, stopping, serving, *loops}, return_when=asyncio.FIRST_COMPLETED)
     if done == {settled}:
@@ -141,10 +138,10 @@ async def ended(tasks: Collection[asyncio.Task[Any]], but: asyncio.Task[Any]) ->
         log.error("stopping: %s did not end within %g s: that is a bug", task.get_name(), LOOPS_SECONDS)
 
 
-async def own(control: Control, force: Path | None) -> None:
+async def own(control: Control) -> None:
     """Waits for the store, then does what its owner does, until cancelled. Raises Superseded if another process has
     written to the store."""
-    await control.start(force)
+    await control.start()
     control.policy.begin()
     loops = [asyncio.create_task(loop) for loop in control.loops()]
     try:

@@ -28,8 +28,6 @@ class ArmReason(StrEnum):
     """The client sent `X-Hemostat-Calibration: off`."""
     PINNED = "pinned"
     """The client named a version in X-Hemostat-Calibration."""
-    FORCED = "forced"
-    """`calibration.force` is set."""
     OTHER_MODEL = "other_model"
     """Profiles are for another of the served models."""
     OWN_ADAPTER = "own_adapter"
@@ -70,7 +68,7 @@ def calibrates(policy: Policy, options: ClientOptions) -> bool:
         return True
     if policy.mode == "off":
         return False
-    return policy.forced is not None or (policy.mode == "auto" and bool(policy.serving_by_kind))
+    return policy.mode == "auto" and bool(policy.serving_by_kind)
 
 
 def choose_profile(
@@ -91,7 +89,7 @@ def choose_profile(
     one of engines, too.
 
     Treated is what is judged: a request that cannot be scored gets no profile, since harm is not measured there.
-    Exceptions are a version that the client names, `calibration.force` and `calibration.treat_unjudged`.
+    Exceptions are a version that the client names and `calibration.treat_unjudged`.
 
     unjudged: why the request is never scored, None if it can be. kind: full name. conversation: digest, by which
     the arm is assigned. engine: that the request goes to, "" if it is not known.
@@ -100,8 +98,6 @@ def choose_profile(
         return Choice(None, Arm.NONE, ArmReason.OFF)
     if request.uncalibrated is not None:
         return Choice(None, Arm.NONE, request.uncalibrated)
-    if policy.forced is not None:
-        return _if_available(policy, request, engine, policy.forced, Arm.NONE, ArmReason.FORCED)
     if options.calibration == "off":
         return Choice(None, Arm.NONE, ArmReason.OPTED_OUT)
     if options.calibration is not None:

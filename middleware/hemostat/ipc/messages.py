@@ -258,10 +258,6 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """If it is False, nothing is sampled (no reference, vocabulary mismatch)."""
     tap: bool
     """If it is True, shadowed requests carry `hemostat_tap` (an engine plugin has reported)."""
-    forced: str | None
-    """The version of the profile that is put on every request (tests, `--force-profile`); it wins over
-    `serving_by_kind`.
-    """
     control_fraction: float
     acknowledged: frozenset[str]
     """The versions that every rank of every engine holds: what requests may ask for where there is one upstream

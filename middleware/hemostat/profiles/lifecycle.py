@@ -7,7 +7,6 @@ What serves changes only here, in one kind of traffic at a time. `judging` (evid
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 from hemostat.ipc.messages import rest_of
@@ -45,9 +44,9 @@ class Lifecycle:
     # --- profiles held ---------------------------------------------------------------------------------------------
 
     def in_use(self) -> set[str]:
-        """Versions that serve, are tested or wait for a test, are forced, or are the probe."""
+        """Versions that serve, are tested or wait for a test, or are the probe."""
         versions = {candidate.version for candidate in self._trials.queue} | set(self._serving.versions)
-        return versions | {v for v in (self._serving.forced, self._catalogue.probe) if v is not None}
+        return versions if self._catalogue.probe is None else versions | {self._catalogue.probe}
 
     def engine_versions(self) -> list[str]:
         """Returns the versions that engines should hold, most important first; adapters last, in the order of
@@ -61,25 +60,19 @@ class Lifecycle:
         tested, selected = self._trials.tested_versions, serving.versions
         ordered = [*tested, *selected] if serving.mode == "auto" else [*selected[:1], *tested, *selected[1:]]
         adapters = self.adapter_versions()
-        versions = [version for version in self._distinct([serving.forced, *ordered]) if version not in adapters]
+        versions = [version for version in dict.fromkeys(ordered) if version not in adapters]
         probe = self._catalogue.probe
-        if probe is not None and serving.mode != "off" and serving.forced is None:
+        if probe is not None and serving.mode != "off":
             anchors = self._catalogue.anchor_set(probe)
             if all(self._catalogue.anchor_set(version) != anchors for version in versions):
                 versions.append(probe)
         return [*versions, *adapters]
 
     def adapter_versions(self) -> list[str]:
-        """Returns the versions of the family `adapter` that engines should have loaded, most important first: what is
-        forced, what serves (or in `observe` would), and what is tested, so that it can serve as soon as it is
-        proven."""
-        serving = self._serving
-        ordered = self._distinct([serving.forced, *serving.versions, *self._trials.tested_versions])
+        """Returns the versions of the family `adapter` that engines should have loaded, most important first: what
+        serves (or in `observe` would), and what is tested, so that it can serve as soon as it is proven."""
+        ordered = dict.fromkeys([*self._serving.versions, *self._trials.tested_versions])
         return [version for version in ordered if self._catalogue.is_adapter(version)]
-
-    @staticmethod
-    def _distinct(versions: Iterable[str | None]) -> list[str]:
-        return list(dict.fromkeys(version for version in versions if version is not None))
 
     def require_fit(self, profile: CalibrationProfile) -> None:
         """Raises InvalidProfileError if the profile does not fit the model, is too large to be kept, or cannot be
@@ -320,8 +313,6 @@ class Lifecycle:
                 log.error(
                     "profile %s is for a vocabulary of %d ids, the model has %d", version, vocab_size, model.vocab_size
                 )
-                if version == self._serving.forced:
-                    self._serving.forced = None
                 self.forget(version)
             elif version in unfit & proposals:
                 self.forget(version)

@@ -57,7 +57,7 @@ class Operator:
         self._lifecycle.require_fit(profile)
         version = profile.version
         serves_all = all(state.version == version for state in self._serving.kinds.values())
-        if version in (self._catalogue.probe, self._serving.forced) or serves_all or self._trials.holds(version):
+        if version == self._catalogue.probe or serves_all or self._trials.holds(version):
             return version
         probe = self._catalogue.get(self._catalogue.probe)
         if probe is not None and anchor_set(profile) not in {"", anchor_set(probe)}:
@@ -124,11 +124,6 @@ class Operator:
             why = f"released by the operator; it was held: {self._serving.kinds[each].held}"
             self._record(Decision.RELEASE, IDENTITY, why, each)
             self._lifecycle.release(each)
-
-    def force(self, profile: CalibrationProfile) -> None:
-        """Puts this profile on every request (`calibration.force`)."""
-        self._lifecycle.hold(profile)
-        self._serving.forced = profile.version
 
     def _serve(self, decision: Decision, version: str, kind: str, why: str) -> None:
         candidate = next((c for c in self._trials.tested if c.version == version), None)

@@ -55,7 +55,6 @@ class Report:
             "next_decision": self._next_decision(),
             "selected": self._selected(),
             "kinds": [self._kind(kind) for kind in self._order()],
-            "forced": self._serving.forced,
             "client_share": {"limit": trials.client_share, "needs_clients": MIN_CLIENTS},
             "tests_begun": {"candidate": trials.tests_begun, "serving": sum(trials.guard.windows.values())},
         }
@@ -217,8 +216,7 @@ class Report:
 
     def samples(self) -> Iterator[Sample]:
         """Yields what serves, and by kind the gain and the evidence; the kinds are bounded by `evidence.kinds`."""
-        active = self._serving.mode != "off" and self._serving.forced is None
-        serving = self._serving.selected_by_kind if active else {}
+        serving = self._serving.selected_by_kind if self._serving.mode != "off" else {}
         for kind in self._order():
             yield Sample(names.PROFILE_KIND_INFO, (kind, serving.get(kind, IDENTITY)), 1.0)
             watch = self._trials.serving_evidence(kind)
@@ -283,8 +281,6 @@ class Report:
         }
 
     def _state(self, version: str) -> str:
-        if version == self._serving.forced:
-            return "forced"
         if version in self._serving.versions:
             return "selected"
         if version in self._trials.tested_versions:

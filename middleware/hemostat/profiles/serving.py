@@ -1,11 +1,9 @@
-"""The state of what serves: the mode, the pair of models, a forced profile, and for each kind of traffic the version
-that serves it.
+"""The state of what serves: the mode, the pair of models, and for each kind of traffic the version that serves it.
 
 Invariants:
 - A version serves a kind only in mode `auto`, only after it was promoted in that kind (by the guard or the operator),
   and only once both models are known, so that a profile kept from an earlier run is not applied to another model.
 - In `observe` everything happens as in `auto` except serving: a kind's `version` is what would serve it.
-- A forced profile (`calibration.force`, for tests) goes on every request; nothing is learned or judged meanwhile.
 - At most `MAX_SERVING_VERSIONS` different profiles serve at a time: engines hold a limited number. Of adapters, no
   further one comes to serve above `max_adapters`: each takes a slot of the engine. What serves already keeps its place,
   until engines are known to have fewer slots (`lifecycle.Lifecycle.limit_adapters`).
@@ -93,7 +91,6 @@ class ServingState:
         """The served names of this model and of its adapters: only records of these are used. While it is None, they
         are not known, and all records are used.
         """
-        self.forced: str | None = None
         self.kinds: dict[str, KindState] = {REST_KIND: KindState()}
         """The state of every kind that is followed, and of `REST_KIND`."""
         self.former: dict[str, KindState] = {}
@@ -151,7 +148,7 @@ class ServingState:
     @property
     def reported(self) -> str | None:
         """The version that the figures over all kinds are about: what serves, or would."""
-        return (self.forced or self.selected) if self.mode != "off" else None
+        return self.selected if self.mode != "off" else None
 
     @property
     def pinned(self) -> bool:
@@ -169,18 +166,18 @@ class ServingState:
 
     @property
     def _serves(self) -> bool:
-        return self.model is not None and self.mode == "auto" and self.forced is None
+        return self.model is not None and self.mode == "auto"
 
     @property
     def active(self) -> bool:
         """It is True if profiles are learned and judged."""
-        return self.model is not None and self.mode != "off" and self.forced is None
+        return self.model is not None and self.mode != "off"
 
     def would_serve(self, record: TokenRecord) -> str | None:
         """Returns the version for a request like this one, in `observe` also."""
         if self.mode == "off":
             return None
-        return self.forced or self.state_of(record).version
+        return self.state_of(record).version
 
     def state_of(self, record: TokenRecord) -> KindState:
         """Returns the state of the record's kind, or of the rest; nothing serves the rest of what a grammar

@@ -84,7 +84,7 @@ def counts(control: Control, reports: int) -> dict[str, Any]:
 
 async def run(folder: Path, budget: float) -> None:
     control = made(budget)
-    await control.start(None)
+    await control.start()
     use, seen = control.link.on_outcome, 0
 
     def count(report: OutcomeReport) -> None:

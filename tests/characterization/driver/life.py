@@ -220,9 +220,6 @@ class Life:
     def set_mode(self, mode: str) -> str:
         return self._asked(lambda: self._profiles.operator.set_mode(mode))
 
-    def force(self, profile: CalibrationProfile) -> str:
-        return self._asked(lambda: self._profiles.operator.force(profile))
-
     def probe(self, profile: CalibrationProfile) -> str:
         return self._asked(lambda: self._profiles.proposals.set_probe(profile))
 
@@ -263,7 +260,6 @@ class Life:
         result = {
             "mode": told["mode"],
             "pinned": told["pinned"],
-            "forced": manager.serving.forced,
             "serving": manager.serving.version,
             "shown": manager.serving.reported,
             "by_kind": manager.serving.version_by_kind,

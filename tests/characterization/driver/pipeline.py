@@ -401,7 +401,7 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
         control.engines.reports.nonce_prefix = "0123456789abcdef"  # made up anew by every process
         control.engines.reports.secrets = RequestSecrets(lambda: "0123456789abcdef" * 2)
         control.stored_state.salt = bytes(range(32))
-        await control.start(made.calibration.force)
+        await control.start()
         relays = listen(control.link, folder / "control.sock")
         control.policy.publish()
         driving = Pipeline(control, clock, references, folder / "control.sock")

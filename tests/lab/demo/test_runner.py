@@ -183,9 +183,7 @@ def test_failure_is_printed_and_every_program_stops(tmp_path: Path, trouble: str
 def test_settings_are_a_valid_configuration(tmp_path: Path) -> None:
     from hemostat.config.schema import Settings
 
-    profile = tmp_path / "p.safetensors"
-    profile.touch()
-    options = DemoOptions(keep=tmp_path, force_profile=profile, seed=-1)
+    options = DemoOptions(keep=tmp_path, seed=-1)
     result = Settings.model_validate(
         programs.serve_settings(options, Checkpoints(tmp_path, tmp_path), "http://127.0.0.1:9", 8080, 8081, "t" * 20)
     )
@@ -193,7 +191,6 @@ def test_settings_are_a_valid_configuration(tmp_path: Path) -> None:
     assert result.shadow.top_k == 64
     assert result.calibration.mode == "auto"
     assert result.calibration.alpha == 0.05, "the same error probability as in a deployment"
-    assert result.calibration.force == profile
     assert result.records.path == tmp_path / "records.jsonl"
     assert "--max-logprobs" in programs.vllm_arguments()
     assert vllm_process.LOGITS_PROCESSOR in programs.vllm_arguments()
@@ -214,8 +211,6 @@ def test_user_errors_are_raised_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("a letter")
     for options, message in (
         (DemoOptions(prompts=tmp_path / "none.jsonl"), "none.jsonl"),
-        (DemoOptions(force_profile=tmp_path / "none"), "--force-profile"),
-        (DemoOptions(force_profile=tmp_path / "file"), "--force-profile"),
         (DemoOptions(keep=tmp_path / "file"), "another place"),
         (DemoOptions(report=tmp_path), "--report"),
         (DemoOptions(html=tmp_path), "--html"),

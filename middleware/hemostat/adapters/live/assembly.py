@@ -33,7 +33,7 @@ class _HostedProfiles:
     def wanted(self) -> Sequence[str]:
         """In `observe` nothing is asked for, so nothing is loaded; nor before both models are known."""
         serving = self._profiles.serving
-        serves = serving.mode == "auto" and (serving.model is not None or serving.forced is not None)
+        serves = serving.mode == "auto" and serving.model is not None
         return self._profiles.lifecycle.adapter_versions() if serves else ()
 
     def get(self, version: str) -> CalibrationProfile | None:
@@ -104,7 +104,7 @@ class Adapters:
             lifecycle.limit_adapters(limit, Reason.SLOT, why)
 
     def update(self) -> None:
-        """Call after any change of the mode, the models, or what is forced."""
+        """Call after any change of the mode or the models."""
         self._withdraw_above_limit()
         settings, pair, serving = self._settings, self._monitor.served.calibrated, self._profiles.serving
         info = pair.reference if pair is not None else None
@@ -126,10 +126,7 @@ class Adapters:
             model, vocab_size = serving.model.name, serving.model.vocab_size
             self.judge.judge_about(JudgeTarget(folders, vocab_size, info.hidden_size, digest, settings.adapter.device))
             self._need_copies()
-            if serving.forced is not None:
-                self.learner.stop("calibration.force: nothing is learned meanwhile")
-            else:
-                self.learner.learn_about(AdapterTarget(model, vocab_size, folders, digest))
+            self.learner.learn_about(AdapterTarget(model, vocab_size, folders, digest))
 
     def _folders(self, pair: ModelPair, info: ReferenceInfo) -> CheckpointFolders:
         return find_folders(self._settings.adapter, info.model, info.folder, pair.root)

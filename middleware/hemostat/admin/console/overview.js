@@ -98,8 +98,8 @@ function Served({ s, p, past }) {
   const kinds = s.calibration.kinds, serving = kinds.filter((k) => p.by_kind[k.kind]), share = serving.reduce((sum, k) => sum + (k.share || 0), 0);
   const [first, ...others] = [...new Set(serving.map((k) => p.by_kind[k.kind]))];
   const since = Math.min(...serving.map((k) => servedSince(p, p.by_kind[k.kind], k.kind) ?? Infinity)), harmed = held(s);
-  return html`<${Tile} title="Served profile" to="profiles" big=${s.calibration.forced ? brief(s.calibration.forced) : first ? brief(first) : "none"}
-    unit=${s.calibration.forced ? "forced on every request" : first ? `${percent(share, 0)} of the traffic${others.length ? `, with ${plural(others.length, "other version")}` : ""}` : `mode ${s.profile.mode}`}>
+  return html`<${Tile} title="Served profile" to="profiles" big=${first ? brief(first) : "none"}
+    unit=${first ? `${percent(share, 0)} of the traffic${others.length ? `, with ${plural(others.length, "other version")}` : ""}` : `mode ${s.profile.mode}`}>
     <p class="sub">${first ? `Mode ${s.profile.mode}. ${known(since) ? `Since ${when(since)} (${lasted(s.at - since)})` : "Since before the oldest event"}${p.pinned ? ", pinned" : ""}. ${armsOf(s)}`
       : s.profile.mode === "auto" ? "No profile is proven yet; every request is decoded unchanged." : `Every request is decoded unchanged. ${MODES[s.profile.mode]}`}</p>
     ${harmed.length > 0 && html`<p class="wait-text">${plural(harmed.length, "kind")} held without a profile.</p>`}

@@ -38,7 +38,6 @@ function Switch({ s, p }) {
 export function Profiles({ s, p }) {
   const won = s.recovered, arms = Object.entries(s.endings);
   return html`<${Section} title="Profiles"><${Switch} s=${s} p=${p} />
-    ${s.calibration.forced && html`<p>${briefly(s.calibration.forced)} is forced on every request.</p>`}
     <${Table} caption="Versions, newest first" rows=${p.profiles.filter((f) => f.state !== "probe")} empty="none yet: identity serves" columns=${[
       ["version", (f) => html`<${Version} of=${f.version} />`, (f) => f.version], ["family", (f) => f.family, (f) => f.family],
       ["state", (f) => (f.kinds.length ? `${f.state} for ${plural(f.kinds.length, "kind")}` : f.state), (f) => f.state],
@@ -61,7 +60,7 @@ export function Profile({ s, p, name }) {
   if (!f) return html`<${Section} title="Profile ${name}" id="profile"><p>No such profile is held. <${Link} to="profiles">All profiles<//></p><//>`;
   const v = f.version.slice(0, 8), built = s.adapter.last_build;
   return html`<${Section} title="Profile ${v}" id="profile"><div class="controls">
-      ${f.kinds.length < s.calibration.kinds.length && f.state !== "forced" && html`<${Action} label="Promote ${v}" asks=${["Promote this profile?", `${v} serves all kinds without statistical proof, and is tested in each like any other profile.`, "api/v1/profiles/promote", { version: f.version }]}>Promote in all kinds<//>`}
+      ${f.kinds.length < s.calibration.kinds.length && html`<${Action} label="Promote ${v}" asks=${["Promote this profile?", `${v} serves all kinds without statistical proof, and is tested in each like any other profile.`, "api/v1/profiles/promote", { version: f.version }]}>Promote in all kinds<//>`}
       ${!(p.pinned && f.state === "selected") && html`<${Action} label="Pin ${v}" asks=${["Pin this profile?", `${v} serves all requests, whatever is measured, until it is unpinned.`, "api/v1/profiles/pin", { version: f.version }]}>Pin<//>`}</div>
     <${Facts} of=${[["version", html`<code>${f.version}</code>`], ["family", f.family], ["state", f.state], ["serves", partOf(s, f.version)], ["size", sizeOf(f)], ["made", when(f.created)],
       ["held by engines", s.engines.acknowledged.includes(f.version) ? "by every engine" : "not by every engine"]]} />

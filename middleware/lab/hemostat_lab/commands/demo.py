@@ -43,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"How the model is compressed (default: {COMPRESSIONS[0]}).",
     )
     parser.add_argument("--no-console", action="store_true", help="Print plain lines instead of the live view.")
-    parser.add_argument("--force-profile", type=Path, metavar="FILE", help="Apply this profile to every request.")
     parser.add_argument(
         "--set",
         action="append",
@@ -68,7 +67,6 @@ def _run(options: argparse.Namespace) -> int:
             seed=options.seed,
             compression=options.compression,
             console=not options.no_console,
-            force_profile=options.force_profile,
             overrides=tuple(options.set),
         )
     )

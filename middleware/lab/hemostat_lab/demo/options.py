@@ -8,7 +8,6 @@ from pathlib import Path
 
 from hemostat.report.written_files import other_content
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profiles.profile import CalibrationProfile
 
 RECORDS = "records.jsonl"
 KEPT = {"reference", "compressed", "logs", RECORDS}
@@ -36,25 +35,12 @@ class DemoOptions:
     compression: str = "w4a16"
     console: bool = True
     """False: plain lines instead of the live view."""
-    force_profile: Path | None = None
     overrides: tuple[str, ...] = ()
     """`KEY=VALUE`, for `hemostat serve --set`."""
 
 
 class DemoFailure(HemostatError):
     """The demo cannot continue; the text says why."""
-
-
-def forced_version(path: Path | None) -> str | None:
-    """The version of the profile in the file of `--force-profile`. Raises DemoFailure if the file is invalid."""
-    if path is None:
-        return None
-    try:
-        return CalibrationProfile.from_bytes(path.read_bytes()).version
-    except OSError as error:
-        raise DemoFailure(f"--force-profile {path}: cannot be read ({error.strerror})") from None
-    except HemostatError as error:
-        raise DemoFailure(f"--force-profile {path}: {error}") from None
 
 
 def check_destinations(options: DemoOptions) -> None:

@@ -88,8 +88,6 @@ def serve_settings(
         "adapter": dict(ADAPTER),
         "shutdown_seconds": 5.0,
     }
-    if options.force_profile is not None:
-        settings["calibration"]["force"] = str(options.force_profile.absolute())
     if options.keep is not None:
         settings["records"] = {"path": str((options.keep / RECORDS).absolute())}
     return settings

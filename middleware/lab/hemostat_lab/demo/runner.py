@@ -27,7 +27,7 @@ from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import with_detail
 from hemostat_lab.demo import prompts, view
 from hemostat_lab.demo.checkpoints import Checkpoints, cached_checkpoints
-from hemostat_lab.demo.options import RECORDS, DemoFailure, DemoOptions, check_destinations, forced_version
+from hemostat_lab.demo.options import RECORDS, DemoFailure, DemoOptions, check_destinations
 from hemostat_lab.demo.programs import (
     POLL_SECONDS,
     log_tail,
@@ -80,16 +80,14 @@ def run(options: DemoOptions) -> int:
     loaded = prompts.load(options.prompts)
     if options.prompts is None:
         loaded += generated_prompts()
-    forced = forced_version(options.force_profile)
     check_destinations(options)
-    return asyncio.run(_Demo(options, loaded, forced).run())
+    return asyncio.run(_Demo(options, loaded).run())
 
 
 class _Demo:
-    def __init__(self, options: DemoOptions, loaded: list[prompts.Prompt], forced: str | None) -> None:
+    def __init__(self, options: DemoOptions, loaded: list[prompts.Prompt]) -> None:
         self._options = options
         self._prompts = loaded
-        self._forced = forced
         self._stop = asyncio.Event()
         self._console = Console(markup=False, highlight=False, soft_wrap=False)
         self._began = time.monotonic()
@@ -241,7 +239,7 @@ class _Demo:
         self._say(f"what it cost, what was recovered, and what to do next: {self._options.html.absolute()}")
 
     async def _until_ready(self, scene: view.Scene, vllm: VllmServer) -> None:
-        """Wait until both models answer, their vocabularies were compared, and the engine holds a forced profile."""
+        """Wait until both models answer, and their vocabularies were compared."""
         await asyncio.to_thread(vllm.wait_ready, progress=self._say, cancelled=self._stop.is_set)
         self._say("vLLM answers; warming up")
         await warm_up(vllm)
@@ -262,13 +260,6 @@ class _Demo:
             if (news := f"learner {with_detail(learner['state'], learner['detail'])}") != printed:
                 self._say(news)
                 printed = news
-            await asyncio.sleep(POLL_SECONDS)
-        began = time.monotonic()
-        while self._forced is not None and self._forced not in scene.status["engines"]["acknowledged"]:
-            if time.monotonic() - began > PROFILE_TIMEOUT_SECONDS:
-                raise DemoFailure(
-                    f"the engine did not load the forced profile {self._forced}; {log_tail(Path(scene.logs))}"
-                )
             await asyncio.sleep(POLL_SECONDS)
 
     async def _drained(self, scene: view.Scene) -> None:
