@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tests.support.engine_admin import TOKEN, EngineAdmin
 from tests.support.engine_profiles import VOCAB_SIZE, make_contextual, make_profile
+from tests.support.memory import kept_bytes
 
 from hemostat.engines.api import MAX_TAP_BYTES
 from hemostat.engines.messages import LoraState
@@ -452,10 +453,12 @@ def test_settings_from_the_environment() -> None:
 
 
 def test_remembered_failures_are_bounded() -> None:
-    retries = Retries()
+    retries, kept = Retries(), []
     for i in range(1000):
-        retries.failed(str(i), FetchError("down"), 0.0)
-    assert len(retries._paused) == len(retries._logged) == 256
+        retries.failed(f"{i:04}", FetchError("down"), 0.0)
+        kept.append(kept_bytes(retries))
+    assert kept[-1] < 1.6 * kept[256]
+    assert sum(not retries.may_try(f"{i:04}", 0.0) for i in range(1000)) == 256
 
 
 def test_report_says_which_adapters_are_loaded_and_the_answer_which_are_wanted(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
+from tests.support.memory import kept_bytes
 from tests.support.slow import examples
 
 from hemostat.relay.request_budget import MAX_EXAMINED_UPLOADS, UPLOAD_SHARE, RequestBudget
@@ -329,23 +330,24 @@ def test_requests_that_begin_where_others_give_way_make_no_call_inside_of_anothe
 
 
 def test_nothing_is_kept_of_clients_that_hold_nothing() -> None:
-    shares = Shares()
+    shares, kept = Shares(), 0
     for number in range(5_000):
         holding = Holding(None, b"%d" % number)
         shares.add(holding, 10)
         assert number % 2 or shares.largest() is holding
         shares.add(holding, -10)
-    assert (shares._all.members, shares._unranked, shares.size) == ({}, {}, 0)
-    assert len(shares._all._heap) <= 32
+        kept = kept or (kept_bytes(shares) if number == 500 else 0)
+    assert shares.size == 0
+    assert kept_bytes(shares) < 2 * kept < 50_000
 
 
 def test_a_change_costs_the_same_however_many_hold_something() -> None:
-    """Counted in entries of the heaps, each of which takes a logarithmic time."""
-    shares = Shares()
+    """A change takes a time that is logarithmic in what is kept, and no more is kept after a thousand changes."""
+    shares, kept = Shares(), list[int]()
     many = [Holding(Named(b"%d" % (number % 500)), b"%d" % (number % 50)) for number in range(5_000)]
     for size in range(1, 5):
         for holding in many:
             shares.add(holding, size)
             assert shares.largest() is not None
-    groups = [shares._all, *shares._all.members.values()]
-    assert all(len(group._heap) <= 2 * len(group.members) + 32 for group in groups)
+        kept.append(kept_bytes(shares))
+    assert kept[-1] < 1.5 * kept[0]

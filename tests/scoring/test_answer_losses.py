@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.memory import kept_bytes
 
 from hemostat.scoring.answer_losses import (
     MAX_ENGINES,
@@ -100,10 +101,11 @@ def test_once_answers_come_again_the_next_pause_is_a_short_one() -> None:
 
 
 def test_engines_are_bounded() -> None:
-    losses = AnswerLosses()
+    losses, kept = AnswerLosses(), []
     for n in range(3 * MAX_ENGINES):
         losses.update(str(n), 0.0, lost=True)
-    assert len(losses._recent) == MAX_ENGINES
+        kept.append(kept_bytes(losses))
+    assert kept[-1] < 1.1 * kept[MAX_ENGINES]
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.booleans(), st.floats(0.0, 900.0)), max_size=200))

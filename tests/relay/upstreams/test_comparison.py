@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.memory import kept_bytes
 
 from hemostat.relay.upstreams.comparison import MAX_CLIENTS, FailureComparison
 from hemostat.relay.upstreams.group import RETRY_BURST, RETRY_RATIO, RetryBudget
@@ -186,13 +187,15 @@ def test_an_engine_with_a_few_failures_among_many_requests_is_left_alone() -> No
 
 
 def test_what_is_kept_of_clients_is_bounded() -> None:
-    world = World(4, 1)
-    for number in range(3 * MAX_CLIENTS):
-        world.ask(client(number), world.at(1.0))
-    assert len(world.comparison._clients) == MAX_CLIENTS
+    world, kept = World(4, 1), []
+    for turn in range(3):
+        for number in range(MAX_CLIENTS):
+            world.ask(client(turn * MAX_CLIENTS + number), world.at(1.0))
+        kept.append(kept_bytes(world.comparison))
+    assert kept[2] < 1.5 * kept[0]
     world.now += 1_000.0
     world.comparison.advance(world.requests, world.now)
-    assert not world.comparison._clients
+    assert kept_bytes(world.comparison) < 0.5 * kept[0]
 
 
 @pytest.mark.parametrize("engines", [2, 3, 4, 8])
