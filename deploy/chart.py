@@ -25,6 +25,7 @@ TABLE = '{{ template "chart.valuesTable" . }}'
 WIDTH = 118
 
 URL = r"^https?://[^/@?#\s]+/?$"
+NETWORK = r"^([0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)(/[1-9][0-9]{0,2})?$"
 STORE = r"^(memory://$|sqlite:///.+|(" + "|".join(sorted(POSTGRES)) + ")://.+)"
 CHARTS_OWN = {
     *(("listen",), ("control",), ("admin", "host"), ("admin", "port")),
@@ -34,6 +35,7 @@ CHARTS_OWN = {
 SECRET = {"pattern": "^[!-~]+$", "maxLength": 4096}
 CHECKED_BY_CODE: dict[tuple[str, ...], dict[str, Any]] = {
     ("admin", "allowed_hosts"): {"items": {"type": "string", "pattern": "^[A-Za-z0-9_.:%-]{1,255}$"}},
+    ("client_limits", "trusted_proxies"): {"items": {"type": "string", "pattern": NETWORK}},
     ("admin", "token"): SECRET,
     ("admin", "engine_token"): SECRET,
     # YAML 1.1 reads an unquoted off as false.

@@ -113,6 +113,17 @@ WRONG = [
     (UPSTREAM + "shadow: {reference_tokens_per_second: .inf}\n", "inf does not fit"),
     (UPSTREAM + "listen: {port: 70000}\n", "listen.port: 70000 does not fit"),
     (UPSTREAM + "evidence: {client_header: 'a b'}\n", "evidence.client_header: 'a b' is not the name of a header"),
+    *(
+        (UPSTREAM + f"client_limits: {{trusted_proxies: {value}}}\n", f"client_limits.trusted_proxies{said}")
+        for value, said in (
+            ("['10.0.0.1/8']", ".0: '10.0.0.1/8' is not a network; write it like 10.0.0.0/8"),
+            ("['gateway']", ".0: 'gateway' is not a network"),
+            ("['10.0.0.0/8', '0.0.0.0/0']", ".1: 0.0.0.0/0 is everybody; name the networks of your gateways"),
+            ("['::/0']", ".0: ::/0 is everybody"),
+            ("['::ffff:0:0/96']", ".0: ::ffff:0:0/96 is everybody"),
+            ("10.0.0.0/8", ": '10.0.0.0/8' does not fit"),
+        )
+    ),
     (UPSTREAM + "workers: 0\n", "workers: 0 does not fit"),
     (UPSTREAM + "calibration: {control_fraction: 0}\n", "calibration.control_fraction: 0 does not fit"),
     (

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -39,6 +40,16 @@ COMMANDS = {
     "nginx": ("nginx", lambda config: ["nginx", "-e", "stderr", "-p", str(config.parent), "-c", str(config)]),
     "haproxy": ("haproxy", lambda config: ["haproxy", "-db", "-f", str(config)]),
 }
+CLIENT = "127.0.0.2"
+"""The address of the client; the gateway and the relay have 127.0.0.1."""
+SEEN = {
+    ("nginx", "in front of the relay"): CLIENT,
+    ("haproxy", "in front of the relay"): CLIENT,
+    ("nginx", "behind the relay"): CLIENT,
+    # It adds the address that it was called from.
+    ("haproxy", "behind the relay"): f"{CLIENT}, 127.0.0.1",
+}
+"""`X-Forwarded-For` as it arrives at the engine."""
 LITELLM_KEY = "sk-0123456789abcdef0123456789abcdef"
 
 
@@ -48,13 +59,14 @@ def example(name: str) -> str:
 
 
 @contextmanager
-def gateway(name: str, to: str, folder: Path) -> Iterator[str]:
+def gateway(name: str, to: str, folder: Path, trusted: str = "10.0.0.0/8") -> Iterator[str]:
     """The page's example, with these addresses. Returns its own."""
     program, command = COMMANDS[name]
     if shutil.which(program) is None:
         pytest.skip(f"{program} is not installed")
     port = free_port()
     text = example(name).replace("127.0.0.1:8080", to.removeprefix("http://"))
+    text = text.replace("10.0.0.0/8", trusted)
     text = text.replace("127.0.0.1:8090", f"127.0.0.1:{port}")
     if name == "nginx":
         paths = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in NGINX_FOLDERS)
@@ -86,20 +98,26 @@ NGINX_FOLDERS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 def chain(name: str, place: str, engine: FakeVllm, url: str, folder: Path) -> Iterator[tuple[str, Served]]:
     """Returns the address for clients, and Hemostat, which samples every request."""
     with serving(FakeVllm(seed=5, noise=0.1)) as reference:
-        settings = {"reference": {"backend": "vllm", "url": reference}}
+        settings: dict[str, Any] = {"reference": {"backend": "vllm", "url": reference}}
         if place == "in front of the relay":
+            settings["client_limits"] = {"trusted_proxies": ["127.0.0.1"]}
             with hemostat(folder, engine, url, **settings) as served, gateway(name, served.data, folder) as address:
                 yield address, served
         else:
-            with gateway(name, url, folder) as address, hemostat(folder, engine, address, **settings) as served:
+            settings["client_limits"] = {"trusted_proxies": []}
+            with (
+                gateway(name, url, folder, trusted="127.0.0.1") as address,
+                hemostat(folder, engine, address, **settings) as served,
+            ):
                 yield served.data, served
 
 
 def read(address: str) -> list[tuple[int, str, bytes]]:
     found = []
-    for route, body in REQUESTS:
-        answer = httpx.post(address + route, json=body, headers=HEADERS, timeout=60)
-        found.append((answer.status_code, answer.headers["content-type"], answer.content))
+    with httpx.Client(transport=httpx.HTTPTransport(local_address=CLIENT), headers=HEADERS, timeout=60) as client:
+        for route, body in REQUESTS:
+            answer = client.post(address + route, json=body)
+            found.append((answer.status_code, answer.headers["content-type"], answer.content))
     return found
 
 
@@ -118,9 +136,8 @@ async def test_answers_are_the_engines_own_streams_flow_and_headers_arrive(
             await served.until(lambda status: status["requests"]["scored"] >= SCORED)
             arrived = [headers for headers in engine.headers if headers.get(b"x-request-id") == b"one"]
             assert {headers[b"traceparent"].split(b"-")[1] for headers in arrived} == {TRACE.split("-")[1].encode()}
-            if place == "in front of the relay":
-                # The client's own claim is gone, as its hop is not trusted.
-                assert {headers[b"x-forwarded-for"] for headers in arrived} == {b"127.0.0.1"}
+            # The client's own claim is gone, as its hop is not trusted.
+            assert {headers[b"x-forwarded-for"].decode() for headers in arrived} == {SEEN[name, place]}
             engine.hold_after = 4
             await asyncio.to_thread(read_held, address, engine)
 

@@ -153,12 +153,12 @@ def test_an_ipv6_client_is_its_network_and_an_ipv4_one_its_address_however_the_s
     limits = ClientLimits("address", concurrent=1)
     head = RequestHead(b"POST", b"/", 1)
     keys = [
-        limits.key(head, client_network((address,)))
+        limits.key(head, client_network(address))
         for address in ("2001:db8::1", "2001:db8::ffff:2", "2001:db8:0:1::1", "::ffff:10.0.0.1", "::ffff:10.0.0.2")
     ]
     assert len(set(keys)) == 4
     assert keys[0] == keys[1]
-    assert keys[3:] == [limits.key(head, client_network((address,))) for address in ("10.0.0.1", "10.0.0.2")]
+    assert keys[3:] == [limits.key(head, client_network(address)) for address in ("10.0.0.1", "10.0.0.2")]
 
 
 @pytest.mark.parametrize(("asked", "allowed"), [((16_384, 8_192), (968, 484)), ((16_384, 16_384), (968, 968))])

@@ -26,6 +26,7 @@ _HOST = re.compile(r"[A-Za-z0-9_.:%-]{1,255}")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|xpu(:\d+)?|mps")
 _HEADER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SECRET = re.compile(r"[!-~]{1,4096}")
+_ALL_IPV4 = ipaddress.IPv6Network("::ffff:0:0/96")
 
 
 def server_url(value: str) -> str:
@@ -89,6 +90,16 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _network(value: str) -> str:
+    try:
+        network = ipaddress.ip_network(value)
+    except ValueError:
+        raise ValueError(f"{short_repr(value)} is not a network; write it like 10.0.0.0/8 or 2001:db8::/32") from None
+    if not network.prefixlen or (isinstance(network, ipaddress.IPv6Network) and network.supernet_of(_ALL_IPV4)):
+        raise ValueError(f"{value} is everybody; name the networks of your gateways, such as 10.0.0.0/8")
+    return str(network)
+
+
 def header_name(value: str) -> str:
     if not _HEADER.fullmatch(value):
         raise ValueError(f"{short_repr(value)} is not the name of a header")
@@ -141,6 +152,7 @@ EnginesUrl = Annotated[str, AfterValidator(_engines_url)]
 ServerUrl = Annotated[str, AfterValidator(server_url)]
 CandidateUrl = Annotated[str, AfterValidator(candidate_url)]
 Host = Annotated[str, AfterValidator(_host)]
+Network = Annotated[str, AfterValidator(_network)]
 HostPort = Annotated[str, AfterValidator(_host_port)]
 Secret = Annotated[SecretStr, AfterValidator(_secret)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]

@@ -13,6 +13,7 @@ from hemostat.config.fields import (
     ExistingFile,
     Host,
     HostPort,
+    Network,
     Port,
     Secret,
     Section,
@@ -130,6 +131,11 @@ class ClientLimits(Section):
     """The number of requests that may come at once, before `requests_per_second` applies."""
     concurrent: int | None = Field(default=None, ge=1, le=1_000_000)
     """The largest number of requests in progress. none means no limit."""
+    trusted_proxies: list[Network] | None = Field(default=None, max_length=64)
+    """The networks of the gateways in front, such as `[10.0.0.0/8]`. If it is set, a client's address is the last one
+    of X-Forwarded-For that none of them has, for limits, sharing and the access log, and the request goes on with this
+    address alone as X-Forwarded-For. With an empty list it is the address of the connection. With none, the field is
+    passed on and not read."""
 
 
 class Log(Section):

@@ -24,6 +24,7 @@ Further modules:
     answers           the content of a response, whatever its form
     client_limits     the limits of one client at this relay process
     client_side       a client's connection, as its exchanges see it
+    forwarded_for     the address of a client behind proxies, as trusted ones say it
     outgoing_request  one request on its way upstream
     request_watch     checks a request's client limits when it begins, and writes the access log when it ends
     schema_check      checks if a JSON value fits a JSON schema that a client sent, in a bounded number of steps

@@ -100,13 +100,13 @@ class AccessLog:
         upstream_seconds: float | None,
         arm: str,
         request_id: str,
-        transport: asyncio.BaseTransport,
+        address: str,
     ) -> None:
         """Adds the line of a request that has ended; see `Line`."""
         waited = None if upstream_seconds is None else round(upstream_seconds, 6)
         cut = request_id[:MAX_ID_CHARACTERS]
-        address = client_address(transport) if self._clients else ""
-        self.add(Line(_now(), method, route, status, outcome, sent, round(seconds, 6), waited, arm, cut, address))
+        client = address if self._clients else ""
+        self.add(Line(_now(), method, route, status, outcome, sent, round(seconds, 6), waited, arm, cut, client))
 
     def add(self, line: Line) -> None:
         """Adds a line to the buffer, and returns at once. A full buffer drops the line, which is counted."""
@@ -119,9 +119,9 @@ class AccessLog:
         if self._bytes > FLUSH_BYTES:
             self.flush()
 
-    def refused(self, status: int, transport: asyncio.BaseTransport) -> None:
+    def refused(self, status: int, address: str) -> None:
         """Adds a line for a request that could not be parsed, or for a connection that was not accepted."""
-        self.request("", routes.OTHER, status, REFUSED, 0, 0.0, None, "none", "", transport)
+        self.request("", routes.OTHER, status, REFUSED, 0, 0.0, None, "none", "", address)
 
     def flush(self) -> None:
         """Begins to write what waits, if nothing is being written."""
@@ -168,11 +168,6 @@ class AccessLog:
             if self._writing is not None:
                 await asyncio.wait((self._writing,), timeout=timeout)
         self._handed_over.put(None)
-
-
-def client_address(transport: asyncio.BaseTransport) -> str:
-    peer = transport.get_extra_info("peername")
-    return str(peer[0]) if peer else ""
 
 
 def _now() -> str:

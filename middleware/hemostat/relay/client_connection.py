@@ -86,6 +86,7 @@ class ClientConnection(asyncio.Protocol):
         "_clients",
         "_context",
         "_counted",
+        "_peer",
         "_reading",
         "_searched",
         "_stalled",
@@ -93,6 +94,7 @@ class ClientConnection(asyncio.Protocol):
         "_waits",
         "_watcher",
         "_work",
+        "address",
         "eof",
         "exchange",
         "holding",
@@ -120,6 +122,10 @@ class ClientConnection(asyncio.Protocol):
         """It is True if the client has shut down its sending side, or is gone."""
         self.since = 0.0
         """The event-loop time from which the client's time limits count."""
+        self.address = ""
+        """The address of the present request's client."""
+        self._peer = ""
+        """The address of the connection's other end."""
         self._context = context
         self._clients = clients
         self.holding = Holding(self, b"")
@@ -155,12 +161,14 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self.holding.network = client_network(transport.get_extra_info("peername"))
+        peer = transport.get_extra_info("peername")
+        self.address = self._peer = str(peer[0]) if isinstance(peer, tuple) else ""
+        self.holding.network = client_network(self._peer)
         self.since = self._context.loop.time()
         if not self._clients.opened(self):
             self.state = _CLOSING
             if self._context.access_log is not None:
-                self._context.access_log.refused(503, self.transport)
+                self._context.access_log.refused(503, self._peer)
             body = error_body(503, "too many connections", "overloaded")
             self.transport.write(error_response(503, body, fields=b"Connection: close\r\n"))
             self.transport.close()
@@ -293,9 +301,12 @@ class ClientConnection(asyncio.Protocol):
         except BadRequest as error:
             self._refuse(error)
             return False
-        self.exchange = exchange = Exchange(context, self, request, ensure_request_id(request), started)
         if self._counted:
             self._release()
+        if limits.trusted_proxies is not None:
+            self.address = limits.trusted_proxies.name_client(self._peer, request)
+            self.holding.network = client_network(self.address)
+        self.exchange = exchange = Exchange(context, self, request, ensure_request_id(request), started)
         self._blank_bytes = 0
         self._searched = 0
         length = request.length
@@ -512,7 +523,7 @@ class ClientConnection(asyncio.Protocol):
         either."""
         self._context.counters.request(routes.OTHER, ends.OVERLOADED if error.status == 503 else ends.REFUSED)
         if self._context.access_log is not None:
-            self._context.access_log.refused(error.status, self.transport)
+            self._context.access_log.refused(error.status, self._peer)
         body = error_body(error.status, error.message, error.code)
         self.transport.write(error_response(error.status, body, fields=b"Connection: close\r\n"))
         self._linger()

@@ -35,17 +35,13 @@ def credential_digest(request: RequestHead) -> bytes:
     return b""
 
 
-def client_network(peer: tuple[str, ...] | str | None) -> bytes:
-    """Returns the address that a client is known by: of IPv6 the /64, which one client commonly has.
+def client_network(address: str) -> bytes:
+    """Returns what a client with this address is known by: of IPv6 the /64, which one client commonly has.
 
-    peer: as `getpeername` returns it.
-
-    >>> client_network(("2001:db8::1:2", 1, 0, 0)), client_network(("::ffff:10.0.0.1", 1, 0, 0))
+    >>> client_network("2001:db8::1:2"), client_network("::ffff:10.0.0.1")
     (b'20010db800000000', b'10.0.0.1')
     """
-    if not isinstance(peer, tuple):
-        return b""
-    host = peer[0].partition("%")[0]
+    host = address.partition("%")[0]
     if ":" not in host:
         return host.encode()
     packed = socket.inet_pton(socket.AF_INET6, host)

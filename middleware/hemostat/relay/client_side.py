@@ -13,6 +13,8 @@ class ClientSide(Protocol):
     """The part of `client_connection.ClientConnection` that exchanges use."""
 
     transport: asyncio.Transport
+    address: str
+    """The address of the present request's client."""
     holding: Holding
     """The memory and the places that the relay holds for this connection."""
 

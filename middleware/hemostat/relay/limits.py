@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from hemostat.relay.forwarded_for import TrustedProxies
+
 RESERVED_DESCRIPTORS: Final = 64
 """The number of open files that are neither clients' nor upstream connections: the event loop, the control process,
 logs."""
@@ -44,6 +46,8 @@ class Limits:
     """The longest time between two requests of one connection."""
     adapter_routes: bool = False
     """It is True if clients may load and unload adapters at the upstream."""
+    trusted_proxies: TrustedProxies | None = None
+    """The proxies whose `X-Forwarded-For` says who the client is. With None the field is neither read nor written."""
 
 
 def share_descriptors(descriptors: int, clients: int, upstream: int) -> tuple[int, int]:

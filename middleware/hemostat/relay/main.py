@@ -8,6 +8,7 @@ of JSON, from its standard input:
      "shutdown_seconds": 30.0, "drain_seconds": 600.0,
      "limits": {"buffered_bytes": 134217728},
      "client_limits": {"key": "authorization", "requests_per_second": null, "burst": 10, "concurrent": null},
+     "trusted_proxies": null,
      "log_level": "info", "log_format": "text", "log_requests": false,
      "access_log_fd": null, "access_log_clients": false, "other_fds": [],
      "tracing": {"endpoint": "http://collector:4318", "ratio": 0.01}}
@@ -47,6 +48,7 @@ from hemostat.metrics import names
 from hemostat.relay.access_log import AccessLog
 from hemostat.relay.client_limits import ClientLimits
 from hemostat.relay.counters import Counters
+from hemostat.relay.forwarded_for import TrustedProxies
 from hemostat.relay.limits import Limits, share_descriptors
 from hemostat.relay.relay import REPLACED_IDLE_SECONDS, Relay
 from hemostat.relay.upstreams.settings import UpstreamSettings
@@ -89,7 +91,12 @@ async def drain(relay: Relay, end: _End, shutdown_seconds: float, drain_seconds:
 
 def _within_descriptors(config: dict[str, Any]) -> tuple[Limits, UpstreamSettings]:
     """Returns the clients' limits and the engines with their connections, as far as this process may open files."""
-    limits = Limits(**config.get("limits", {}), adapter_routes=config.get("allow_adapter_routes", False))
+    networks = config.get("trusted_proxies")
+    limits = Limits(
+        **config.get("limits", {}),
+        adapter_routes=config.get("allow_adapter_routes", False),
+        trusted_proxies=None if networks is None else TrustedProxies(networks),
+    )
     upstream = UpstreamSettings.from_json(config["upstream"])
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:

@@ -19,6 +19,7 @@ class RequestWatch:
     """
 
     __slots__ = (
+        "_address",
         "_answered",
         "_context",
         "_key",
@@ -47,6 +48,7 @@ class RequestWatch:
         self._route = route
         self._request_id = request_id
         self._transport = client.transport
+        self._address = client.address
         self._started = started
         self._sent = 0.0
         self._answered = 0.0
@@ -100,5 +102,5 @@ class RequestWatch:
                 self._answered - self._sent if self._answered else None,
                 arm,
                 self._request_id,
-                self._transport,
+                self._address,
             )

@@ -109,7 +109,9 @@ class FakeVllm(FakeModel):
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        headers = dict(scope["headers"])
+        headers: dict[bytes, bytes] = {}
+        for name, value in scope["headers"]:
+            headers[name] = b", ".join((headers[name], value)) if name in headers else value
         try:
             route = (scope["method"], scope["path"])
             self._note(route[1], body)
