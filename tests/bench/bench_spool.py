@@ -3,7 +3,8 @@
     rate     captures of 128 tokens that are scored later in a second of CPU time, and the same on the live path, both
              by a reference that costs nothing, in one process
     bytes    bytes of a segment for each token, at K = 20 and without taps
-    append   CPU time that the control process's event loop takes for a capture, and the one of its segments
+    append   CPU time that the control process's event loop takes for a capture, and the one of its segments; the same
+             where no plugin hands out the tokens, so that the capture has the JSON of the response
     outage   a reference that is down for 12 hours at 20 sampled requests a second, on a simulated clock: nothing is
              lost, and memory does not grow
 
@@ -18,7 +19,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -150,6 +151,22 @@ class World:
         )
 
 
+def as_responses(given: Iterable[Capture]) -> Iterator[Capture]:
+    """Yields the captures as they come where no plugin hands out the tokens: with the JSON of the response."""
+    for capture in given:
+        width, top = capture.top_k + 1, capture.top_k
+        ids = np.frombuffer(capture.candidate_ids, "<i4").reshape(-1, width)[:, :top].tolist()
+        logprobs = np.frombuffer(capture.candidate_logprobs, "<f4").reshape(-1, width)[:, :top].tolist()
+        content = []
+        for row in zip(ids, logprobs, strict=True):
+            tops = [
+                {"token": f"token_id:{at}", "logprob": value, "bytes": [32, 97]} for at, value in zip(*row, strict=True)
+            ]
+            content.append(tops[0] | {"top_logprobs": tops})
+        empty = dict.fromkeys(("candidate_ids", "candidate_logprobs", "emitted_logprobs"), b"")
+        yield msgspec.structs.replace(capture, logprobs=[msgspec.json.encode({"content": content})], **empty)
+
+
 def append(count: int) -> Iterator[Row]:
     """Yields the CPU time of a capture, and the bytes of a token."""
     with tempfile.TemporaryDirectory() as name:
@@ -166,6 +183,17 @@ def append(count: int) -> Iterator[Row]:
     yield Row("segment, in a thread", 1e3 * (total - appended) / count, "ms a capture", True)
     each = size / (count * TOKENS)
     yield Row("bytes a token", each, f"<= {MAX_TOKEN_BYTES:.0f}", each <= MAX_TOKEN_BYTES)
+    with tempfile.TemporaryDirectory() as name:
+        world, given = World(Path(name)), list(as_responses(captures(count // 10)))
+        began = time.process_time()
+        for capture in given:
+            world.spool.update(capture, None)
+        appended = time.process_time() - began
+        world.spool.close()
+        total = time.process_time() - began
+        assert world.spool.lost == 0
+    yield Row("append of a response's JSON, event loop", 1e3 * appended / len(given), "ms a capture", True)
+    yield Row("segment of it, in a thread", 1e3 * (total - appended) / len(given), "ms a capture", True)
 
 
 async def keep(folder: Path, seconds: int, per_second: int, tokens: int) -> tuple[int, int, float]:

@@ -25,7 +25,7 @@ from hemostat.engines.messages import TapRun
 from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
 from hemostat.metrics.reasons import Unscored
-from hemostat.scoring.spool import journal
+from hemostat.scoring.spool import columns, journal
 from hemostat.scoring.spool.columns import SCHEMA, SCHEMA_VERSION, VERSION_KEY, from_rows, to_rows
 from hemostat.scoring.spool.journal import Journal, read_journal
 from hemostat.scoring.spool.keys import SegmentCipher, SpoolError, SpoolKey, read_key
@@ -408,6 +408,14 @@ def test_rows_of_one_schema_are_the_ones_that_the_documentation_lists() -> None:
     text = (Path(__file__).parents[2] / "docs/formats.md").read_text()
     missing = [name for name in SCHEMA.names if f"`{name}`" not in text]
     assert missing == []
+
+
+def test_a_column_is_the_same_in_one_piece_and_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [Spooled(numbered(number, output_token_ids=bytes(4 * number)), 1.0) for number in range(3)]
+    whole = to_rows(given)
+    assert whole["output_token_ids"].to_pylist() == [b"", bytes(4), bytes(8)]
+    monkeypatch.setattr(columns, "MAX_COLUMN_BYTES", 3)
+    assert to_rows(given).equals(whole)
 
 
 def test_a_tap_without_sets_keeps_no_runs() -> None:

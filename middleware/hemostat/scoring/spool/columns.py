@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 
 from hemostat.ipc.messages import Capture
@@ -15,6 +16,8 @@ SCHEMA_VERSION: Final = "1"
 VERSION_KEY: Final = b"hemostat.captures"
 """The key of the schema's metadata that has its version."""
 
+MAX_COLUMN_BYTES = 2**31 - 1
+"""The largest size of a column in one piece: its offsets are int32."""
 _TEXT, _BYTES = pa.string(), pa.binary()
 _SCALARS: dict[str, pa.DataType] = {
     "request_id": _TEXT,
@@ -67,10 +70,19 @@ def to_rows(captures: Sequence[Spooled]) -> pa.Table:
         pa.array([spooled.at for spooled in captures], pa.float64()),
         pa.array([spooled.probability for spooled in captures], pa.float64()),
         *(pa.array([getattr(s.capture, name) for s in captures], kind) for name, kind in _SCALARS.items()),
-        *(pa.array([getattr(s.capture, name) for s in captures], _BYTES) for name in _ARRAYS),
+        *(_column([getattr(s.capture, name) for s in captures]) for name in _ARRAYS),
         pa.array(taps, _BYTES),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def _column(values: Sequence[bytes]) -> pa.Array:
+    """Returns a column of bytes. Arrow's own way copies again each time that its buffer grows."""
+    ends = np.cumsum([0, *map(len, values)])
+    if ends[-1] > MAX_COLUMN_BYTES:
+        return pa.array(values, _BYTES)  # in several chunks
+    buffers = [None, pa.py_buffer(ends.astype("<i4")), pa.py_buffer(b"".join(values))]
+    return pa.Array.from_buffers(_BYTES, len(values), buffers)
 
 
 def from_rows(rows: pa.Table) -> Iterator[Spooled]:
