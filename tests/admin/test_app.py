@@ -34,6 +34,7 @@ GUARDED = [
     ("DELETE", "/api/v1/gate"),
     ("POST", "/api/v1/engines/drain"),
     ("POST", "/api/v1/engines/undrain"),
+    ("POST", "/api/v1/engines/trace"),
 ]
 ENGINES = [("POST", f"/api/v1/engine/{name}") for name in ("report", "answers", "tap")]
 

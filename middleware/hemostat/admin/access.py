@@ -54,6 +54,7 @@ ACCESS: Mapping[tuple[str, str], Access] = {
     ("POST", "/api/v1/gate/rollback"): Access.OPEN,
     ("POST", "/api/v1/engines/drain"): Access.ADMIN,
     ("POST", "/api/v1/engines/undrain"): Access.ADMIN,
+    ("POST", "/api/v1/engines/trace"): Access.ADMIN,
     ("POST", "/api/v1/engine/report"): Access.ENGINE,
     ("GET", "/api/v1/engine/profiles/{version}"): Access.ENGINE,
     ("POST", "/api/v1/engine/tap"): Access.ENGINE,

@@ -192,6 +192,17 @@ class DrainRequest(msgspec.Struct, forbid_unknown_fields=True):
     engine: Annotated[str, msgspec.Meta(max_length=300)]
 
 
+MAX_TRACED = 64
+Nonce = Annotated[str, msgspec.Meta(max_length=64)]
+
+
+class TraceRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of POST /api/v1/engines/trace. nonces: of requests that were sent. new: the number of further ones."""
+
+    nonces: Annotated[list[Nonce], msgspec.Meta(max_length=MAX_TRACED)] = []
+    new: Annotated[int, msgspec.Meta(ge=0, le=MAX_TRACED)] = 0
+
+
 Margin = Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
 
 
@@ -452,6 +463,15 @@ def create_app(
         wanted = await _read(request, DrainRequest, '{"engine": "host:port"}')
         await backend.actions.drain(wanted.engine, ends=True)
         return await status()
+
+    @app.post("/api/v1/engines/trace")
+    async def trace(request: Request) -> dict[str, Any]:
+        """Says which engine has answered requests that carried these nonces, and signs `vllm_xargs` for further ones.
+        Body: `{"nonces": ["..."], "new": 10}`."""
+        backend.ownership.require_active()
+        wanted = await _read(request, TraceRequest, f'{{"nonces": [...], "new": 0 to {MAX_TRACED}}}')
+        traced: dict[str, Any] = msgspec.to_builtins(backend.engines.trace(wanted.nonces, wanted.new))
+        return traced
 
     async def active() -> None:
         backend.ownership.require_active()

@@ -10,6 +10,7 @@ replay    the requests to an engine: a set is taken, replayed and explained
 report    the output of canaries: statements, the report of the admin port, and metrics
 schedule  the times at which an engine is asked
 states    the states of the canaries of every engine, and the part of them that outlasts the control process
+through   the same through a public address, until each engine behind it was seen
 texts     the canaries' texts as clients send them: token ids, and free answers
 variants  the same tokens on an engine in variants, for the cause of a change
 """

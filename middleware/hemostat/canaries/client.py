@@ -11,12 +11,14 @@ all the same, so that what it leaves in the cache is used by nobody else.
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -204,11 +206,18 @@ class CanaryClient:
         """Begins to count the sequences that are scored, for the progress."""
         self._scored, self._to_score = 0, sequences
 
-    async def _score(self, canary: Canary, *, decoded: bool) -> Floats:
+    async def score_at(self, server: VllmServer, canary: Canary, more: Mapping[str, Any]) -> Floats:
+        """Returns the log-probabilities of one sequence by `prompt_logprobs`, at another address of the same server.
+        more: further members of the body."""
+        other = copy.copy(self)  # what the server refuses is known to both
+        other._server = server
+        return await other._score(canary, decoded=False, **more)
+
+    async def _score(self, canary: Canary, *, decoded: bool, **more: Any) -> Floats:
         await self._gate()
         self.sent += canary.tokens
         try:
-            values = await self._asked(canary, decoded=decoded)
+            values = await self._asked(canary, more, decoded=decoded)
         except Refused as refused:
             if NOT_A_NUMBER not in refused.detail:
                 raise
@@ -224,22 +233,23 @@ class CanaryClient:
             self._progress("sequences scored", self._scored, self._to_score)
         return np.array(values)
 
-    async def _asked(self, canary: Canary, *, decoded: bool) -> list[float] | None:
+    async def _asked(self, canary: Canary, more: Mapping[str, Any], *, decoded: bool) -> list[float] | None:
         ask = self._decoded if decoded else self._prefilled
         try:
-            return await ask(canary)
+            return await ask(canary, more)
         except Refused as refused:
             if not self._priority or "priority" not in refused.detail.lower():
                 raise
-            self._priority = {}
-            return await ask(canary)
+            self._priority.clear()
+            return await ask(canary, more)
 
-    async def _prefilled(self, canary: Canary) -> list[float] | None:
-        return await self._server.prompt_logprobs(self.model, canary.ids, cache_salt=_salt(), **self._priority)
+    async def _prefilled(self, canary: Canary, more: Mapping[str, Any]) -> list[float] | None:
+        more = {"cache_salt": _salt(), **self._priority, **more}
+        return await self._server.prompt_logprobs(self.model, canary.ids, **more)
 
-    async def _decoded(self, canary: Canary) -> list[float] | None:
+    async def _decoded(self, canary: Canary, more: Mapping[str, Any]) -> list[float] | None:
         prompt, answer = canary.prompt.tolist(), canary.answer.tolist()
-        more = {"prompt_logprobs": 0, "cache_salt": _salt(), **self._priority}
+        more = {"prompt_logprobs": 0, "cache_salt": _salt(), **self._priority, **more}
         return await self._server.forced_logprobs(self.model, prompt, answer, self._sign({FORCE_KEY: answer}), **more)
 
     async def _decodes(self, text: Sequence[int]) -> bool:

@@ -51,6 +51,11 @@ def _token(options: argparse.Namespace) -> str | None:
     return secret_from_environment("admin", "token", os.environ) or os.environ.get(FORMER_VARIABLE)
 
 
+def has_token(options: argparse.Namespace) -> bool:
+    """Returns True if these options, or the environment, have an admin token. Raises ConfigError."""
+    return bool(_token(options))
+
+
 def admin_request(options: argparse.Namespace, method: str, path: str, **body: Any) -> httpx.Response:
     """Sends a request to the admin port, and returns the response. Raises UsageError if it cannot be reached or
     refuses."""

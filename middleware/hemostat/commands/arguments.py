@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -131,9 +131,11 @@ API_KEY = "HEMOSTAT_UPSTREAM__API_KEY"
 SERVER = "URL[#NAME] of a vLLM server, and the name of the served model or adapter (default: its first model)."
 
 
-def vllm_server(option: str, address: str, seconds: float) -> tuple[VllmServer, str | None]:
+def vllm_server(
+    option: str, address: str, seconds: float, fields: Mapping[str, str] | None = None
+) -> tuple[VllmServer, str | None]:
     """Returns a client of the server, and the name that the address gives. option: the name of the argument, for the
-    error. seconds: the longest time of an answer. Raises UsageError."""
+    error. seconds: the longest time of an answer. fields: further header fields. Raises UsageError."""
     from pydantic import SecretStr  # noqa: PLC0415
 
     from hemostat.config.fields import server_url  # noqa: PLC0415
@@ -143,6 +145,7 @@ def vllm_server(option: str, address: str, seconds: float) -> tuple[VllmServer, 
     url, _, name = (address, "", "") if "@" in address else address.partition("#")
     key = os.environ.get(API_KEY)
     try:
-        return VllmServer(server_url(url), SecretStr(key) if key else None, timeout=seconds), name or None
+        secret = SecretStr(key) if key else None
+        return VllmServer(server_url(url), secret, timeout=seconds, fields=fields), name or None
     except ValueError as error:
         raise UsageError(f"{option}: {str(error).replace('use api_key', f'set {API_KEY}')}") from None

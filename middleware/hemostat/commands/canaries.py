@@ -8,17 +8,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from hemostat.commands.admin_port import add_admin_options, admin_json, has_token
 from hemostat.commands.arguments import SERVER, UsageError, number_from_zero, vllm_server
 from hemostat_calibration.errors import HemostatError
 
 if TYPE_CHECKING:
     from hemostat.canaries.client import CanaryClient
+    from hemostat.canaries.through import RouteFindings
+    from hemostat.reference.server import VllmServer
     from hemostat_calibration.canaries import CanarySet, Comparison, Origin
     from hemostat_calibration.canary_texts import TextComparison
 
@@ -71,6 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _replay,
     )
     replay.add_argument("file", type=Path, metavar="FILE", help="The set that take has written.")
+    replay.add_argument(
+        "--through",
+        action="store_true",
+        help="URL is a public address with several engines behind it. Each sequence is asked for with and without a "
+        "session. With the admin token it is known which engines have answered, and which the route never reaches.",
+    )
+    add_admin_options(replay)
     tolerance(replay)
     cause = action(
         "cause", "Say why a server differs from a stored set. The exit codes are the same as with replay.", _cause
@@ -112,7 +122,8 @@ def _take(options: argparse.Namespace) -> int:
 
 def _replay(options: argparse.Namespace) -> int:
     taken = _read(options.file)
-
+    if options.through:
+        return _say_through(_run(_replay_through(options, taken)))
     return _say(*_run(_compare_at(options.server, taken.origin.model, taken, options.tolerance)), taken.origin)
 
 
@@ -159,6 +170,43 @@ def _say(found: _Found, now: Origin, then: Origin) -> int:
         print(f"  {texts.summary}")  # noqa: T201
     for change in then.changes(now):
         print(f"  {change}")  # noqa: T201
+    return exit_code
+
+
+async def _replay_through(options: argparse.Namespace, taken: CanarySet) -> RouteFindings:
+    import msgspec  # noqa: PLC0415
+
+    from hemostat.canaries.through import RouteReplay  # noqa: PLC0415
+    from hemostat.engines.messages import Trace  # noqa: PLC0415
+    from hemostat.report.progress import Reporter  # noqa: PLC0415
+
+    if taken.decoded:
+        raise UsageError(f"{options.file} has decoded answers, which are not sent through a route; take another set")
+
+    def connect(fields: Mapping[str, str]) -> VllmServer:
+        return vllm_server("URL", options.server, ANSWER_SECONDS, fields)[0]
+
+    async def ask(nonces: Sequence[str], new: int) -> Trace:
+        body = {"nonces": list(nonces), "new": new}
+        answer = await asyncio.to_thread(admin_json, options, "POST", "/api/v1/engines/trace", json=body)
+        return msgspec.convert(answer, Trace)
+
+    async with _client(options.server, taken.origin.model) as client:
+        with Reporter() as reporter:
+            asks = ask if has_token(options) else None
+            return await RouteReplay(taken, client, connect, options.tolerance, asks, reporter.step).run()
+
+
+def _say_through(found: RouteFindings) -> int:
+    """Prints the verdict and what each engine has shown. Returns the exit code."""
+    exit_code = CHANGED if found.changed else COULD_NOT_TELL if found.unknown else EQUAL
+    lines = [f"{len(found.comparisons)} engines have answered"] if found.names else [found.chance]
+    for boot, comparison in sorted(found.comparisons.items()):
+        its = CHANGED if comparison.changed else COULD_NOT_TELL if comparison.differs else EQUAL
+        name = found.name(boot) or ("engines without the plugin" if found.names else "all engines together")
+        lines.append(f"{name}: {_VERDICTS[its]}: {comparison.summary}")
+    lines += [f"{name}: never reached, with a session or without" for name in found.unreached]
+    print(f"{_VERDICTS[exit_code]}: " + "\n  ".join(lines))  # noqa: T201
     return exit_code
 
 

@@ -36,6 +36,11 @@ BACKOFF = (1.0, 2.0, 5.0, 15.0)
 """The seconds between two probes of an address that is not identified."""
 
 
+def new_nonce(reports: PluginReports) -> str:
+    """Returns a nonce for a request of the control process's own, whose tap comes back to this one."""
+    return f"{reports.nonce_prefix}-{secrets.token_hex(8)}"
+
+
 class Identification:
     """Owns which engine answers at one address. Implements `engine.LiveReports` and `engine.EnginePart`.
 
@@ -94,7 +99,7 @@ class Identification:
     async def _identify(self, server: VllmServer) -> None:
         asked_at = self._clock()
         self._backoff.failed(asked_at)
-        nonce = f"{self._reports.nonce_prefix}-{secrets.token_hex(8)}"
+        nonce = new_nonce(self._reports)
         xargs = self._reports.secrets.signed({TAP_KEY: nonce}, asked_at)
         body = {"prompt": "x", "max_tokens": 1, "vllm_xargs": xargs}
         try:

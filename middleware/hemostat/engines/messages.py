@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -193,6 +193,19 @@ class AnswerMessage(msgspec.Struct, frozen=True):
     dropped: Count
     passive: PassiveCounts | None = None
     """The counts of what the plugin samples itself; None of an older plugin."""
+
+
+class Trace(msgspec.Struct, frozen=True):
+    """The engines that have answered requests with a nonce: the answer of POST /api/v1/engines/trace.
+
+    engines: the ones that report, by boot id: their names, "" where that is not known. answered: the boot id of the
+    engine that has answered, by nonce; a nonce whose engine is not known (yet) is missing. requests: signed
+    `vllm_xargs` of further requests, by nonce.
+    """
+
+    engines: dict[str, str] = {}
+    answered: dict[str, str] = {}
+    requests: dict[str, dict[str, Any]] = {}
 
 
 class InvalidEngineMessage(ValueError):

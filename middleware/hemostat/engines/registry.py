@@ -17,14 +17,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hemostat.config.models import Upstream
 from hemostat.engines.configured import ConfiguredEngines
 from hemostat.engines.engine import Engine, EnginePart, Health, P
-from hemostat.engines.identification import Identification
+from hemostat.engines.identification import Identification, new_nonce
+from hemostat.engines.messages import Trace
 from hemostat.engines.reports import PluginReports
 from hemostat.ipc.messages import EngineHealth
 from hemostat.metrics import names
@@ -33,6 +34,7 @@ from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import VllmServer
 from hemostat.store.protocol import StateKey, StoreWrites
 from hemostat.store.states import read_state, write_state
+from hemostat_calibration.engine_keys import TAP_KEY
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.messages import shown_address
 
@@ -163,6 +165,15 @@ class EngineRegistry:
     def signed(self, xargs: dict[str, Any]) -> dict[str, Any]:
         """Returns the `vllm_xargs` of a request of the control process's own."""
         return self.reports.secrets.signed(xargs, self._clock())
+
+    def trace(self, nonces: Sequence[str], new: int) -> Trace:
+        """Returns which engines have answered the requests with these nonces, and `vllm_xargs` for further ones."""
+        now = self._clock()
+        answered = {nonce: tap.boot_id for nonce in nonces if (tap := self.reports.taps.take(nonce, 1)) is not None}
+        boots = {self._boot(engine, now): name for name, engine in self.current().items()}
+        engines = {boot: boots.get(boot, "") for boot in sorted(self.reports.boots(now))}
+        requests = {nonce: self.signed({TAP_KEY: nonce}) for nonce in (new_nonce(self.reports) for _ in range(new))}
+        return Trace(engines, answered, requests)
 
     # --- drains ----------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import ssl
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,9 +96,11 @@ class VllmServer:
         timeout: float = 60.0,
         ca: Path | None = None,
         host: str | None = None,
+        fields: Mapping[str, str] | None = None,
     ) -> None:
         """url: the root, without /v1. timeout: seconds for one answer. ca: PEM file to trust instead of the system's
-        authorities. host: what the server is called in Host and in its certificate, where the URL has its address."""
+        authorities. host: what the server is called in Host and in its certificate, where the URL has its address.
+        fields: further header fields of each request."""
         self.url = url
         self._seconds = timeout + CONNECT_SECONDS
         authorization = {"authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else {}
@@ -106,7 +108,7 @@ class VllmServer:
         self._extensions = {} if host is None else {"sni_hostname": httpx.URL(f"//{host}").host}
         self._client = httpx.AsyncClient(
             base_url=url,
-            headers={**IDENTITY, **authorization, **named},
+            headers={**IDENTITY, **authorization, **named, **(fields or {})},
             timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS),
             verify=ssl.create_default_context(cafile=ca) if url.startswith("https:") else False,
             trust_env=False,  # prompts must not go through a proxy that the environment names for the internet

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
+from tests.support.fake_vllm.answers import Receive, Scope, Send
 from tests.support.fake_vllm.server import FakeVllm
+
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+"""A `FakeVllm`, or another ASGI application, such as a router in front of some."""
 
 
 class _Server(uvicorn.Server):
@@ -33,7 +37,7 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def serving(fake: FakeVllm, port: int = 0) -> Iterator[str]:
+def serving(fake: Application, port: int = 0) -> Iterator[str]:
     """Serve it on a thread of its own; yields the base URL."""
     config = uvicorn.Config(
         fake, host="127.0.0.1", port=port, log_level="critical", lifespan="off", ws="none", access_log=False
