@@ -74,7 +74,7 @@ class Report:
         return cls(wait(read_evidence(location(folder), read_key(key), cycle_hours)))
 
     def rows(self) -> Iterator[ReportRow]:
-        """Yields the figures of all requests, and then of each kind of traffic."""
+        """Yields the figures of all requests, and then those of each kind of traffic, of which there are fewer."""
         yield from _rows(ALL, self.document["raw"])
         for kind in self.document["by_kind"]:
             yield from _rows(kind["kind"] or "unknown", kind["raw"])
@@ -135,6 +135,8 @@ class Report:
 
 def _rows(group: str, raw: Mapping[str, Any]) -> Iterator[ReportRow]:
     for name in summary.FIGURES:
+        if name not in raw:  # a kind has only some of them
+            continue
         mean, (low, high), bound = summary.figure(raw, name)
         known, begins, ends = (math.nan if value is None else value for value in (mean, low, high))
         yield ReportRow(group, name, known, begins, ends, bound, raw["requests"], raw["tokens"])
