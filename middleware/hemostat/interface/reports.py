@@ -74,7 +74,7 @@ class Report:
         return cls(wait(read_evidence(location(folder), read_key(key), cycle_hours)))
 
     def rows(self) -> Iterator[ReportRow]:
-        """Yields the figures of all requests, and then those of each kind of traffic, of which there are fewer."""
+        """Yields the figures of all requests, and then the figures of each kind of traffic, which has fewer."""
         yield from _rows(ALL, self.document["raw"])
         for kind in self.document["by_kind"]:
             yield from _rows(kind["kind"] or "unknown", kind["raw"])
