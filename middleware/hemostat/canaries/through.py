@@ -13,6 +13,7 @@ free requests go on until each engine that reports has answered enough of them, 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import secrets
 from collections import Counter
@@ -79,7 +80,9 @@ class RouteFindings:
     def chance(self) -> str:
         """One line: the probability that an engine was missed, where it is not known which have answered."""
         ways = zip(self.requests, ("requests without a session", "sessions"), strict=True)
-        chances = " and ".join(f"{missed(count, SHARE):.1%} among {count} {way}" for count, way in ways)
+        chances = " and ".join(
+            f"{math.ceil(1000 * missed(count, SHARE)) / 1000:.1%} among {count} {way}" for count, way in ways
+        )
         return (
             f"which engines have answered is not known: one that gets a tenth of them or more was missed with a "
             f"probability of at most {chances}"
