@@ -11,7 +11,6 @@ all the same, so that what it leaves in the cache is used by nobody else.
 from __future__ import annotations
 
 import asyncio
-import copy
 import hashlib
 import secrets
 import time
@@ -57,6 +56,8 @@ PRIORITY = 1_000
 """The priority of canaries, later than clients' requests, whose default is 0. It has an effect if the engine schedules
 by priority.
 """
+
+_NOTHING: Mapping[str, Any] = {}
 
 Gate = Callable[[], Awaitable[None]]
 """A function that is awaited before each request, and returns when the request may be sent."""
@@ -209,15 +210,15 @@ class CanaryClient:
     async def score_at(self, server: VllmServer, canary: Canary, more: Mapping[str, Any]) -> Floats:
         """Returns the log-probabilities of one sequence by `prompt_logprobs`, at another address of the same server.
         more: further members of the body."""
-        other = copy.copy(self)  # what the server refuses is known to both
-        other._server = server
-        return await other._score(canary, decoded=False, **more)
+        return await self._score(canary, decoded=False, server=server, more=more)
 
-    async def _score(self, canary: Canary, *, decoded: bool, **more: Any) -> Floats:
+    async def _score(
+        self, canary: Canary, *, decoded: bool, server: VllmServer | None = None, more: Mapping[str, Any] = _NOTHING
+    ) -> Floats:
         await self._gate()
         self.sent += canary.tokens
         try:
-            values = await self._asked(canary, more, decoded=decoded)
+            values = await self._asked(server or self._server, canary, more, decoded=decoded)
         except Refused as refused:
             if NOT_A_NUMBER not in refused.detail:
                 raise
@@ -233,24 +234,26 @@ class CanaryClient:
             self._progress("sequences scored", self._scored, self._to_score)
         return np.array(values)
 
-    async def _asked(self, canary: Canary, more: Mapping[str, Any], *, decoded: bool) -> list[float] | None:
+    async def _asked(
+        self, server: VllmServer, canary: Canary, more: Mapping[str, Any], *, decoded: bool
+    ) -> list[float] | None:
         ask = self._decoded if decoded else self._prefilled
         try:
-            return await ask(canary, more)
+            return await ask(server, canary, more)
         except Refused as refused:
             if not self._priority or "priority" not in refused.detail.lower():
                 raise
-            self._priority.clear()
-            return await ask(canary, more)
+            self._priority = {}
+            return await ask(server, canary, more)
 
-    async def _prefilled(self, canary: Canary, more: Mapping[str, Any]) -> list[float] | None:
+    async def _prefilled(self, server: VllmServer, canary: Canary, more: Mapping[str, Any]) -> list[float] | None:
         more = {"cache_salt": _salt(), **self._priority, **more}
-        return await self._server.prompt_logprobs(self.model, canary.ids, **more)
+        return await server.prompt_logprobs(self.model, canary.ids, **more)
 
-    async def _decoded(self, canary: Canary, more: Mapping[str, Any]) -> list[float] | None:
+    async def _decoded(self, server: VllmServer, canary: Canary, more: Mapping[str, Any]) -> list[float] | None:
         prompt, answer = canary.prompt.tolist(), canary.answer.tolist()
         more = {"prompt_logprobs": 0, "cache_salt": _salt(), **self._priority, **more}
-        return await self._server.forced_logprobs(self.model, prompt, answer, self._sign({FORCE_KEY: answer}), **more)
+        return await server.forced_logprobs(self.model, prompt, answer, self._sign({FORCE_KEY: answer}), **more)
 
     async def _decodes(self, text: Sequence[int]) -> bool:
         """Returns True if the server decodes tokens that it is given, and that it would hardly choose: a text from its
