@@ -65,7 +65,7 @@ def test_where_vllm_has_no_int4_kernels_a_dense_copy_is_served(
     narrow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_process, "on_cpu", lambda: True)
-    monkeypatch.setattr(vllm_process, "_lacks_avx512", lambda: narrow)
+    monkeypatch.setattr(vllm_process, "lacks_avx512", lambda: narrow)
     monkeypatch.setattr(vllm_process, "unpacked_copy", lambda folder, _: folder / "dense")
     (tmp_path / "config.json").write_text('{"quantization_config": {"format": "pack-quantized"}}')
     assert vllm_process.runnable(tmp_path) == (tmp_path / "dense" if narrow else tmp_path)
@@ -81,12 +81,6 @@ def test_where_vllm_has_no_int4_kernels_a_dense_copy_is_served(
     monkeypatch.setattr(vllm_process, "on_cpu", lambda: True)
     (tmp_path / "config.json").write_text("{}")
     assert vllm_process.runnable(tmp_path) == tmp_path
-
-
-def test_detection_of_avx512() -> None:
-    wide = "processor\t: 0\nmodel name\t: avx512f\nflags\t\t: fpu avx2 avx512f avx512bw\nbugs\t: none\n"
-    assert vllm_process._avx512(wide)
-    assert not vllm_process._avx512(wide.replace(" avx512f avx512bw", " avx512bw"))
 
 
 @pytest.fixture

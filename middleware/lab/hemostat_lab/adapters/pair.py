@@ -79,7 +79,8 @@ class CheckpointPair:
             raise AdaptError(f"REFERENCE: {reference} is quantized: name the original that COMPRESSED was made from")
         _same_architecture(whole, small)
         _same_vocabulary(whole, small)
-        skeleton = Skeleton(whole.config, dtype_of(whole, dtype), device_of(device), "REFERENCE")
+        on = device_of(device)
+        skeleton = Skeleton(whole.config, dtype_of(whole, dtype, on), on, "REFERENCE")
         try:
             check_serves_adapters(whole.config)
         except UnsupportedModelError as error:

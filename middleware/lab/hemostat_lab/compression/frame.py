@@ -51,7 +51,8 @@ class Source:
         checkpoint = Checkpoint(folder, "SOURCE")
         if checkpoint.quantized:
             raise CompressError(f"{folder} is quantized already: start from the original checkpoint")
-        skeleton = Skeleton(checkpoint.config, dtype_of(checkpoint, "auto"), device_of(device), "SOURCE")
+        on = device_of(device)
+        skeleton = Skeleton(checkpoint.config, dtype_of(checkpoint, "auto", on), on, "SOURCE")
         missing = sorted(skeleton.places.keys() - checkpoint.names)
         if missing:
             raise CompressError(

@@ -5,11 +5,9 @@ Run as a program, this module asks the kernel to end the process with its parent
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 import os
-import platform
 import random
 import signal
 import socket
@@ -26,6 +24,7 @@ from hemostat.config.packages import install_command
 from hemostat.ipc.supervised import die_with_parent
 from hemostat_calibration.errors import HemostatError
 from hemostat_lab.compression.unpacking import is_packed, unpacked_copy
+from hemostat_lab.models.processor import lacks_avx512
 
 LOGITS_PROCESSOR = "hemostat_engine:LogitsProcessor"
 READY_SECONDS = 300.0
@@ -59,7 +58,7 @@ def on_cpu() -> bool:
 def runnable(checkpoint: Path, progress: Callable[[str], None] = lambda _: None) -> Path:
     """The checkpoint, or a dense copy of it where vLLM's CPU build has no kernels for packed weights (without AVX-512):
     slower, but the same model."""
-    if not (on_cpu() and _lacks_avx512() and is_packed(checkpoint)):
+    if not (on_cpu() and lacks_avx512() and is_packed(checkpoint)):
         return checkpoint
     progress("this CPU has no AVX-512, without which vLLM has no int4 kernels: using a dense copy of the same weights")
     return unpacked_copy(checkpoint, progress)
@@ -68,17 +67,7 @@ def runnable(checkpoint: Path, progress: Callable[[str], None] = lambda _: None)
 def dtype() -> str:
     """The dtype of both models in the demo and the tests: bfloat16; float32 on a CPU without AVX-512, where bfloat16
     takes ten times as long."""
-    return "float32" if on_cpu() and _lacks_avx512() else "bfloat16"
-
-
-@functools.cache
-def _lacks_avx512() -> bool:
-    """True for an x86 processor without AVX-512."""
-    return platform.machine() == "x86_64" and not _avx512(Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-
-
-def _avx512(cpuinfo: str) -> bool:
-    return "avx512f" in cpuinfo.partition("\nflags")[2].partition("\n")[0].split()
+    return "float32" if on_cpu() and lacks_avx512() else "bfloat16"
 
 
 def free_port() -> int:

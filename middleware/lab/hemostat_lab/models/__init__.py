@@ -15,6 +15,7 @@ Further modules:
     experts         mixtures of experts: each expert as linear layers of its own, and what a router chooses
     generation      texts that a causal language model of transformers generates
     parts           finished parts of a build: tensors under names, on disk or in memory
+    processor       what this machine's processor computes well
     quiet           runs transformers without its progress bars and advice
     stored_formats  how the weights of quantized checkpoints are stored, and what they are
     work_folder     the folder of finished parts, from which an interrupted command continues

@@ -16,6 +16,7 @@ from hemostat.checkpoints.errors import AdaptError
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.messages import one_line
 from hemostat_lab.models.checkpoint import Checkpoint
+from hemostat_lab.models.processor import lacks_avx512
 from hemostat_lab.models.skeleton import CopyLinear, Skeleton, WeightSource, set_factors
 
 Adapter = Mapping[str, LowRank]
@@ -45,7 +46,8 @@ class Copy:
     def load(cls, folder: Path, device: str = "cpu", dtype: str = "auto", label: str = "checkpoint") -> Copy:
         """dtype: of torch; `auto` is the checkpoint's own. Raises AdaptError."""
         checkpoint = Checkpoint(folder, label)
-        skeleton = Skeleton(checkpoint.config, dtype_of(checkpoint, dtype), device_of(device), label)
+        on = device_of(device)
+        skeleton = Skeleton(checkpoint.config, dtype_of(checkpoint, dtype, on), on, label)
         skeleton.load(list(skeleton.places), weights_of(checkpoint))
         for name, module in skeleton.linears.items():
             module.inputs = checkpoint.inputs(name)
@@ -143,8 +145,11 @@ def weights_of(checkpoint: Checkpoint) -> WeightSource:
     return source
 
 
-def dtype_of(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
-    """The torch dtype of this name; for `auto` that of the checkpoint, bfloat16 if it names none."""
+def dtype_of(checkpoint: Checkpoint, dtype: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of this name; for `auto` that of the checkpoint, bfloat16 if it names none. In place of it, a
+    processor that computes numbers of 16 bits slowly gets float32."""
+    if dtype == "auto" and device.type == "cpu" and lacks_avx512():
+        return torch.float32
     named = getattr(checkpoint.config.get_text_config(), "dtype", None) if dtype == "auto" else dtype
     result = getattr(torch, named, None) if isinstance(named, str) else named
     if result is None:

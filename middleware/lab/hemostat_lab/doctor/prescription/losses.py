@@ -82,7 +82,8 @@ def token_statistics(
     seed: of the tokens that gradients are taken for.
     """
     checkpoint = Checkpoint(reference, "REFERENCE")
-    skeleton = Skeleton(checkpoint.config, dtype_of(checkpoint, "auto"), device_of(device), "REFERENCE")
+    on = device_of(device)
+    skeleton = Skeleton(checkpoint.config, dtype_of(checkpoint, "auto", on), on, "REFERENCE")
     statistics = LayerStatistics(
         skeleton,
         weights_of(checkpoint),
