@@ -376,7 +376,7 @@ def test_taps_equal_the_model_and_the_text_equals_the_numpy_profile(
 
 
 def test_reports_carry_the_fingerprint_of_the_checkpoint(vllm_server: Any, checkpoints: Checkpoints) -> None:
-    expected = {fingerprint(str(checkpoints.compressed)): 1}
+    expected = {fingerprint(str(vllm_process.runnable(checkpoints.compressed))): 1}
     for _ in range(100):
         with vllm_server.admin.lock:
             result = vllm_server.admin.registry.weights({vllm_server.model}, 0.0)
