@@ -230,7 +230,6 @@ def observing(rate: float, **changes: Any) -> Policy:
         shadow_max_tokens=8192,
         scoring=True,
         tap=False,
-        forced=None,
         control_fraction=0.0,
         acknowledged=frozenset(),
         labels=frozenset(),
