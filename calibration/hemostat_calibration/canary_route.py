@@ -7,15 +7,6 @@ whichever engine answers and in whichever mode. An engine's votes, one for each 
 like the votes of a whole replay (`hemostat_calibration.canaries`). Two requests with a part far beyond its bound are a
 change, too. Where it is not known which engine has answered, all requests count as one engine's: then few of many
 requests show a change only by such parts.
-
->>> from hemostat_calibration.canaries import Canary, Origin
->>> rng = np.random.default_rng(0)
->>> canaries = tuple(Canary("chat", np.arange(8, dtype=np.int32), np.arange(32, dtype=np.int32)) for _ in range(20))
->>> true = rng.normal(-2.0, 1.0, (20, 39))
->>> taken = CanarySet(canaries, true.ravel() + rng.normal(0.0, 0.02, (4, true.size)), Origin("smollm2"))
->>> answers = [Routed(n, "ab"[n % 2], true[n] + (n % 2) * rng.normal(0.0, 0.2, 39)) for n in range(20)]
->>> {engine: found.changed for engine, found in compare_routed(taken, answers).items()}
-{'a': False, 'b': True}
 """
 
 from __future__ import annotations
@@ -87,7 +78,14 @@ def _difference(bounds: _Bounds, values: Floats) -> Floats:
 
 
 def far_parts(taken: CanarySet, answer: Routed, tolerance: float = TOLERANCE_NATS) -> bool:
-    """Returns True if a part of the sequence is farther than PART_FACTOR times its bound."""
+    """Returns True if a part of the sequence is farther than PART_FACTOR times its bound.
+
+    >>> from hemostat_calibration.canaries import Canary, Origin
+    >>> canaries = tuple(Canary("chat", np.arange(8, dtype=np.int32), np.arange(32, dtype=np.int32)) for _ in range(20))
+    >>> taken = CanarySet(canaries, np.zeros((4, 20 * 39)), Origin("smollm2"))
+    >>> [far_parts(taken, Routed(0, "a", np.full(39, shift))) for shift in (0.1, 1.0)]
+    [False, True]
+    """
     bounds = _bounds(taken, answer.sequence)
     difference = _difference(bounds, answer.values)
     found = np.array([difference[piece].mean() for piece in bounds.pieces])
@@ -98,7 +96,17 @@ def compare_routed(
     taken: CanarySet, answers: Iterable[Routed], tolerance: float = TOLERANCE_NATS
 ) -> dict[str, Comparison]:
     """Returns by engine the comparison of its answers with the baseline. Of several answers to one sequence the first
-    one votes; `parts` are the numbers of all that are far away, if there are FAR_REQUESTS of them."""
+    one votes; `parts` are the numbers of all that are far away, if there are FAR_REQUESTS of them.
+
+    >>> from hemostat_calibration.canaries import Canary, Origin
+    >>> rng = np.random.default_rng(0)
+    >>> canaries = tuple(Canary("chat", np.arange(8, dtype=np.int32), np.arange(32, dtype=np.int32)) for _ in range(20))
+    >>> true = rng.normal(-2.0, 1.0, (20, 39))
+    >>> taken = CanarySet(canaries, true.ravel() + rng.normal(0.0, 0.02, (4, true.size)), Origin("smollm2"))
+    >>> answers = [Routed(n, "ab"[n % 2], true[n] + (n % 2) * rng.normal(0.0, 0.2, 39)) for n in range(20)]
+    >>> {engine: found.changed for engine, found in compare_routed(taken, answers).items()}
+    {'a': False, 'b': True}
+    """
     by_engine: dict[str, list[Routed]] = {}
     for answer in answers:
         by_engine.setdefault(answer.engine, []).append(answer)
