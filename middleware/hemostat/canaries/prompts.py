@@ -33,7 +33,7 @@ def load(path: Path | None = None) -> Prompts:
     """Returns the prompts of a file, one per line, as text or as SHAPE; without `path`, the prompts of this package.
     Raises PromptFileError.
     """
-    name, data = read_prompts(path, "hemostat.canaries")
+    name, data = read_prompts(path, "hemostat.canaries", None)
     prompts = tuple(_parse(line, f"{name}:{number}") for number, line in lines_of(data))
     if not MIN_SEQUENCES <= len(prompts) <= MAX_SEQUENCES:
         raise PromptFileError(

@@ -19,15 +19,19 @@ class PromptFileError(HemostatError):
     """A file of prompts is invalid; the text is one line with the file, the line and the correction."""
 
 
-def read_prompts(path: Path | None, package: str = "hemostat.gate") -> tuple[str, bytes]:
+def read_prompts(
+    path: Path | None, package: str = "hemostat.gate", option: str | None = "--prompts"
+) -> tuple[str, bytes]:
     """Returns the name and the content of a file of prompts. Without `path` it is the one that comes with the package.
-    Raises PromptFileError."""
+    option: of the command that names the file, for the error; None if a setting may name it, too. Raises
+    PromptFileError."""
     if path is None:
         return _PACKAGED, resources.files(package).joinpath(_PACKAGED).read_bytes()
     try:
         return str(path), path.read_bytes()
     except OSError as error:
-        raise PromptFileError(f"{path} cannot be read ({error.strerror}); name a file of prompts") from None
+        where = f"{option}: {path}" if option else str(path)
+        raise PromptFileError(f"{where} cannot be read ({error.strerror}); name a file of prompts") from None
 
 
 def lines_of(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -83,7 +83,7 @@ def test_error_names_the_line(tmp_path: Path, line: str, message: str) -> None:
 
 
 def test_error_names_an_empty_or_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(PromptFileError, match=r"absent\.jsonl cannot be read"):
+    with pytest.raises(PromptFileError, match=r"--prompts: .*absent\.jsonl cannot be read"):
         load(tmp_path / "absent.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n \n")
     with pytest.raises(PromptFileError, match=r"empty\.jsonl: no prompts"):

@@ -66,7 +66,7 @@ def test_invalid_utf8(tmp_path: Path) -> None:
 
 
 def test_missing_file_and_empty_file(tmp_path: Path) -> None:
-    with pytest.raises(PromptFileError, match="cannot be read"):
+    with pytest.raises(PromptFileError, match=r"--prompts: .*cannot be read"):
         load(tmp_path / "none", None)
     (tmp_path / "empty").write_text("\n  \n")
     with pytest.raises(PromptFileError, match="contains no prompt"):

@@ -363,7 +363,7 @@ def test_chromium_reports_no_error(report: dict[str, Any], tmp_path: Path) -> No
         (["http://x:1", "/nowhere/b"], "must be of the same kind"),
         ([".", "."], "REFERENCE: . is not a transformers checkpoint: it has no config.json"),
         (["a/b", "c/d", "--json", "/nowhere/x.json"], "--json: /nowhere/x.json cannot be written"),
-        (["a/b", "c/d", "--prompts", "/nowhere/p"], "/nowhere/p cannot be read"),
+        (["a/b", "c/d", "--prompts", "/nowhere/p"], "--prompts: /nowhere/p cannot be read"),
         (["a/b", "c/d", "--tokens", "0"], "'0' is not a positive integer"),
         (["a/b", "c/d", "--greedy", "--given"], "not allowed with"),
         (["a/b"], "required: COMPRESSED"),
