@@ -27,12 +27,14 @@ from hemostat_calibration.alarm.betting import BET_FRACTIONS, amount, equal_weig
 from hemostat_calibration.statistics.confidence import MeanSequence
 from hemostat_calibration.statistics.dependence import (
     LEVELS,
+    MIN_BATCHES,
     MIN_UNITS,
     RECENT_EVERY,
     RECENT_LAG,
     RECENT_UNITS,
     BatchMeans,
     SuccessiveDifferences,
+    upper_factor,
 )
 
 from . import Row, count_row
@@ -160,17 +162,40 @@ def baselines(
     return result
 
 
+def inflations(levels: Array, looks: npt.NDArray[np.int64]) -> Array:
+    """`BatchMeans.inflation` after each of so many requests: levels [R], looks [L] -> [L]."""
+    levels = levels - levels[:1]  # sums of squares then lose nothing to a level that all units share
+    ratios, before, single = np.ones(len(looks)), np.ones(len(looks)), np.ones(len(looks))
+    for level in range(LEVELS):
+        size, count = float(1 << level), looks >> level
+        usable = count >= MIN_BATCHES
+        if not usable.any():
+            break
+        sums = levels[: len(levels) >> level << level].reshape(-1, 1 << level).sum(axis=1)
+        total, squares = (np.concatenate([[0.0], part.cumsum()])[count] for part in (sums, sums * sums))
+        mean = levels.cumsum()[looks - 1] / looks
+        each = squares - 2.0 * mean * size * total + (mean * size) ** 2 * count
+        differ = each > 1e-18 * np.maximum(squares, 1e-300)
+        each /= np.maximum(count - 1.0, 1.0) * size
+        single = single if level else np.where(differ, each, np.nan)
+        ratio = each / single
+        corrected = (ratio + np.maximum(ratio - before, 0.0)) * upper_factor(np.maximum(count, MIN_BATCHES))
+        ratios, before = np.where(usable & (level > 0), np.fmax(ratios, corrected), ratios), ratio
+    return ratios
+
+
 def recent_inflations(levels: Array) -> Array:
     """Returns what `RecentInflation` says after each level: [R] -> [R]."""
-    result, value, first = np.ones(len(levels)), 1.0, 0
-    for at in range(len(levels)):
-        last = at + 1 - RECENT_LAG
-        if last - first >= RECENT_UNITS:
-            first += RECENT_UNITS // 2
-        if last - first >= MIN_UNITS and (last - first) % RECENT_EVERY == 0:
-            value = float(batch_means(levels[first:last]).inflation()[0])
-        result[at] = value
-    return result
+    result, half = np.ones(len(levels)), RECENT_UNITS // 2
+    ends = np.arange(1, len(levels) + 1) - RECENT_LAG  # of the units that count, after each level
+    firsts = np.maximum(ends // half - 1, 0) * half
+    for first in range(0, max(len(levels) - RECENT_LAG, 0) + 1, half):
+        at = np.flatnonzero((firsts == first) & (ends - first >= MIN_UNITS) & ((ends - first) % RECENT_EVERY == 0))
+        if len(at):
+            result[at] = inflations(levels[first : ends[at[-1]]], ends[at] - first)
+    looked = (ends - firsts >= MIN_UNITS) & ((ends - firsts) % RECENT_EVERY == 0)
+    latest = np.maximum.accumulate(np.where(looked, np.arange(len(levels)), -1))
+    return np.where(latest >= 0, result[latest], 1.0)
 
 
 def difference_inflations(baseline: Baseline, rows: Array) -> Array:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 
 import numpy as np
-import numpy.typing as npt
 from tests.bench.guard import Row, count_row, median
 from tests.bench.guard.alarm import (
     SETTINGS,
     SHORT,
     Array,
     difference_inflations,
+    inflations,
     log_evidence,
     normal_effects,
     real,
@@ -29,7 +29,6 @@ from tests.bench.guard.alarm import (
 
 from hemostat_calibration.alarm.alarm import CHECK_EVERY, EFFECTIVE_SHARE
 from hemostat_calibration.alarm.baseline import fit_baseline
-from hemostat_calibration.statistics.dependence import LEVELS, MIN_BATCHES, upper_factor
 
 NAME = "alarm_dependence"
 TAKES = "15 minutes on one core (a fifth of the lives)"
@@ -134,26 +133,6 @@ class Life:
 
     begun: float
     alarm: float
-
-
-def inflations(levels: Array, looks: npt.NDArray[np.int64]) -> Array:
-    """`BatchMeans.inflation` after each of so many requests: levels [R], looks [L] -> [L]."""
-    ratios, before, single = np.ones(len(looks)), np.ones(len(looks)), np.ones(len(looks))
-    for level in range(LEVELS):
-        size, count = float(1 << level), looks >> level
-        usable = count >= MIN_BATCHES
-        if not usable.any():
-            break
-        sums = levels[: len(levels) >> level << level].reshape(-1, 1 << level).sum(axis=1)
-        total, squares = (np.concatenate([[0.0], part.cumsum()])[count] for part in (sums, sums * sums))
-        mean = levels.cumsum()[looks - 1] / looks
-        each = squares - 2.0 * mean * size * total + (mean * size) ** 2 * count
-        each /= np.maximum(count - 1.0, 1.0) * size
-        single = single if level else each
-        ratio = each / single
-        corrected = (ratio + np.maximum(ratio - before, 0.0)) * upper_factor(np.maximum(count, MIN_BATCHES))
-        ratios, before = np.where(usable & (level > 0), np.fmax(ratios, corrected), ratios), ratio
-    return ratios
 
 
 def begins(levels: Array, least: int) -> tuple[int, float] | None:
