@@ -30,6 +30,7 @@ from hemostat_lab.demo.checkpoints import Checkpoints, cached_checkpoints
 _LONGEST = [
     Path(__file__).parent / name
     for name in (
+        "deploy/test_compiled_wheel.py",
         "e2e/test_demo.py",
         "control/test_adapters.py",
         "control/test_restarts.py",
@@ -38,7 +39,7 @@ _LONGEST = [
         "reference/test_transformers.py",
     )
 ]
-"""Files of a minute or more each, apart from those that share a server or wheels."""
+"""Files of a minute or more each, apart from those that share a server."""
 assert all(file.is_file() for file in _LONGEST), "one of them is gone"
 _missed: list[str] = []
 """Tests that were skipped for want of something that could be installed: their reason says how."""
@@ -125,7 +126,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 class _Together(LoadScopeScheduling):
-    """With `-n`, all tests of a file run in one process, and so do all files that share a server or wheels."""
+    """With `-n`, all tests of a file run in one process, and so do all files that share a server."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -136,7 +137,7 @@ class _Together(LoadScopeScheduling):
 def _shared_fixture(file: Path) -> str | None:
     """What a test or fixture of the file has as parameter that takes long to make (the module `vllm_server` is
     another)."""
-    match = re.search(r"\b(vllm_server|lora_server|wheelhouse)\s*[:,)]", file.read_text(encoding="utf-8"))
+    match = re.search(r"\b(vllm_server|lora_server)\s*[:,)]", file.read_text(encoding="utf-8"))
     return match and match[1]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from tests.support import compiled
 from tests.support.paths import ROOT
+from tests.support.uv import uv
 
 from hemostat import __version__
 
@@ -58,8 +59,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except compiled.NoCompilerError as error:
         pytest.skip(str(error))
     except subprocess.CalledProcessError as error:
-        if "No matching distribution" in error.stderr:
-            pytest.skip(f"pip cannot get what would be installed: {error.stderr.strip().splitlines()[-1]}")
         pytest.fail(error.stdout + error.stderr)
 
 
@@ -142,8 +141,7 @@ def test_an_editable_install_is_not_compiled(tmp_path: Path) -> None:
     environment = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     python = environment / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "-e", str(ROOT)]
-    subprocess.run(install, env=os.environ | {compiled.SWITCH: "1"}, check=True)
+    uv("pip", "install", "--python", str(python), "--no-deps", "-e", str(ROOT), variables={compiled.SWITCH: "1"})
     code = "import importlib.util as u; print(u.find_spec('hemostat.relay.exchange').origin)"
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     said = subprocess.run([python, "-c", code], env=clean, cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -21,6 +21,7 @@ from tests.support.adapter_models import random_texts, save, tiny_model
 from tests.support.dist_module import dist_module
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.paths import ROOT
+from tests.support.uv import install
 
 from hemostat import __version__
 
@@ -162,7 +163,7 @@ def test_what_make_dist_makes(made: Path) -> None:
 
 
 class Installed:
-    """An empty environment, outside of the repository, into which pip installs what it is given, in one command.
+    """An empty environment, outside of the repository, into which uv installs what it is given, in one command.
 
     sources: the folder in which that command is given.
     """
@@ -170,8 +171,7 @@ class Installed:
     def __init__(self, folder: Path, *given: str, sources: Path | None = None) -> None:
         self.folder = folder
         venv.create(folder / "venv", symlinks=True)
-        pip = [sys.executable, "-m", "pip", "--python", str(folder / "venv" / "bin" / "python"), "install", "--quiet"]
-        subprocess.run([*pip, *given], cwd=sources, check=True)
+        install(folder / "venv" / "bin" / "python", *given, folder=sources)
 
     @classmethod
     def with_wheel(cls, folder: Path, wheel: Path, extras: str) -> Installed:

@@ -195,8 +195,8 @@ def buildah(wheelhouse: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     if shutil.which("buildah") is None:
         pytest.skip("buildah is not here; on Debian or Ubuntu: apt-get install buildah netavark")
     folder = tmp_path_factory.mktemp("buildah")
-    builder = Buildah(folder, wheelhouse)
-    rootfs.make(folder / "tree", wheelhouse, ["click", "h11"])
+    builder = Buildah(folder, rootfs.wheels_of(wheelhouse, folder / "wheels"))
+    rootfs.make(folder / "tree", builder.wheelhouse, ["click", "h11"])
     try:
         container = builder("from", *builder.limits, "scratch")
         builder("add", "--quiet", container, str(folder / "tree"), "/")

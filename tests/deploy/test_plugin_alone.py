@@ -81,7 +81,7 @@ def test_two_commands_and_a_restart_of_vllm_lead_to_the_first_interval(
         until("vLLM", lambda: answers(f"{url}/health"), vllm, tmp_path / "vllm")
         # What the first command installs, from wheels.
         wheels = [str(next(wheelhouse.glob(f"{name}-*.whl"))) for name in ("hemostat", "hemostat_vllm")]
-        environment.pip("install", "--quiet", "--no-index", "--no-deps", *wheels)
+        environment.install("--no-index", "--no-deps", *wheels)
         ready = time.monotonic()
         words = command.split()
         words[0:1] = [python, "-m", "hemostat"]

@@ -34,7 +34,7 @@ def test_it_requires_neither_vllm_nor_torch_and_has_lower_bounds_only() -> None:
 
 
 @pytest.mark.parametrize("versions", [LOWEST, dict.fromkeys(LOWEST, "999.0")], ids=["lowest", "later"])
-def test_whatever_versions_vllm_has_brought_pip_installs_the_plugin_alone(
+def test_whatever_versions_vllm_has_brought_the_plugin_is_installed_alone(
     versions: dict[str, str], wheel: Path, tmp_path: Path
 ) -> None:
     environment = Environment(tmp_path / "venv")
@@ -43,7 +43,7 @@ def test_whatever_versions_vllm_has_brought_pip_installs_the_plugin_alone(
         about.mkdir()
         (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         (about / "INSTALLER").write_text("pip\n")
-    assert environment.would_install(wheel) == ["hemostat-vllm"]
+    assert environment.would_change(wheel) == [("+", "hemostat-vllm")]
 
 
 def test_beside_vllm_it_moves_nothing(wheel: Path, tmp_path: Path) -> None:
@@ -51,14 +51,14 @@ def test_beside_vllm_it_moves_nothing(wheel: Path, tmp_path: Path) -> None:
     if not builds:
         pytest.skip("vLLM is not installed")
     environment = vllm_environment(tmp_path / "venv")
-    before, complaints = environment.installed(), environment.pip("check", succeeds=False)
+    before, complaints = environment.installed(), environment.complaints()
     assert {f"{name}=={importlib.metadata.version(name)}" for name in (builds[0], "torch")} <= before
     assert not [name for name in before if name.startswith("hemostat")]
-    assert environment.would_install(wheel) == ["hemostat-vllm"]
-    # All else is a link to what is installed here, which pip must not touch even if this test is wrong.
-    environment.pip("install", "--quiet", "--no-index", "--no-deps", str(wheel))
+    assert environment.would_change(wheel) == [("+", "hemostat-vllm")]
+    # All else is a link to what is installed here, which uv must not touch even if this test is wrong.
+    environment.install("--no-index", "--no-deps", str(wheel))
     assert environment.installed() == before | {f"hemostat-vllm=={__version__}"}
-    assert environment.pip("check", succeeds=False) == complaints
+    assert environment.complaints() == complaints
     plugins = "import importlib.metadata as m; print(*m.entry_points(group='vllm.general_plugins').names)"
     assert "hemostat" in environment.run(plugins).split()
     assert environment.run("from hemostat_engine import LogitsProcessor as p; print(p.__module__)") == (
@@ -66,9 +66,9 @@ def test_beside_vllm_it_moves_nothing(wheel: Path, tmp_path: Path) -> None:
     )
 
 
-def test_it_is_imported_without_the_proxy_and_without_vllm(wheel: Path, wheelhouse: Path, tmp_path: Path) -> None:
+def test_it_is_imported_without_the_proxy_and_without_vllm(wheel: Path, tmp_path: Path) -> None:
     environment = Environment(tmp_path / "venv")
-    environment.pip("install", "--quiet", "--no-index", "--find-links", str(wheelhouse), str(wheel))
+    environment.install(str(wheel))
     assert {name.partition("==")[0] for name in environment.installed()} == {"hemostat-vllm", *LOWEST}
     program = """
 import importlib, json, pkgutil, hemostat_calibration, hemostat_engine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -13,16 +12,12 @@ from typing import Any
 
 import pytest
 from tests.support.paths import ROOT
+from tests.support.uv import setup_module
 
 
 @pytest.fixture(scope="module")
 def environment() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("environment", ROOT / "deploy" / "setup" / "environment.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return setup_module()
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+from tests.support import uv
+
 ROOT = Path(__file__).parents[2]
 SWITCH = "HATCH_BUILD_HOOKS_ENABLE"
 SUFFIXES = tuple(importlib.machinery.EXTENSION_SUFFIXES)
@@ -47,20 +49,14 @@ def check_compiler() -> None:
 def build_wheel(folder: Path, *, root: Path = ROOT, opt_level: int = 3) -> Path:
     """A compiled wheel in `folder`, of the tree below `root`. opt_level: of the C compiler; 0 is quick.
 
-    Raises NoCompilerError, or CalledProcessError with pip's output.
+    Raises NoCompilerError, or CalledProcessError with uv's output.
     """
     check_compiler()
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
-    # A name without a slash would be one of the package index. Before there was a distribution of its own for what the
-    # relay shares with the plugin, Hemostat's wheel contained it.
-    parts = [part for part in (".", "calibration") if (root / part / "pyproject.toml").exists()]
-    command += [str(root.resolve() / part) for part in parts]
     given = {SWITCH: "1", "MYPYC_OPT_LEVEL": str(opt_level)}
-    try:
-        subprocess.run(command, env=os.environ | given, check=True, capture_output=True, text=True)
-    except subprocess.CalledProcessError as error:
-        error.add_note(error.stderr)
-        raise
+    # Before there was a distribution of its own for what the relay shares with the plugin, there was one wheel.
+    for part in (".", "calibration"):
+        if (root / part / "pyproject.toml").exists():
+            uv.build_wheel(root.resolve() / part, folder, given)
     (wheel,) = folder.glob("hemostat-*.whl")
     return wheel
 

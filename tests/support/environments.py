@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-import json
+import os
+import re
 import subprocess
-import sys
 import sysconfig
 import venv
+from functools import partial
 from pathlib import Path
+from shutil import copytree
+
+from tests.support.uv import install, uv
 
 OWN = ("hemostat", "hemostat_lab", "hemostat_vllm", "hemostat_calibration", "hemostat_engine")
 
 
 class Environment:
-    """An environment without pip, into which the pip of this one installs."""
+    """An environment without pip, into which the uv of this one installs."""
 
     def __init__(self, folder: Path) -> None:
         venv.create(folder, symlinks=True)
         self.python = folder / "bin" / "python"
         (self.site,) = folder.glob("lib/python*/site-packages")
 
-    def pip(self, *arguments: str, succeeds: bool = True) -> str:
-        command = [sys.executable, "-m", "pip", "--python", str(self.python), *arguments]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert not succeeds or ended.returncode == 0, ended.stderr
-        return ended.stdout
+    def install(self, *arguments: str) -> None:
+        install(self.python, *arguments)
 
-    def would_install(self, wheel: Path) -> list[str]:
-        """Returns the distributions that pip would install or move. Their wheels are in the plugin's folder."""
-        report = self.pip("install", "--quiet", "--no-index", "--dry-run", "--report", "-", str(wheel))
-        return [entry["metadata"]["name"] for entry in json.loads(report)["install"]]
+    def would_change(self, wheel: Path) -> list[tuple[str, str]]:
+        """Returns what installing the wheel would do, without an index: + or - for a distribution that comes or goes,
+        and its name. One that moves to another version has both."""
+        command = ("pip", "install", "--python", str(self.python), "--no-index", "--dry-run", str(wheel))
+        said = uv(*command).stderr
+        assert "Would" in said
+        return re.findall(r"^ ([-+~]) ([\w.-]+)", said, re.MULTILINE)
+
+    def complaints(self) -> set[str]:
+        """Returns the requirements that what is installed does not satisfy, a sentence each."""
+        said = uv("pip", "check", "--python", str(self.python), succeeds=False).stderr
+        assert "Checked" in said
+        return {line for line in said.splitlines() if line.startswith("The package")}
 
     def installed(self) -> set[str]:
         """Returns all distributions, as name==version."""
@@ -49,5 +59,7 @@ def vllm_environment(folder: Path) -> Environment:
     environment = Environment(folder)
     for path in Path(sysconfig.get_path("purelib")).iterdir():
         if path.name.partition("-")[0] not in OWN and not path.name.startswith("_hemostat"):
-            (environment.site / path.name).symlink_to(path)
+            # uv does not see a distribution whose folder of metadata is a link itself.
+            link = partial(copytree, copy_function=os.symlink) if path.suffix == ".dist-info" else os.symlink
+            link(path, environment.site / path.name)
     return environment

@@ -79,6 +79,16 @@ def make(root: Path, wheelhouse: Path, packages: Iterable[str] = ()) -> None:
     subprocess.run([*command, "--no-warn-conflicts", "--target", str(site), "pip", *packages], check=True)
 
 
+def wheels_of(own: Path, folder: Path) -> Path:
+    """Fill the folder with Hemostat's wheels and the wheels of all that it needs and is built with. pip gets them: uv
+    installs wheels, but hands out none."""
+    made = {path.name.partition("-")[0]: str(path) for path in own.glob("*.whl")}
+    wanted = [f"{made['hemostat']}[tracing,postgres]", made["hemostat_vllm"], "hatchling", "pip"]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(folder), *wanted], check=True)
+    shutil.copy(made["hemostat_lab"], folder)
+    return folder
+
+
 def inside(root: Path, path: Path) -> Path:
     return root / path.relative_to("/")
 
