@@ -143,6 +143,7 @@ class World:
         self.spool = Spool(
             folder,
             SpoolKey(os.urandom(32)),
+            journals=folder,
             max_bytes=max_bytes,
             max_age=1e9,
             clock=lambda: self.now,
@@ -206,7 +207,8 @@ async def keep(folder: Path, seconds: int, per_second: int, tokens: int) -> tupl
         for number, capture in enumerate(given):
             one = msgspec.structs.replace(capture, request_id=f"{second}-{number}")
             assert world.spool.update(one, None) is None
-        await world.spool._do_periodic()
+        await world.spool._sync()
+        await world.spool._tidy()
         if second == FIRST_SEGMENTS:
             first = resident_mib(os.getpid())
     world.spool.close()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 from pyarrow import fs
+from pydantic import ValidationError
 from tests.support.captures import capture
 from tests.support.scorer_bench import FakeReference
 
+from hemostat.config.operation import SpoolSettings
 from hemostat.scoring.offline.evidence import read_evidence
 from hemostat.scoring.offline.folder import score_folder
-from hemostat.scoring.spool.columns import SCHEMA_VERSION, VERSION_KEY, to_rows
+from hemostat.scoring.spool.columns import SCHEMA_VERSION, VERSION_KEY, from_rows, to_rows
 from hemostat.scoring.spool.keys import SpoolError, SpoolKey
 from hemostat.scoring.spool.objects import ObjectPath, location
-from hemostat.scoring.spool.segments import read_segment, segments, write_segment
+from hemostat.scoring.spool.segments import read_segment, segments, size_of, write_segment
+from hemostat.scoring.spool.spool import Spool
 from hemostat.scoring.spool.spooled import Spooled
 
 KEY = SpoolKey(bytes(range(32)))
@@ -75,6 +79,112 @@ def test_what_cannot_be_read_is_named_in_one_line(address: str, tmp_path: Path) 
             read_segment(name, key, {VERSION_KEY: SCHEMA_VERSION})
         assert "\n" not in str(error.value)
         assert str(name) in str(error.value)
+
+
+def spool_in(folder: ObjectPath, journals: Path, wall: float = AT) -> Spool:
+    return Spool(
+        folder,
+        KEY,
+        journals=journals,
+        max_bytes=1 << 20,
+        max_age=3600.0,
+        clock=lambda: 0.0,
+        wall=lambda: wall,
+        draw=lambda: 0.0,
+    )
+
+
+def ids(folder: ObjectPath) -> list[str]:
+    rows = (read_segment(path, KEY, {VERSION_KEY: SCHEMA_VERSION}) for path in segments(folder))
+    return [spooled.capture.request_id for part in rows for spooled in from_rows(part)]
+
+
+def test_an_object_exists_once_it_is_written(address: str, tmp_path: Path) -> None:
+    folder = at(address, "spool", tmp_path)
+    path = folder / "captures-1700000000000-00000000.parquet"
+    assert not path.exists()
+    write_segment(path, to_rows([Spooled(capture("x"), AT)]), KEY)
+    assert path.exists()
+    assert folder.exists()
+    path.unlink()
+    assert not path.exists()
+    with pytest.raises(FileNotFoundError):
+        path.unlink()
+
+
+def test_a_control_process_spools_to_an_object_store(address: str, tmp_path: Path) -> None:
+    """The journal is on this machine, and encrypted. A segment is one object, and the journal goes after it."""
+    folder, journals = at(address, "spool", tmp_path), tmp_path / "journals"
+    spool = spool_in(folder, journals)
+    for name in ("1", "2"):
+        assert spool.update(capture(name), None) is None
+    assert len(list(journals.iterdir())) == 1
+    assert segments(folder) == []
+    spool.close()
+    assert list(journals.iterdir()) == []
+    (segment,) = segments(folder)
+    assert ids(folder) == ["1", "2"]
+    spool.look()
+    assert spool.bytes == size_of(segment) > 0
+    spool_in(folder, journals, AT + 3601).look()
+    assert segments(folder) == []
+
+
+def test_a_journal_whose_object_is_there_is_not_counted_twice(address: str, tmp_path: Path) -> None:
+    folder, journals = at(address, "spool", tmp_path), tmp_path / "journals"
+    spool = spool_in(folder, journals)
+    spool.update(capture("once"), None)
+    (path,) = journals.iterdir()
+    copy = path.read_bytes()
+    spool.close()
+    path.write_bytes(copy)
+    spool_in(folder, journals).recover()
+    assert ids(folder) == ["once"]
+    assert not path.exists()
+
+
+def test_captures_stay_on_this_machine_while_the_store_is_down(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next process brings them to the store, each once."""
+    store = DownStore(fs.LocalFileSystem())
+    folder, journals = ObjectPath(store, PurePosixPath(tmp_path / "spool"), "s3://bucket/spool"), tmp_path / "journals"
+    (tmp_path / "spool").mkdir()
+    spool = spool_in(folder, journals)
+    assert spool.update(capture("1"), None) is None
+    spool.close()
+    spool.look()
+    assert spool.update(capture("2"), None) is None
+    spool.close()
+    assert len(list(journals.iterdir())) == 2
+    assert spool.lost == 0
+    assert spool.bytes > 0
+    assert "cannot look at s3://bucket/spool" in caplog.text
+    assert "\n" not in "".join(record.getMessage() for record in caplog.records)
+    store.down = False
+    spool_in(folder, journals).recover()
+    assert sorted(ids(folder)) == ["1", "2"]
+    assert list(journals.iterdir()) == []
+
+
+class DownStore:
+    """A file system of Arrow that cannot be reached while `down`."""
+
+    def __init__(self, store: fs.FileSystem) -> None:
+        self.store, self.down = store, True
+
+    def __getattr__(self, name: str) -> Any:
+        if self.down:
+            raise OSError("no route to host")
+        return getattr(self.store, name)
+
+
+def test_the_settings_take_an_address_without_a_password() -> None:
+    assert SpoolSettings(path="s3://bucket/spool", key="plain").path == "s3://bucket/spool"
+    with pytest.raises(ValidationError, match="AWS_ACCESS_KEY_ID"):
+        SpoolSettings(path="s3://user:secret@bucket/spool", key="plain")
+    with pytest.raises(ValidationError, match="requires a path on this machine"):
+        SpoolSettings(path="s3://bucket/spool", key="plain", score="02:00-05:00")
 
 
 def test_an_address_is_shown_without_its_password() -> None:

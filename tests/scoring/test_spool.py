@@ -62,6 +62,7 @@ class World:
         return Spool(
             self.folder,
             self.key,
+            journals=self.folder,
             max_bytes=self.max_bytes,
             max_age=3600.0,
             clock=lambda: self.now,
@@ -359,7 +360,8 @@ from tests.support.captures import capture
 from hemostat.scoring.spool import spool as module
 from hemostat.scoring.spool.keys import SpoolKey
 module.SEGMENT_BYTES = 4000
-spool = module.Spool(Path(sys.argv[1]), SpoolKey(bytes(range(32))), max_bytes=1 << 30, max_age=1e9,
+folder = Path(sys.argv[1])
+spool = module.Spool(folder, SpoolKey(bytes(range(32))), journals=folder, max_bytes=1 << 30, max_age=1e9,
     clock=time.monotonic, wall=time.time, draw=lambda: 0.0)
 spool.recover()
 for number in itertools.count():

@@ -18,14 +18,14 @@ from hemostat.commands.arguments import UsageError, load_settings
 from hemostat.commands.setup_check import HEADERS_FLAG, PLUGIN_FLAG, check, exit_code, table
 from hemostat.config.fields import is_secret
 from hemostat.config.schema import Settings
+from hemostat.config.state_folder import state_folder
 
 MAX_TOKEN_BYTES = 4096
 
 
 def token_file() -> Path:
     """Returns `$XDG_STATE_HOME/hemostat/engine-token`, by default below `~/.local/state`."""
-    state = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
-    return Path(state) / "hemostat" / "engine-token"
+    return state_folder() / "engine-token"
 
 
 def kept_token() -> str:

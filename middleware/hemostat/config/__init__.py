@@ -11,6 +11,7 @@ reasoning_parsers  vLLM's reasoning parsers by name, with the texts that enclose
 reloading          rules for what a changed setting needs in order to take effect in a running instance (SIGHUP)
 rendering          settings as a commented YAML file, from which `load` makes the same settings
 schema             the configuration as a whole, and the sections of what is measured and learned
+state_folder       the folder of this machine for what outlasts a process
 store_url          addresses of stores (`store.url`)
 text               the text of the errors of the configuration
 waiting_times      the time that each figure and decision takes at the earliest, by the settings

@@ -169,8 +169,9 @@ class Log(Section):
 class SpoolSettings(Section):
     """Sampled requests on disk, before they are scored, for `hemostat score`. It needs the extra `spool`."""
 
-    path: Path | None = None
-    """The folder that sampled requests are written to: docs/offline.md. **Token ids are text**, so none are written by
+    path: str | None = Field(default=None, min_length=1)
+    """The folder that sampled requests are written to, also in an object store (`s3://bucket/spool`):
+    docs/offline.md. **Token ids are text**, so none are written by
     default. With `reference.backend: none` requests are sampled and written, and scored later by `hemostat score`."""
     key: str | None = Field(default=None, min_length=1)
     """The key that encrypts the folder: the path of a file, or `env:NAME` with the name of an environment variable.
@@ -204,12 +205,22 @@ class SpoolSettings(Section):
             raise ValueError("use now, never, or two times of the day (UTC) like 02:00-05:00")
         return value
 
+    @field_validator("path", mode="before")
+    @classmethod
+    def _without_password(cls, value: object) -> object:
+        text = str(value) if isinstance(value, Path) else value
+        if isinstance(text, str) and "://" in text and "@" in text:
+            raise ValueError("an address has no password; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
+        return text
+
     @model_validator(mode="after")
     def _keyed(self) -> SpoolSettings:
         if self.path is not None and self.key is None:
             raise ValueError("key: required with path, as token ids are text; name a key file, or plain")
         if self.path is None and self.score != "now":
             raise ValueError(f"path: required with score: {self.score}; name the folder")
+        if self.path is not None and "://" in self.path and self.window is not None:
+            raise ValueError(f"score: {self.score} requires a path on this machine; use now or never, or change path")
         if self.path is not None and (text := missing("spool")):
             raise ValueError(f"path: {text}")
         return self

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import logging
 import random
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
@@ -24,6 +26,7 @@ from hemostat.admin.status_parts import CalibrationParts, EngineParts, ScoringPa
 from hemostat.canaries.keeper import Canaries
 from hemostat.config.packages import require
 from hemostat.config.schema import Settings
+from hemostat.config.state_folder import state_folder
 from hemostat.control.compared_models import CalibratedModel, OtherModels
 from hemostat.control.learning import CalibrationNeeds, LearningSubject, ServedKinds
 from hemostat.control.operator_actions import OperatorActions
@@ -76,7 +79,7 @@ from hemostat.store.errors import StoreErrorLog
 from hemostat.store.factory import open_store
 from hemostat.store.protocol import Snapshot, StoreFailure
 from hemostat_calibration.elapsed import TimeBreak
-from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from hemostat.scoring.offline.window import SpoolScoring
@@ -250,7 +253,7 @@ class Control:
         from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415  an extra
 
         return SpoolScoring(
-            spool.path,
+            Path(spool.path),
             read_key(spool.key),
             stages,
             emit=self.pipeline.update,
@@ -544,18 +547,30 @@ def make_spool(settings: Settings, clock: Callable[[], float], wall: Callable[[]
         return None
     require("spool")
     from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415  an extra
+    from hemostat.scoring.spool.objects import location  # noqa: PLC0415
     from hemostat.scoring.spool.spool import Spool  # noqa: PLC0415
 
     assert spool.key is not None
+    folder = location(spool.path)
     return Spool(
-        spool.path,
+        folder,
         read_key(spool.key),
+        journals=folder if isinstance(folder, Path) else _journals_of(spool.path),
         max_bytes=spool.max_bytes,
         max_age=3600.0 * spool.keep_hours,
         clock=clock,
         wall=wall,
         draw=_RANDOM.random,
     )
+
+
+def _journals_of(address: str) -> Path:
+    """Returns the folder of this machine for the journals of a spool in an object store. Raises HemostatError."""
+    try:
+        folder = state_folder()
+    except RuntimeError as error:
+        raise HemostatError(f"spool.path: {error}; set XDG_STATE_HOME, where the newest requests are kept") from None
+    return folder / f"spool-{hashlib.sha256(address.encode()).hexdigest()[:16]}"
 
 
 async def _within(seconds: float, what: str, work: Coroutine[Any, Any, None]) -> None:

@@ -6,7 +6,7 @@ An object is written by one request under its final name, so it is there as a wh
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,11 +21,15 @@ _SHOWN = re.compile(r"(?<=://)[^/@]*@|\?.*")
 
 @dataclass(frozen=True, slots=True)
 class ObjectPath:
-    """A folder or an object. It has the parts of `Path` that segments need. shown: its address for people."""
+    """A folder or an object. It has the parts of `Path` that segments need.
+
+    shown: its address for people. size: the bytes of an object that `files` has listed.
+    """
 
     store: Any
     path: PurePosixPath
     shown: str
+    size: int = 0
 
     @property
     def name(self) -> str:
@@ -45,12 +49,14 @@ class ObjectPath:
         """Returns True: a folder of an object store is there as soon as an object is in it."""
         return True
 
-    exists = is_dir
+    def exists(self) -> bool:
+        """Returns True if the object is there, or any object of the folder. Raises OSError."""
+        return bool(self.store.get_file_info(str(self.path)).type != fs.FileType.NotFound)
 
     def files(self) -> list[ObjectPath]:
         """Returns the objects of the folder. Raises OSError."""
         found = self.store.get_file_info(fs.FileSelector(str(self.path), allow_not_found=True))
-        return [self / info.base_name for info in found if info.type is fs.FileType.File]
+        return [replace(self / info.base_name, size=info.size) for info in found if info.type is fs.FileType.File]
 
     def read(self) -> pa.Buffer:
         """Returns the content. Raises OSError."""
@@ -61,6 +67,10 @@ class ObjectPath:
         """Writes the content as a whole. Raises OSError."""
         with self.store.open_output_stream(str(self.path), buffer_size=0) as file:
             file.write(content)
+
+    def unlink(self) -> None:
+        """Removes the object. Raises FileNotFoundError if there is none, and OSError."""
+        self.store.delete_file(str(self.path))
 
 
 def location(text: str | Path | ObjectPath) -> Path | ObjectPath:

@@ -44,6 +44,11 @@ def segments(folder: L) -> list[L]:
     return sorted(found, key=lambda path: path.name)
 
 
+def size_of(path: Location) -> int:
+    """Returns the bytes of a segment that `segments` has listed. Raises OSError."""
+    return path.size if isinstance(path, ObjectPath) else path.stat().st_size
+
+
 def taken(path: Path) -> int:
     """Returns the number of rows of a segment that figures have already, as `set_taken` has written it.
 

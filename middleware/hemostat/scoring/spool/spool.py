@@ -6,6 +6,8 @@ and is written whole: whenever a process ends, a capture is in one segment, in o
 
 Above half of its limit the spool admits captures with a probability that falls to 0 at the limit. It depends on how
 full the spool is, and never on what a capture is, and each row has its own.
+
+Segments may be in an object store. Journals are always on this machine. While the store cannot be reached, they stay.
 """
 
 from __future__ import annotations
@@ -27,7 +29,16 @@ from hemostat.scoring.spool import journal
 from hemostat.scoring.spool.columns import to_rows
 from hemostat.scoring.spool.journal import Journal, in_use, read_journal
 from hemostat.scoring.spool.keys import SpoolError, SpoolKey
-from hemostat.scoring.spool.segments import SUFFIX, TAKEN_SUFFIX, began, segment_name, segments, write_segment
+from hemostat.scoring.spool.segments import (
+    SUFFIX,
+    TAKEN_SUFFIX,
+    Location,
+    began,
+    segment_name,
+    segments,
+    size_of,
+    write_segment,
+)
 from hemostat.scoring.spool.spooled import Spooled, SpooledTap
 from hemostat_calibration.backoff import Backoff
 from hemostat_calibration.errors import InvalidRecordError
@@ -54,13 +65,13 @@ def admission(fill: float) -> float:
     return min(1.0, max(0.0, 2.0 * (1.0 - fill)))
 
 
-def close_journal(path: Path, key: SpoolKey | None) -> int:
-    """Makes a segment of a journal, and removes the journal. Returns how many captures could not be read.
+def close_journal(path: Path, folder: Location, key: SpoolKey | None) -> int:
+    """Makes a segment of a journal in a folder, and removes the journal. Returns how many captures could not be read.
 
     A segment that is there already was made of the same journal, so nothing is counted twice. Raises OSError and
     SpoolError.
     """
-    segment, unreadable = path.with_suffix(SUFFIX), 0
+    segment, unreadable = folder / (path.stem + SUFFIX), 0
     if not segment.exists():
         captures = []
         for spooled in read_journal(path, key):
@@ -79,40 +90,48 @@ def close_journal(path: Path, key: SpoolKey | None) -> int:
 class Spool:
     """Owns the folder `spool.path`.
 
-    max_bytes: the limit of all of its files. max_age: the seconds after which a segment is removed. clock: monotonic
-    seconds. wall: Unix time. draw: returns a random number from 0 to 1. Raises SpoolError if the folder cannot be used.
+    journals: the folder of this machine for journals, which may be the same. max_bytes: the limit of all files.
+    max_age: the seconds after which a segment is removed. clock: monotonic seconds. wall: Unix time. draw: returns a
+    random number from 0 to 1. Raises SpoolError if the folder cannot be used.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Location,
         key: SpoolKey | None,
         *,
+        journals: Path,
         max_bytes: int,
         max_age: float,
         clock: Callable[[], float],
         wall: Callable[[], float],
         draw: Callable[[], float],
     ) -> None:
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise SpoolError(f"spool.path: cannot make {folder} ({error.strerror}); change it") from None
-        self._folder, self._key = folder, key
+        for made in (folder, journals):
+            if isinstance(made, Path):
+                try:
+                    made.mkdir(mode=0o700, parents=True, exist_ok=True)
+                except OSError as error:
+                    raise SpoolError(f"spool.path: cannot make {made} ({error.strerror}); change it") from None
+        self._folder, self._journals, self._key = folder, journals, key
         self._max_bytes, self._max_age = max_bytes, max_age
         self._clock, self._wall, self._draw = clock, wall, draw
         self._journal: Journal | None = None
         self._opened_at = 0.0
+        self._detached = False
+        """True if there is a journal to make a segment of."""
         self._looked_at = -math.inf
         self._closed_bytes = 0
         """The size of all files but the open journal."""
+        self._segment_bytes = 0
         self._backoff = Backoff(RETRY_SECONDS)
         self.written = 0
         self.lost = 0
         """The number of captures that could not be written."""
         self.refused = 0
         """The number of captures that were not admitted."""
-        self.look()
+        if isinstance(folder, Path):
+            self.look()  # an object store may be slow, and is looked at by `run`
 
     @property
     def bytes(self) -> int:
@@ -146,7 +165,7 @@ class Spool:
     def _open(self) -> Journal:
         if self._journal is None:
             name = segment_name(self._wall()) + journal.SUFFIX
-            self._journal, self._opened_at = Journal(self._folder / name, self._key), self._clock()
+            self._journal, self._opened_at = Journal(self._journals / name, self._key), self._clock()
         return self._journal
 
     def _failed(self, error: OSError) -> None:
@@ -155,22 +174,37 @@ class Spool:
         self._backoff.failed(self._clock())
 
     async def run(self) -> None:
-        """Syncs, closes and removes files, until cancelled."""
+        """Syncs, closes and removes files, until cancelled. An object store that is slow does not delay the syncs."""
+        await asyncio.gather(self._sync_loop(), self._tidy_loop())
+
+    async def _sync_loop(self) -> None:
+        while True:
+            await asyncio.sleep(SYNC_SECONDS)
+            await self._sync()
+
+    async def _tidy_loop(self) -> None:
         await asyncio.to_thread(self.recover)
         while True:
             await asyncio.sleep(SYNC_SECONDS)
-            await self._do_periodic()
+            await self._tidy()
 
-    async def _do_periodic(self) -> None:
-        open_journal = self._journal
+    async def _sync(self) -> None:
+        if (open_journal := self._journal) is None:
+            return
         try:
-            if open_journal is not None:
-                await asyncio.to_thread(open_journal.sync)
-                old = self._clock() - self._opened_at >= SEGMENT_SECONDS
-                if old or open_journal.bytes >= SEGMENT_BYTES:
-                    self._detach()
-                    await asyncio.to_thread(self.recover)
-                    self._looked_at = -math.inf
+            await asyncio.to_thread(open_journal.sync)
+        except OSError as error:
+            self._failed(error)
+        old = self._clock() - self._opened_at >= SEGMENT_SECONDS
+        if old or open_journal.bytes >= SEGMENT_BYTES:
+            self._detach()
+            self._detached = True
+
+    async def _tidy(self) -> None:
+        try:
+            if self._detached:
+                self._detached, self._looked_at = False, -math.inf
+                await asyncio.to_thread(self.recover)
             if self._clock() - self._looked_at >= LOOK_SECONDS:
                 await asyncio.to_thread(self.look)
         except OSError as error:
@@ -184,11 +218,11 @@ class Spool:
 
     def recover(self) -> None:
         """Makes segments of all journals that no process writes any more."""
-        for path in sorted(self._folder.glob("*" + journal.SUFFIX)):
+        for path in sorted(self._journals.glob("*" + journal.SUFFIX)):
             try:
                 if in_use(path):
                     continue
-                unreadable = close_journal(path, self._key)
+                unreadable = close_journal(path, self._folder, self._key)
             except (OSError, SpoolError) as error:
                 log.error("spool.path: %s stays as it is: %s", path.name, error)
                 continue
@@ -199,17 +233,33 @@ class Spool:
     def look(self) -> None:
         """Removes the segments that are too old, and adds up the sizes of the others."""
         self._looked_at = self._clock()
-        now, total = self._wall(), 0
+        try:
+            self._segment_bytes = self._look_at_segments()
+        except OSError as error:
+            if isinstance(self._folder, Path):
+                raise
+            # Captures still go to journals.
+            log.warning("spool.path: cannot look at %s (%s); it is tried again", self._folder, str(error)[:200])
+        total = self._segment_bytes
         open_path = None if self._journal is None else self._journal.path
-        for path in [*segments(self._folder), *self._folder.glob("*" + journal.SUFFIX)]:
+        for path in self._journals.glob("*" + journal.SUFFIX):
+            with contextlib.suppress(FileNotFoundError):
+                total += 0 if path == open_path else path.stat().st_size
+        self._closed_bytes = total
+
+    def _look_at_segments(self) -> int:
+        """Removes the segments that are too old, and returns the size of the others. Raises OSError."""
+        now, total = self._wall(), 0
+        for path in segments(self._folder):
             at = began(path)
             with contextlib.suppress(FileNotFoundError):
-                if at is not None and path.suffix == SUFFIX and now - at > self._max_age:
+                if at is not None and now - at > self._max_age:
                     path.unlink()
-                    path.with_suffix(TAKEN_SUFFIX).unlink(missing_ok=True)
-                elif path != open_path:
-                    total += path.stat().st_size
-        self._closed_bytes = total
+                    if isinstance(path, Path):
+                        path.with_suffix(TAKEN_SUFFIX).unlink(missing_ok=True)
+                else:
+                    total += size_of(path)
+        return total
 
     def close(self) -> None:
         """Makes a segment of the open journal."""
