@@ -113,3 +113,28 @@ async def test_requests_to_several_models_need_a_name(tmp_path: Path) -> None:
     await score(tmp_path, FakeReference(), "m")
     report = await read_evidence(tmp_path / "out", KEY, 0.0)
     assert report["not_scored"] == {"unknown_model": 1}
+
+
+async def test_the_last_tokens_of_an_output_are_scored_as_live(tmp_path: Path) -> None:
+    one = capture("long", 10, client=b"k" * 8)
+    models = OfflineModels(FakeReference())
+    models.set_pair("m", INFO)
+    live, _ = await offline_stages(models, max_scored=4).score(one, None)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    write_segment(tmp_path / "in/captures-1700000000000-00000000.parquet", to_rows([Spooled(one, 1.7e9)]), None)
+    await score_folder(
+        *(tmp_path / "in", tmp_path / "out", FakeReference()),
+        key=None,
+        model=None,
+        progress=lambda *_: None,
+        max_scored=4,
+    )
+    (path,) = segments(tmp_path / "out")
+    (row,) = scored_rows(read_segment(path, None, VERSIONS))
+    assert row.scores is not None
+    assert row.scores.at.tobytes() == live.reference_at.tobytes()
+    report = await read_evidence(tmp_path / "out", None, 0.0)
+    # The report reads the row as far as it was scored; a part counts by position, context and phase only.
+    assert (report["scored"], report["tokens"]) == (1, 0)
+    assert len(live.reference_at) == 4

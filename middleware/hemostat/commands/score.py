@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="NAME", help="The served name whose requests are scored (default: there is only one)."
     )
     parser.add_argument(
+        "--max-scored-tokens",
+        type=positive_integer,
+        metavar="N",
+        help="Number of last tokens that are scored of a longer output, as in shadow.max_scored_tokens (default: all).",
+    )
+    parser.add_argument(
         "--device", default="auto", metavar="DEVICE", help="Torch device of the reference (default: auto)."
     )
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -152,6 +158,7 @@ async def _score(options: argparse.Namespace) -> None:
                 model=options.model,
                 progress=progress,
                 compressed=compressed,
+                max_scored=options.max_scored_tokens,
             )
         finally:
             await reference.close()
@@ -169,7 +176,7 @@ def _score_on_ray(options: argparse.Namespace) -> None:
     own = None
     if options.compressed is not None:
         own = functools.partial(make_reference, options.compressed, option="--compressed", **place)
-    job = Job(options.folder, options.out, options.key, options.model, of, own)
+    job = Job(options.folder, options.out, options.key, options.model, of, own, options.max_scored_tokens)
     with Reporter() as reporter:
         scored = score_on_ray(
             job,

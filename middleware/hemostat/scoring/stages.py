@@ -171,7 +171,7 @@ class ScoringStages:
         self.call = call
         self._template_of = template_of
         self._clock = clock
-        self._max_scored = max_scored
+        self.max_scored = max_scored
 
     async def score(self, capture: Capture, tap: TapResult | None) -> tuple[TokenRecord, Capture]:
         """Returns the record, and the capture that it was made of. Raises NotScored."""
@@ -182,7 +182,7 @@ class ScoringStages:
         """Returns the record with what it was made of. Raises NotScored."""
         route = self._router.route(capture, tap)
         capture = await self._completion.complete(capture)
-        compressed, allowed = await read(capture, route, self._max_scored)
+        compressed, allowed = await read(capture, route, self.max_scored)
         prompt, output, tokens = prompt_ids(capture), output_ids(capture), len(compressed.ids)
         await self._budget.take(len(prompt) + len(output), self._clock)
         features = self.features.usable(route, len(output) - tokens, tokens)

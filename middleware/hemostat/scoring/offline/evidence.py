@@ -117,6 +117,8 @@ class Evidenced:
         if capture.adapter is not None:
             self._models.adapters.add(capture.adapter)
         self._stored.row = row
+        if row.scores is not None:
+            self._stages.max_scored = len(row.scores.emitted)  # an output may have been scored in part
         record, complete = await self._stages.score(capture, None if tap is None else tap.result())
         self._consumer.update(self._reader.read(record, complete, row.spooled.probability))
 

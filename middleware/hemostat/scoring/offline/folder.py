@@ -78,12 +78,13 @@ async def _read_lines(source: Path, part: LinesPart, compressed: Reference | Non
 
 
 class PartScorer:
-    """Scores the captures of parts on one reference, part by part. model: see `model_of`."""
+    """Scores the captures of parts on one reference, part by part. model: see `model_of`. max_scored: see
+    `offline_stages`."""
 
-    def __init__(self, reference: Reference, model: str | None) -> None:
+    def __init__(self, reference: Reference, model: str | None, max_scored: int | None = None) -> None:
         self._reference, self._model = reference, model
         self._models = OfflineModels(reference)
-        self._stages = offline_stages(self._models)
+        self._stages = offline_stages(self._models, max_scored=max_scored)
         self._info: ReferenceInfo | None = None
 
     async def score(self, rows: pa.Table, name: str, scored: Callable[[int], None] = lambda rows: None) -> pa.Table:
@@ -113,17 +114,19 @@ async def score_folder(
     model: str | None,
     progress: Progress,
     compressed: Reference | None = None,
+    max_scored: int | None = None,
 ) -> int:
     """Returns the number of captures that were scored now. Raises SpoolError, OSError and ReferenceFailure.
 
     source: a spool, or a file of JSON lines. key: of both folders; None: they are not encrypted. model: see `model_of`.
-    compressed: computes the log-probabilities of the compressed model that JSON lines do not have.
+    compressed: computes the log-probabilities of the compressed model that JSON lines do not have. max_scored: see
+    `offline_stages`.
     """
     done = {path.name for path in segments(out)}
     todo = await asyncio.to_thread(parts_of, source, key, compressed)
     if compressed is not None:
         await compressed.start()
-    scorer, began = PartScorer(reference, model), time.monotonic()
+    scorer, began = PartScorer(reference, model, max_scored), time.monotonic()
     scored, finished = 0, len([part for part in todo if part.name in done])
 
     def count(rows: int) -> None:

@@ -28,7 +28,7 @@ class Job:
     names.
 
     key: as in `spool.key`; it is the name of the key, which stays where it is. reference: makes the reference, not
-    started. compressed: see `score_folder`.
+    started. compressed, max_scored: see `score_folder`.
     """
 
     source: Location
@@ -37,6 +37,7 @@ class Job:
     model: str | None
     reference: Callable[[], Reference]
     compressed: Callable[[], Reference] | None = None
+    max_scored: int | None = None
 
 
 class _Actor:
@@ -48,7 +49,7 @@ class _Actor:
         self._compressed = None if job.compressed is None else job.compressed()
         if self._compressed is not None:
             self._loop.run_until_complete(self._compressed.start())
-        self._scorer = PartScorer(job.reference(), job.model)
+        self._scorer = PartScorer(job.reference(), job.model, job.max_scored)
         self._parts = {part.name: part for part in parts_of(job.source, self._key, self._compressed)}
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:

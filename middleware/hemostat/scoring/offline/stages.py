@@ -59,8 +59,10 @@ def no_template(prompt: Ids, conversation: bytes) -> bytes:
     return b""
 
 
-def offline_stages(models: OfflineModels, template_of: TemplateOf = no_template) -> ScoringStages:
-    """Returns the stages. template_of: gives the cluster of alike prompts."""
+def offline_stages(
+    models: OfflineModels, template_of: TemplateOf = no_template, max_scored: int | None = None
+) -> ScoringStages:
+    """Returns the stages. template_of: gives the cluster of alike prompts. max_scored: `shadow.max_scored_tokens`."""
     clock, budget, needs = time.monotonic, TokenBudget(0.0, 1.0), OfflineNeeds(models)
     return ScoringStages(
         Router(models, needs, Breakers(), clock),
@@ -70,5 +72,5 @@ def offline_stages(models: OfflineModels, template_of: TemplateOf = no_template)
         ReferenceCall(needs, clock),
         template_of,
         clock,
-        max_scored=None,
+        max_scored=max_scored,
     )
