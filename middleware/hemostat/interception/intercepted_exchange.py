@@ -350,7 +350,7 @@ class InterceptedExchange:
         self, *, complete: bool, output_tokens: int | None = None, engine: str = "", own_status: int = 0
     ) -> None:
         if self._choice is not None:
-            self._reports.calibrated(self._choice.arm, self._choice.reason)
+            self._reports.calibrated(self.arm, self._choice.reason)
         tokens = self._tokens
         if self.state is SAMPLED or self.state is ASKED:
             failure = self._failure(complete=complete, own_status=own_status)

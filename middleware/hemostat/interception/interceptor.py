@@ -94,7 +94,7 @@ class Interceptor:
             if shadow:
                 self._reports.skipped(Unscored.ENCODED)
             if calibrated:
-                self._reports.calibrated(Arm.NONE, unjudged or Unscored.ENCODED)
+                self._reports.calibrated(_NO_ARM, unjudged or Unscored.ENCODED)
             return None
         client = first_value(fields, policy.client_header.encode("latin-1"))
         return InterceptedExchange(
@@ -110,3 +110,4 @@ class Interceptor:
 
 
 _NO_OPTIONS: Final = ClientOptions()
+_NO_ARM: Final = Arm.NONE.value

@@ -5,15 +5,21 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
-from hemostat.interception.profile_choice import Reason
+from hemostat.interception.profile_choice import ArmReason, Reason
 from hemostat.interception.refusals import SamplingPause, ServerErrorRepeats
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.ipc.sampled import counted
 from hemostat.metrics import names
 from hemostat.metrics.reasons import Outcome, RepeatReason, Unscored
-from hemostat_calibration.records import Arm
+from hemostat.openai.requests import Uncalibrated
+
+# Python computes the value of an enumeration's member anew each time, in two functions that are interpreted.
+_SHADOWED: Final = (Outcome.SHADOWED.value, "")
+_REASONS: Final[dict[str, str]] = {
+    reason: reason.value for reasons in (ArmReason, Uncalibrated, Unscored) for reason in reasons
+}
 
 
 class SampledCounter(Protocol):
@@ -69,16 +75,16 @@ class Reports:
     def captured(self, capture: Capture) -> None:
         """Hands a capture on, and counts its request."""
         if self._emit(capture):
-            self._count(names.SHADOW_REQUESTS, (Outcome.SHADOWED.value, ""))
+            self._count(names.SHADOW_REQUESTS, _SHADOWED)
         else:
             dropped = Unscored.LINK_FULL.labels
             self._count(names.SHADOW_REQUESTS, dropped)
             requests, tokens = counted(capture)
             self._sampled(capture.kind, *dropped, tokens, requests)
 
-    def calibrated(self, arm: Arm, reason: Reason) -> None:
-        """Counts a request that could get a profile."""
-        self._count(names.CALIBRATION_REQUESTS, (arm.value, reason.value))
+    def calibrated(self, arm: str, reason: Reason) -> None:
+        """Counts a request that could get a profile. arm: its value."""
+        self._count(names.CALIBRATION_REQUESTS, (arm, _REASONS[reason]))
 
     def repeated(self, reason: RepeatReason) -> None:
         """Counts a request that is sent again as the client wrote it."""

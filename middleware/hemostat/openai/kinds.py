@@ -51,6 +51,8 @@ _NAMED: Final = frozenset({"model", "label"})
 """The parts that a name follows."""
 _NO_TOOLS: Final = ("none", {"type": "none"})
 """The latter in `/v1/messages`."""
+# Texts are searched by `find`: with `in`, CPython 3.11 first tries to read the sign as a number, and makes and drops an
+# exception.
 _CODE_SIGNS: Final = (
     b"```",
     b"def ",
@@ -76,7 +78,7 @@ def kind_name(request: Request, label: str, *, several_models: bool) -> str:
 
     label: of X-Hemostat-Label, "" without it. several_models: the server has more than one that can be scored.
     """
-    parts = [request.form.value]
+    parts: list[str] = [request.form]
     if several_models and request.model:
         parts.append("model " + "_".join(request.model.split())[:MAX_NAME_CHARACTERS])
     if label:
@@ -138,7 +140,7 @@ def _edges(raw: memoryview) -> bytes:
     """Returns the beginning and the end of a JSON value's bytes, in lower case, with blanks for escaped ones."""
     whole = len(raw) <= 2 * EDGE_BYTES
     text = (bytes(raw) if whole else b" ".join((raw[:EDGE_BYTES], raw[-EDGE_BYTES:]))).lower()
-    return text.replace(b"\\n", b" ").replace(b"\\t", b" ") if b"\\" in text else text
+    return text.replace(b"\\n", b" ").replace(b"\\t", b" ") if text.find(b"\\") >= 0 else text
 
 
 def _output(request: Request, words: set[bytes], first: list[bytes]) -> str:
@@ -146,8 +148,10 @@ def _output(request: Request, words: set[bytes], first: list[bytes]) -> str:
         return GRAMMAR_PART
     if request.tools and request.body.raw("tools") != b"[]" and _given(request, "tool_choice") not in _NO_TOOLS:
         return "tools"
-    in_first = any(b"json" in text and b"json" in text.translate(_BLANKED).split() for text in first)
-    return "json" if b"json" in words or in_first else "text"
+    if b"json" in words:
+        return "json"
+    in_first = any(text.find(b"json") >= 0 and b"json" in text.translate(_BLANKED).split() for text in first)
+    return "json" if in_first else "text"
 
 
 def _decoding(request: Request) -> str:
@@ -173,12 +177,12 @@ def _given(request: Request, key: str) -> Any:
 def _number(request: Request, key: str, default: float) -> int | float:
     """Returns the member's number, or the default. An integer may be too large for a float."""
     value = _given(request, key)
-    return value if isinstance(value, int | float) else default
+    return default if value is None or not isinstance(value, int | float) else value
 
 
 def _about_code(text: bytes, words: set[bytes]) -> bool:
     named = not words.isdisjoint(_LANGUAGES) and not words.isdisjoint(_CODE_WORDS)
-    return named or any(sign in text for sign in _CODE_SIGNS)
+    return named or any(text.find(sign) >= 0 for sign in _CODE_SIGNS)
 
 
 _SCRIPTS: Final = {
@@ -197,8 +201,7 @@ _SCRIPTS: Final = {
 def _script(text: bytes) -> str:
     """Returns the script other than Latin that a part of the characters belongs to, the most frequent one; "" for
     Latin."""
-    escaped = b"\\u" in text
-    if text.isascii() and not escaped:
+    if text.isascii() and text.find(b"\\u") < 0:
         return ""
     # A client escapes either all characters that are not ASCII, or none.
     characters = text.decode("raw_unicode_escape" if text.isascii() else "utf-8", "ignore")
@@ -228,8 +231,11 @@ def _is_long(texts: Iterable[memoryview]) -> bool:
 
 
 def _is_brief(request: Request) -> bool:
-    other_name = {Form.CHAT: "max_completion_tokens", Form.RESPONSES: "max_output_tokens"}.get(request.form)
-    limit = None if other_name is None else _given(request, other_name)
+    limit = None
+    if request.form is Form.CHAT:
+        limit = _given(request, "max_completion_tokens")
+    elif request.form is Form.RESPONSES:
+        limit = _given(request, "max_output_tokens")
     if limit is None:
         limit = _given(request, "max_tokens")
     return isinstance(limit, int) and limit <= BRIEF_TOKENS

@@ -8,12 +8,15 @@ rewritten or the hook changed what it gave back, the response is lost (`FailOpen
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from hemostat.hooks import Comparison, ExchangeHook, Hook, Refusal, Rewrite
 from hemostat.relay.http.fields import Fields
 from hemostat.relay.http.request import RequestHead
 from hemostat.relay.http.response import ResponseHead
 from hemostat_calibration.records import Arm
+
+_NO_ARM: Final = Arm.NONE.value
 
 
 class FailOpenHook:
@@ -46,7 +49,7 @@ class FailOpenHook:
 
     @property
     def arm(self) -> str:
-        return Arm.NONE.value if self._unchanged else self._hook.arm
+        return _NO_ARM if self._unchanged else self._hook.arm
 
     @property
     def comparison(self) -> Comparison | None:
