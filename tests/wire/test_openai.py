@@ -41,6 +41,11 @@ def written(draw: st.DrawFn, value: dict[str, Any]) -> bytes:
     return (text + draw(SPACE) + "}" + draw(SPACE)).encode()
 
 
+@pytest.mark.parametrize("body", [b'{"a":  1, "b": 2}', b'{"a": 1, "b":\t 2}', b'{"a": 1, "b":  2 }'])
+def test_further_blanks_behind_a_colon_are_no_duplicate_key(body: bytes) -> None:
+    assert [JsonObject(body).raw(key) for key in ("a", "b")] == [b"1", b"2"]
+
+
 @given(st.data(), OBJECTS, OBJECTS)
 def test_an_edit_changes_only_the_named_members(
     data: st.DataObject, value: dict[str, Any], changes: dict[str, Any]

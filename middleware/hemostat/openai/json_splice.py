@@ -42,16 +42,20 @@ class JsonObject:
     it has more than MAX_MEMBERS members, or a key of more than MAX_KEY_CHARACTERS.
     """
 
-    __slots__ = ("_end", "_spans", "_values", "data")
+    __slots__ = ("_end", "_spans", "data")
 
     def __init__(self, data: bytes) -> None:
         values = _members.decode(data)
         if len(values) > MAX_MEMBERS or any(len(key) > MAX_KEY_CHARACTERS for key in values):
             raise TooComplex(f"more than {MAX_MEMBERS} members, or a key of more than {MAX_KEY_CHARACTERS} characters")
         self.data = data
-        self._values = values
         self._spans: dict[str, tuple[int, int]] = {}
         self._end = len(data) - 1
+        if values:
+            behind_colon = len(next(iter(values))) + 4
+            if data[behind_colon : behind_colon + 1] == b" ":
+                self._find_spans(values)
+                return
         # No shorter object has these members. So one that is as short is compact, and has no others.
         position = 0
         for key, value in values.items():
@@ -59,23 +63,24 @@ class JsonObject:
             position = start + len(memoryview(value))
             self._spans[key] = start, position
         if position != self._end:
-            self._find_spans()
+            self._find_spans(values)
 
-    def _find_spans(self) -> None:
+    def _find_spans(self, values: dict[str, msgspec.Raw]) -> None:
         """Finds the spans of the members in JSON of any style."""
         data, position = self.data, self.data.index(b"{")
         spans: dict[str, tuple[int, int]] = {}
         self._spans = spans
-        for key, value in self._values.items():
+        for key, value in values.items():
             # As Python's `json` writes a member; the pattern is for all other styles, and escaped keys.
-            written = b'%b"%b": ' % (b", " if spans else b"{", key.encode())
+            written = (b', "' if spans else b'{"') + key.encode() + b'": '
+            raw = bytes(value)
             start = position + len(written)
-            if not data.startswith(written, position):
+            # Slices are compared, since `startswith` takes more instructions.
+            if data[position : start + len(raw)] != written + raw:
                 match = _KEY_AND_COLON.match(data, position)
                 start = -1 if match is None else match.end()
-            raw = bytes(value)
-            if start < 0 or not data.startswith(raw, start):
-                raise ValueError(f"duplicate key {key!r}")
+                if start < 0 or data[start : start + len(raw)] != raw:
+                    raise ValueError(f"duplicate key {key!r}")
             position = start + len(raw)
             spans[key] = start, position
         self._end = data.rindex(b"}")
@@ -102,8 +107,8 @@ class JsonObject:
     def value(self, key: str) -> Any:
         """Returns the decoded value; None if the key is absent. TooComplex where to decode it would take too
         long."""
-        raw = self._values.get(key)
-        return None if raw is None else _decode(raw)
+        span = self._spans.get(key)
+        return None if span is None else _decode(self.data[span[0] : span[1]])
 
     def given(self, key: str) -> bool:
         """Returns True if the value is true in Python's sense, or would take too long to be decoded."""
@@ -115,11 +120,11 @@ class JsonObject:
     def type_of(self, key: str) -> Any:
         """Returns the member `type` of the value, the value itself where it is no object; None if either is
         absent."""
-        raw = self._values.get(key)
-        if raw is None:
+        if key not in self._spans:
             return None
-        if bytes(raw).startswith(b"{"):
-            raw = _members.decode(raw).get("type", _NULL_VALUE)
+        raw = self.raw(key)
+        if raw.startswith(b"{"):
+            raw = bytes(_members.decode(raw).get("type", _NULL_VALUE))
         return _decode(raw)
 
     def has(self, key: str) -> bool:
@@ -144,8 +149,7 @@ class JsonObject:
         return b"".join(parts)
 
 
-def _decode(raw: msgspec.Raw) -> Any:
-    data = bytes(raw)
+def _decode(data: bytes) -> Any:
     if len(data) > MAX_VALUE_BYTES or (len(data) > 32 and _SLOW_NUMBER.search(data)):
         raise TooComplex("a value takes too long to be decoded")
     return _any.decode(data)

@@ -67,21 +67,23 @@ def merged_xargs(request: Request, xargs: Mapping[str, str], secret: str = "") -
     secret: what the plugin's acting keys among these are signed with; "": they are not. The client's own keys are left
     out, as the plugin acts on signed ones alone, and these would be signed with Hemostat's.
     """
-    own = _raw_members.decode(request.body.raw("vllm_xargs")) if request.body.has("vllm_xargs") else {}
-    own = without_acting(own)
     if secret and acts(xargs):
         # The name of the tap is used once, and is signed: no other salt is needed.
         xargs = signed(xargs, secret, "")
+    if not request.body.has("vllm_xargs"):
+        return encode(xargs)
+    own = without_acting(_raw_members.decode(request.body.raw("vllm_xargs")))
     return encode(own | {key: msgspec.Raw(encode(value)) for key, value in xargs.items()})
 
 
 def check_sampling(body: JsonObject) -> None:
     """Raises one of MALFORMED if a number that `sampling_parameters` reads is JSON, but none that a computer can
     hold."""
-    for key in body.names & _SAMPLING_KEYS:
-        body.value(key)
-    for key in body.names & _GIVEN_KEYS:
-        body.given(key)
+    for key in body.names:
+        if key in _SAMPLING_KEYS:
+            body.value(key)
+        elif key in _GIVEN_KEYS:
+            body.given(key)
 
 
 def sampling_parameters(request: Request, changes: Mapping[str, bytes], openai_defaults: bool) -> Sampling:

@@ -118,7 +118,7 @@ def _conversation(body: JsonObject, messages: list[Message] | None) -> bytes | N
         return None
     for position, message in enumerate(messages or ()):
         if message.role == "user":
-            return b"\x00".join(map(bytes, _elements.decode(body.raw("messages"))[: position + 1]))
+            return b"\x00".join(_elements.decode(body.raw("messages"))[: position + 1])
     return body.raw("messages")
 
 
