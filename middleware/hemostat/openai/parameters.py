@@ -46,6 +46,8 @@ DECODING_KEYS: Final = frozenset(
 """The parameters that decide which tokens follow, and how many, in any form."""
 MAX_DECODING_BYTES: Final = 4096
 """The largest size of their values: a long `logit_bias` is not worth its copy."""
+_MAX_NUMBER: Final = 10**9
+"""Numbers of a request that are as large are read as if they were not given."""
 _raw_members: Final[msgspec.json.Decoder[dict[str, msgspec.Raw]]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -127,4 +129,6 @@ def decoding_members(request: Request) -> bytes:
 
 
 def _number(value: Any, default: float) -> float:
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e9 else default
+    if isinstance(value, int):  # of its own: compiled, `abs` of either would make a float of it, which may be too large
+        return float(value) if -_MAX_NUMBER < value < _MAX_NUMBER else default
+    return value if isinstance(value, float) and abs(value) < _MAX_NUMBER else default
