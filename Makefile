@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-gate bench-coverage bench-faults bench-load bench-spool bench-canaries bench-compress bench-growth bench-mutants bench-gpu chart dist docs site screenshot clean
+.PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-gate bench-coverage bench-faults bench-load bench-spool bench-canaries bench-compress bench-growth bench-demo bench-mutants bench-gpu chart dist docs site screenshot clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -103,6 +103,9 @@ bench-compress: setup ## compressed checkpoints of equal bytes, ours and llmcomp
 
 bench-growth: setup ## how time and memory of each part grow, with fitted exponents; writes build/bench/growth.json
 	@exec $(BIN)/python tests/bench/bench_growth.py $(ARGS)
+
+bench-demo: setup ## five demos on a quiet machine: requests and seconds until the promotion, and their medians; writes build/bench/demo/
+	@exec $(BIN)/python tests/bench/bench_demo.py $(ARGS)
 
 bench-mutants: setup ## do the tests find changes of the product, and reversed fixes (hours); ARGS="--mutants 300 --reversals 40"
 	@exec $(BIN)/python tests/bench/bench_mutants.py $(ARGS)

@@ -61,7 +61,14 @@ def scene(**changes: Any) -> view.Scene:
         "calibration": {"kinds": [{"kind": "chat json sampled", "summary": "identity; 25 <of> the evidence"}]},
         **changes,
     }
-    return view.Scene("m", "http://127.0.0.1:1", "http://127.0.0.1:2", "/logs", Traffic(sent=240, ok=232), status)
+    return view.Scene(
+        "m",
+        "http://127.0.0.1:1",
+        "http://127.0.0.1:2",
+        "/logs",
+        Traffic(began_at=1.9e9 - 180, sent=240, ok=232),
+        status,
+    )
 
 
 def text_of(document: str) -> str:
@@ -109,12 +116,21 @@ def test_page_compares_the_arms_with_intervals_after_a_promotion() -> None:
         recovered={"ratio": 0.71, "ci95": [0.68, 0.74], "gain_nats": figure(0.35, 0.3, 0.4)},
     )
     promoted.update_decisions(
-        [{"decision": "promote", "reason": "evidence", "version": "ab" * 16, "kind": "chat", "why": "better"}]
+        [
+            {
+                "decision": "promote",
+                "at": 1.9e9,
+                "reason": "evidence",
+                "version": "ab" * 16,
+                "kind": "chat",
+                "why": "better",
+            }
+        ]
     )
     text = text_of(page(promoted, CHECKPOINTS, []))
     for expected in (
         "the profile removes 71.0 % [68.0, 74.0] of the KL: 0.350 [0.300, 0.400] nats.",
-        "The first profile was promoted after 240 requests.",
+        "The first profile was promoted after 240 requests, 180 s after the first one.",
         "Decision: promote abababab for chat (evidence): better.",
         "control, 52 requests treated, 49 requests treated minus control",
         "KL, nats, estimate with the tail 0.550 [0.500, 0.600] 0.200 [0.170, 0.230] -0.350 [-0.400, -0.300]",

@@ -284,14 +284,18 @@ def test_what_is_made_of_adapters_and_what_the_arms_received_are_one_line_each()
 
 
 def test_enough_requests_were_sent_60_after_the_first_promotion() -> None:
-    scene = view.Scene("m", "", "", "", Traffic(sent=200))
-    scene.update_decisions([{"decision": "propose"}])
+    scene = view.Scene("m", "", "", "", Traffic(sent=200, began_at=1000.0))
+    proposal = {"decision": "propose", "at": 1100.0}
+    scene.update_decisions([proposal])
     assert (scene.finished, view.promotion_line(scene)) == (False, "")
-    scene.update_decisions([{"decision": "promote"}, {"decision": "propose"}])
+    scene.update_decisions([{"decision": "promote", "at": 1190.0}, proposal])
     scene.traffic.sent = 259
-    scene.update_decisions([{"decision": "promote"}, {"decision": "promote"}, {"decision": "propose"}])
+    scene.update_decisions([{"decision": "promote", "at": 1220.0}, {"decision": "promote", "at": 1190.0}, proposal])
     assert not scene.finished
-    assert view.promotion_line(scene) == "the first profile was promoted after 200 requests"
+    assert scene.first_promotion == view.FirstPromotion(200, 190.0)
+    assert view.promotion_line(scene) == (
+        "the first profile was promoted after 200 requests, 190 s after the first one"
+    )
     scene.traffic.sent = 260
     assert scene.finished
 

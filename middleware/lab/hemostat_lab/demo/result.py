@@ -77,7 +77,7 @@ def _recovered_lines(scene: view.Scene) -> Iterator[str]:
             yield f"{line[0].upper()}{line[1:]}."
     decided = [view.decision_line(event) for event in reversed(scene.decisions)]
     yield from (f"Decision: {line}." for line in decided)
-    if scene.sent_until_promotion is None:
+    if scene.first_promotion is None:
         yield "No profile was promoted in this run, so every request was decoded unchanged."
         if background := scene.status.get("background"):
             yield f"At the end of the run: {background}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ TIMEOUT = httpx.Timeout(300.0, connect=10.0)
 class Traffic:
     """Results of the clients' requests."""
 
+    began_at: float = 0.0
+    """The time of the first request, in seconds since the epoch, as decisions have it."""
     sent: int = 0
     ok: int = 0
     failed: int = 0
@@ -58,6 +61,7 @@ async def drive(
                 traffic.last_failure = f"{request_id}: {in_words(error)}"
                 await asyncio.sleep(0.5)
 
+    traffic.began_at = time.time()
     async with (
         httpx.AsyncClient(base_url=url, timeout=TIMEOUT, trust_env=False) as http,
         asyncio.TaskGroup() as clients,

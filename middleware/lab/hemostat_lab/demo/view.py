@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -28,6 +28,14 @@ MAX_KINDS_SHOWN = 6
 """In the live view, the most frequent ones; the last lines have all."""
 
 
+@dataclass(frozen=True, slots=True)
+class FirstPromotion:
+    """The cost of the first promotion. requests: sent until it was seen. seconds: from the first request to it."""
+
+    requests: int
+    seconds: float
+
+
 @dataclass(slots=True)
 class Scene:
     """The state that is shown. `status` is the response of /api/v1/status, {} before the first."""
@@ -42,20 +50,20 @@ class Scene:
     note: str = ""
     decisions: Sequence[Mapping[str, Any]] = ()
     """Decisions about profiles, newest first: `events` of /api/v1/profiles."""
-    sent_until_promotion: int | None = None
-    """The requests that were sent until the first promotion was seen; None before it."""
+    first_promotion: FirstPromotion | None = None
 
     def update_decisions(self, decisions: Sequence[Mapping[str, Any]]) -> None:
         """Takes the decisions, newest first, and notes the first promotion."""
         self.decisions = decisions
-        if self.sent_until_promotion is None and any(event["decision"] == "promote" for event in decisions):
-            self.sent_until_promotion = self.traffic.sent
+        promotions = [event["at"] for event in decisions if event["decision"] == "promote"]
+        if self.first_promotion is None and promotions:
+            self.first_promotion = FirstPromotion(self.traffic.sent, min(promotions) - self.traffic.began_at)
 
     @property
     def finished(self) -> bool:
         """It is True if enough requests were sent since the promotion to compare the arms."""
-        before = self.sent_until_promotion
-        return before is not None and self.traffic.sent >= before + REQUESTS_AFTER_PROMOTION
+        first = self.first_promotion
+        return first is not None and self.traffic.sent >= first.requests + REQUESTS_AFTER_PROMOTION
 
 
 def report(scene: Scene) -> dict[str, Any]:
@@ -66,6 +74,7 @@ def report(scene: Scene) -> dict[str, Any]:
         "requests": requests,
         **{name: status[name] for name in ("tokens_scored", "top_k", "raw", "calibrated", "profile")},
         **{name: status[name] for name in ("recovered", "arms", "calibration", "learner", "adapter") if name in status},
+        "first_promotion": asdict(scene.first_promotion) if scene.first_promotion else None,
         "decisions": list(scene.decisions),
     }
 
@@ -193,10 +202,11 @@ def arms_line(status: Mapping[str, Any]) -> str:
 
 
 def promotion_line(scene: Scene) -> str:
-    """The number of requests that the first promotion took; "" before it."""
-    if scene.sent_until_promotion is None:
+    """The requests and the seconds that the first promotion took; "" before it."""
+    if scene.first_promotion is None:
         return ""
-    return f"the first profile was promoted after {scene.sent_until_promotion} requests"
+    requests, seconds = scene.first_promotion.requests, scene.first_promotion.seconds
+    return f"the first profile was promoted after {requests} requests, {seconds:.0f} s after the first one"
 
 
 def _met_kinds(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
