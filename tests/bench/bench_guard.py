@@ -7,14 +7,14 @@ lives take, all of them 30 minutes on one core at the default of 500. Counts hav
 
 `--only NAME` runs one module (may be given several times), also one that needs more than a processor (`real`: a vLLM);
 rows of the others stay in the file as they were. Rows of a module are written as soon as it is done; `--resume` goes on
-after an interruption, without the modules whose rows are of the same code, lives and seed. The exit status is 1 where a
-row does not hold.
+after an interruption, without the modules whose rows are of the same code, lives and seed. The lives of `starvation`
+with builds at any rate are written one by one, and an interrupted run goes on from them in any case. The exit status is
+1 where a row does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -26,19 +26,10 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.bench.guard import modules  # noqa: E402  the root is no package
+from tests.bench.guard import digest, modules  # noqa: E402  the root is no package
 from tests.bench.rows import Rows, earlier_rows, publish, run_modules, timed_rows, write_rows  # noqa: E402
 
 RESULT = ROOT / "build" / "bench" / "guard.json"
-CODE = ("calibration/hemostat_calibration", "middleware/hemostat", "tests/bench/guard", "tests/support")
-
-
-def digest() -> str:
-    """Of the code that the rows are of."""
-    hashed = hashlib.blake2b(digest_size=8)
-    for path in sorted(path for folder in CODE for path in (ROOT / folder).rglob("*.py")):
-        hashed.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-    return hashed.hexdigest()
 
 
 def run(name: str, lives: int, seed: int) -> tuple[Rows, float]:

@@ -46,6 +46,7 @@ class Bench:
         known: bool = True,
         evidence: Evidence | None = None,
         adapter: Adapter | None = None,
+        cycle_hours: float = 0.0,
         **calibration: Any,
     ) -> None:
         """known: both models are. calibration: settings."""
@@ -57,7 +58,7 @@ class Bench:
             self.settings,
             self.store,
             lambda: self.time,
-            evidence=(evidence or Evidence()).model_copy(update={"cycle_hours": 0.0}),
+            evidence=(evidence or Evidence()).model_copy(update={"cycle_hours": cycle_hours}),
             adapter=adapter,
         )
         if known:

@@ -14,12 +14,25 @@ longest in `make test-slow`.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import math
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 
 from tests.bench.rows import Row as Row
+
+ROOT = Path(__file__).resolve().parents[3]
+CODE = ("calibration/hemostat_calibration", "middleware/hemostat", "tests/bench/guard", "tests/support")
+
+
+def digest() -> str:
+    """Of the code that the rows are of."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for path in sorted(path for folder in CODE for path in (ROOT / folder).rglob("*.py")):
+        hashed.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return hashed.hexdigest()
 
 
 def count_row(case: str, count: int, lives: int, share: float) -> Row:

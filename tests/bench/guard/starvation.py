@@ -4,37 +4,24 @@ The learner makes a build whenever twice as many tokens are known as at the last
 test, and never more than 500,000 tokens later). With long answers that is sooner than a proof takes: a rule that tests
 the newest build, and ends the test that runs, never comes to an end.
 
-Every build gains the same of the total variation, 0.08 in the mean of a unit, in all kinds. Units pass the whole judge
-(`ProfileManager.update`). 30 % of the requests are held out, as by default.
+The traffic is in `builds`, and lives with builds at any rate are in `starvation_rates`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
-from tests.bench.guard import Row, median
-from tests.bench.guard.adapters import RECORD, distances
-from tests.bench.guard.traffic import draw_clients, normal
-from tests.support.adapters import adapter
-from tests.support.evidence import evidence
-from tests.support.profile_bench import FRACTION, JUDGED, Bench
-
-from hemostat.config.schema import Adapter
-from hemostat.ipc.messages import REST_KIND
-from hemostat_calibration.profiles.adapter import ADAPTER
-from hemostat_calibration.profiles.profile import IDENTITY
+from tests.bench.guard import ROOT, Row, median
+from tests.bench.guard.builds import GAIN, STARVED, Traffic
+from tests.bench.guard.starvation_rates import rate_rows
 
 NAME = "starvation"
-TAKES = "8 minutes on one core (12 lives at most)"
+TAKES = "20 minutes on one core (of the worlds with given rates 12 lives at most)"
 TEST_LIVES = 2
 
 MOST_LIVES = 12
-GAIN = 0.08
-GROWTH = 2.0
-"""`adapters.live.client` makes the next build from so many times as many tokens."""
 CASES = ((40, 1, 1_000), (600, 1, 600), (3_000, 1, 800), (600, 12, 2_500), (3_000, 12, 2_500))
 """Tokens of a request, kinds, and the median requests until a first promotion that are allowed."""
 
@@ -42,73 +29,8 @@ OFFERED = ((40, 1), (3_000, 1), (600, 12))
 """Tokens of a request, and kinds."""
 EVERY = (1, 30, 300)
 """Held-out requests between two builds: more builds than requests, some during each test, some tests for each build."""
-STARVED = 3.0
-"""A build that would be promoted is starved if it takes so many times the median time of one that is never
-replaced."""
-
-
-class Traffic:
-    """One life: requests, the builds that they lead to, and what is tested and promoted."""
-
-    def __init__(self, rng: np.random.Generator, tokens: int, kinds: int, gains: tuple[float, ...] = (GAIN,)) -> None:
-        """kinds: the n-th has a share in proportion to 1/n. gains: of the first builds, the last one of all others."""
-        self.bench = Bench(adapter=Adapter())
-        self.profiles = self.bench.profiles
-        self._rng, self._tokens, self._gains = rng, tokens, gains
-        shares = 1.0 / np.arange(1.0, kinds + 1.0)
-        self._shares = shares / shares.sum()
-        self.kinds = [f"kind {n}" for n in range(kinds)] if kinds > 1 else [REST_KIND]
-        self._known, self._next, self._made, self._judged = 0, Adapter().min_tokens, 0, 0
-        self._gain_of: dict[str, float] = {}
-        self.promoted: dict[str, int] = {}
-        """By kind, the request of the first promotion."""
-
-    def run(self, requests: int, *, every_kind: bool = False) -> None:
-        """Until a first kind is served, or all are, and at most so many requests."""
-        n_kinds = len(self.kinds)
-        kinds = self._rng.choice(n_kinds, requests, p=self._shares).tolist()
-        clients, held_out = draw_clients(self._rng, requests), self._rng.random(requests) < FRACTION
-        noise, divergence = normal(self._rng, 0.0, requests), self._rng.normal(0.4, 0.1, requests)
-        for n in range(requests):
-            self._request(n, self.kinds[kinds[n]], clients[n], bool(held_out[n]), noise[n], divergence[n])
-            if len(self.promoted) >= (n_kinds if every_kind else 1):
-                return
-
-    def _request(self, n: int, kind: str, client: bytes, held_out: bool, noise: float, divergence: float) -> None:
-        self.bench.time += 1.0
-        kind = self.profiles.kinds.update(kind)
-        if not held_out:
-            place = kind if kind in self.profiles.serving.kinds else REST_KIND
-            self.profiles.trials.update_dependence(place, client, np.full(2, divergence), self.bench.time)
-            self._known += self._tokens
-            self._build()
-            return
-        record = replace(RECORD, prompt_key=JUDGED[self._judged], client=client, kind=kind)
-        self._judged += 1
-        versions = self.profiles.distance_versions(record)
-        gains = {version: noise + self._gain_of[version] if version != IDENTITY else 0.0 for version in versions}
-        measured = {
-            version: distances(min(max(0.5 - gain, 0.0), 1.0), 0.5 if gain else 1.0) for version, gain in gains.items()
-        }
-        record = replace(record, distances=measured)
-        self.profiles.update(evidence(record, divergences=np.full(2, divergence)))
-        for name, state in self.profiles.serving.kinds.items():
-            if state.version is not None:
-                self.promoted.setdefault(name, n + 1)
-
-    def _build(self) -> None:
-        proposals = self.profiles.proposals
-        if self._known < self._next or not proposals.accepts(ADAPTER, self._known):
-            return
-        made = adapter(self._made, tokens=self._known)
-        self._gain_of[made.version] = self._gains[min(self._made, len(self._gains) - 1)]
-        self._made += 1
-        assert proposals.propose(made, "", {"tokens": self._known})
-        self._next = int(GROWTH * self._known)
-
-    @property
-    def builds(self) -> int:
-        return self._made
+LIVES_FILE = ROOT / "build" / "bench" / "starvation.jsonl"
+"""The lives with builds at any rate that are over."""
 
 
 class Offered(Traffic):
@@ -125,10 +47,7 @@ class Offered(Traffic):
     def _build(self) -> None:
         if self._known < self._next or (self._made and (self._every is None or self._judged < self._due)):
             return
-        made = adapter(self._made, tokens=self._known)
-        self._gain_of[made.version] = GAIN
-        self._made += 1
-        self.bench.profiles.proposals.propose(made, "", {"tokens": self._known})
+        self._propose()
         self._due = self._judged + (self._every or 0)
 
 
@@ -169,23 +88,23 @@ def useless_first(lives: int, seed: int) -> list[float]:
 
 
 def rows(lives: int, seed: int) -> Iterator[Row]:
-    lives = min(lives, MOST_LIVES)
+    few = min(lives, MOST_LIVES)
     for tokens, kinds, allowed in CASES:
-        result = lives_of(lives, seed, tokens, kinds, 20_000)
+        result = lives_of(few, seed, tokens, kinds, 20_000)
         middle = median([first(traffic) for traffic in result])
         count, builds = sum(bool(traffic.promoted) for traffic in result), median([float(t.builds) for t in result])
         plural = "s" if kinds > 1 else ""
         yield Row(
             f"gain 0.08, requests of {tokens} tokens, {kinds} kind{plural}: promoted",
-            f"{count} of {lives}, after {middle:.0f} requests in the median, {builds:.0f} builds",
+            f"{count} of {few}, after {middle:.0f} requests in the median, {builds:.0f} builds",
             f"all, median <= {allowed}",
-            count == lives and middle <= allowed,
+            count == few and middle <= allowed,
         )
     for tokens, kinds in OFFERED:
-        never = [first(traffic) for traffic in offered(lives, seed, tokens, kinds, None)]
+        never = [first(traffic) for traffic in offered(few, seed, tokens, kinds, None)]
         limit = STARVED * median(never)
         for every in EVERY:
-            result = offered(lives, seed, tokens, kinds, every)
+            result = offered(few, seed, tokens, kinds, every)
             later = [first(traffic) - alone for traffic, alone in zip(result, never, strict=True)]
             builds = median([float(traffic.builds) for traffic in result])
             plural = "s" if kinds > 1 else ""
@@ -196,10 +115,12 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
                 f"<= 3 times the median, which is {limit:.0f}",
                 max(later) <= limit - median(never),
             )
-    ended = useless_first(lives, seed)
+    ended = useless_first(few, seed)
     yield Row(
         "the first build gains nothing, the later ones 0.08: held-out requests until the first one is given up",
         f"{median(ended):.0f}; at most {max(ended):.0f}",
         "<= 500, and a later one is promoted",
         max(ended) <= 500.0,
     )
+    # So few lives as tests have are not worth a file.
+    yield from rate_rows(lives, seed, LIVES_FILE if lives > MOST_LIVES else None)
