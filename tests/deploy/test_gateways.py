@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,45 +38,54 @@ REQUESTS = [
 ]
 SCORED = 5
 """All but the last, which the engine refuses: it is greedy."""
-COMMANDS = {
-    "nginx": ("nginx", lambda config: ["nginx", "-e", "stderr", "-p", str(config.parent), "-c", str(config)]),
-    "haproxy": ("haproxy", lambda config: ["haproxy", "-db", "-f", str(config)]),
+ARGUMENTS = {
+    "nginx": lambda config: ["-e", "stderr", "-p", str(config.parent), "-c", str(config)],
+    "HAProxy": lambda config: ["-db", "-f", str(config)],
+    "Envoy": lambda config: ["--disable-hot-restart", "-l", "warning", "-c", str(config)],
 }
+"""The arguments of each program that is run in both places, by its section of the page."""
 CLIENT = "127.0.0.2"
 """The address of the client; the gateway and the relay have 127.0.0.1."""
-SEEN = {
-    ("nginx", "in front of the relay"): CLIENT,
-    ("haproxy", "in front of the relay"): CLIENT,
-    ("nginx", "behind the relay"): CLIENT,
-    # It adds the address that it was called from.
-    ("haproxy", "behind the relay"): f"{CLIENT}, 127.0.0.1",
-}
-"""`X-Forwarded-For` as it arrives at the engine."""
+ADD_THEIR_CALLER = ("HAProxy", "Envoy")
+"""The gateways that add the address that they were called from to `X-Forwarded-For`."""
 LITELLM_KEY = "sk-0123456789abcdef0123456789abcdef"
 
 
-def example(name: str) -> str:
-    (text,) = re.findall(rf"```{name}\n(.*?)```", (ROOT / "docs" / "gateways.md").read_text(), re.DOTALL)
+PAGE = (ROOT / "docs" / "gateways.md").read_text()
+
+
+def example(section: str) -> str:
+    (text,) = re.findall(r"```\w+\n(.*?)```", PAGE.partition(f"\n## {section}\n")[2].partition("\n## ")[0], re.DOTALL)
     return str(text)
+
+
+def program(name: str) -> str:
+    """Returns the path of a program, also of one that a package has brought into the tests' environment."""
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
+    found = shutil.which(name, path=path)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
 
 
 @contextmanager
 def gateway(name: str, to: str, folder: Path, trusted: str = "10.0.0.0/8") -> Iterator[str]:
     """The page's example, with these addresses. Returns its own."""
-    program, command = COMMANDS[name]
-    if shutil.which(program) is None:
-        pytest.skip(f"{program} is not installed")
+    command = program(name.lower())
     port = free_port()
     text = example(name).replace("127.0.0.1:8080", to.removeprefix("http://"))
     text = text.replace("10.0.0.0/8", trusted)
     text = text.replace("127.0.0.1:8090", f"127.0.0.1:{port}")
+    # Envoy's addresses and ports are two members.
+    text = text.replace("port_value: 8090", f"port_value: {port}")
+    text = text.replace("port_value: 8080", f"port_value: {to.rpartition(':')[2]}")
     if name == "nginx":
         paths = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in NGINX_FOLDERS)
         text = f"daemon off; pid {folder}/pid; events {{}} http {{ access_log off; {paths}\n{text}}}"
-    config = folder / f"{name}.conf"
+    config = folder / f"{name}.yaml"  # Envoy reads the format from the name
     config.write_text(text)
     with (folder / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(command(config), stdout=log, stderr=log)
+        process = subprocess.Popen([command, *ARGUMENTS[name](config)], stdout=log, stderr=log)
     try:
         ends = time.monotonic() + HANG_SECONDS
         while True:
@@ -122,7 +133,7 @@ def read(address: str) -> list[tuple[int, str, bytes]]:
 
 
 @pytest.mark.parametrize("place", ["in front of the relay", "behind the relay"])
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ARGUMENTS)
 async def test_answers_are_the_engines_own_streams_flow_and_headers_arrive(
     name: str, place: str, tmp_path: Path
 ) -> None:
@@ -136,8 +147,10 @@ async def test_answers_are_the_engines_own_streams_flow_and_headers_arrive(
             await served.until(lambda status: status["requests"]["scored"] >= SCORED)
             arrived = [headers for headers in engine.headers if headers.get(b"x-request-id") == b"one"]
             assert {headers[b"traceparent"].split(b"-")[1] for headers in arrived} == {TRACE.split("-")[1].encode()}
-            # The client's own claim is gone, as its hop is not trusted.
-            assert {headers[b"x-forwarded-for"].decode() for headers in arrived} == {SEEN[name, place]}
+            # The client's own claim is gone, as its hop is not trusted. Envoy adds another address for 127.0.0.1.
+            hops = [headers[b"x-forwarded-for"].decode().split(",") for headers in arrived]
+            added = place == "behind the relay" and name in ADD_THEIR_CALLER
+            assert {(entries[0], len(entries)) for entries in hops} == {(CLIENT, 2 if added else 1)}
             engine.hold_after = 4
             await asyncio.to_thread(read_held, address, engine)
 
@@ -157,18 +170,16 @@ def read_held(address: str, engine: FakeVllm) -> None:
 @contextmanager
 def litellm(to: str, folder: Path) -> Iterator[str]:
     """The page's example of LiteLLM's proxy. Returns its address."""
-    program = shutil.which("litellm")
-    if program is None:
-        pytest.skip("litellm is not installed")
+    command = program("litellm")
     port = free_port()
     config = folder / f"litellm-{port}.yaml"
-    config.write_text(example("yaml").replace("http://127.0.0.1:8080", to))
-    own = {"PATH": f"{Path(program).parent}:/usr/bin:/bin", "HOME": str(folder), "LITELLM_MASTER_KEY": LITELLM_KEY}
+    config.write_text(example("LiteLLM's proxy").replace("http://127.0.0.1:8080", to))
+    own = {"PATH": f"{Path(command).parent}:/usr/bin:/bin", "HOME": str(folder), "LITELLM_MASTER_KEY": LITELLM_KEY}
     own["PYTHONHASHSEED"] = "0"  # LiteLLM writes some members in the order of a set
     log = folder / f"litellm-{port}.log"
-    command = [program, "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+    whole = [command, "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=own)
+        process = subprocess.Popen(whole, stdout=file, stderr=file, env=own)
     address = f"http://127.0.0.1:{port}"
     try:
         ends = time.monotonic() + HANG_SECONDS
@@ -215,5 +226,5 @@ async def test_litellm_gives_the_same_answers_with_hemostat_behind_it(tmp_path: 
 
 
 def test_every_example_of_the_page_is_run() -> None:
-    languages = re.findall(r"```(\w+)", (ROOT / "docs" / "gateways.md").read_text())
-    assert languages == [*COMMANDS, "yaml"]
+    with_example = [section.partition("\n")[0] for section in PAGE.split("\n## ")[1:] if "```" in section]
+    assert with_example == [*ARGUMENTS, "LiteLLM's proxy"]
