@@ -35,8 +35,8 @@ MAX_REQUESTS = 6_000
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """One life. alone, replaced: the requests from the first build until the first promotion, without further builds and
-    with them; None if there was no promotion."""
+    """One life. alone, replaced: the requests from the first build until the first promotion, without further builds
+    and with them; None if there was no promotion."""
 
     number: int
     tokens: int
