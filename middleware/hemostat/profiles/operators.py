@@ -49,7 +49,7 @@ class Operator:
         self._writer.write_mode()
         self._record(Decision.MODE, self._serving.selected or IDENTITY, f"set to {mode} by the operator")
 
-    def import_profile(self, profile: CalibrationProfile, why: str = "imported by the operator") -> str:
+    def import_profile(self, profile: CalibrationProfile) -> str:
         """Makes it a candidate, which has to prove itself like any other. Returns its version.
 
         Nothing happens if it is known there already.
@@ -59,6 +59,7 @@ class Operator:
         serves_all = all(state.version == version for state in self._serving.kinds.values())
         if version == self._catalogue.probe or serves_all or self._trials.holds(version):
             return version
+        why = "imported by the operator"
         probe = self._catalogue.get(self._catalogue.probe)
         if probe is not None and anchor_set(profile) not in {"", anchor_set(probe)}:
             # Engines report one set of anchors.

@@ -71,13 +71,13 @@ class RowScorer(Protocol):
         """Returns the record with what it was made of. Raises NotScored."""
 
 
-async def score_rows(rows: pa.Table, scorer: RowScorer, at_once: int = AT_ONCE) -> pa.Table:
+async def score_rows(rows: pa.Table, scorer: RowScorer) -> pa.Table:
     """Returns scored rows, in the order of `rows`. Only the scorer has effects.
 
     A row that can never be scored has the reason in `unscored`, and no scores; so has one on which the reference fails
     although it works. Raises NotScored if the reference cannot score now.
     """
-    limit = asyncio.Semaphore(at_once)
+    limit = asyncio.Semaphore(AT_ONCE)
     captures = list(from_rows(rows))
 
     async def score(spooled: Spooled) -> Answered | str:

@@ -42,17 +42,16 @@ def _print_line(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
-def main(load: Callable[[], Settings], role: Role = Role.SERVE, announce: Callable[[str], None] | None = None) -> int:
+def main(load: Callable[[], Settings], role: Role = Role.SERVE) -> int:
     """Runs until SIGTERM or SIGINT, or until a successor has taken over; returns 0, or 2 if a process cannot start.
 
-    load: reads the configuration, now and at every SIGHUP. Raises ConfigError. announce: None prints lines for people,
-    or logs them if the log is for programs.
+    load: reads the configuration, now and at every SIGHUP. Raises ConfigError.
     """
     load = partial(with_role, load, role)
     settings = load()
     logs.set_up(settings.log.level, settings.log.format)
-    own = log.info if settings.log.format == "json" else _print_line
-    return asyncio.run(_run(settings, load, role, announce or own))
+    announce = log.info if settings.log.format == "json" else _print_line  # for programs, or for people
+    return asyncio.run(_run(settings, load, role, announce))
 
 
 def with_role(load: Callable[[], Settings], role: Role) -> Settings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.arrays import Floats, Ids
+from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import InvalidArgumentError
 
 
@@ -14,7 +14,6 @@ def choose_anchors(
     count: int,
     *,
     among: npt.NDArray[np.integer] | None = None,
-    covariance: Floats | None = None,
 ) -> Ids:
     """Returns the ids whose logits together determine the hidden state best, int32 [count], the most informative first.
 
@@ -23,8 +22,8 @@ def choose_anchors(
     restarts among the rest, so that more anchors mean less noise.
 
     weight: W, [V, d]. among: ids to choose from; leave out ids that samplers mask (end of sequence, special ones), as a
-    row with a masked anchor is not changed. covariance: of hidden states, [d, d]; None takes it to be isotropic. Raises
-    InvalidArgumentError unless 1 ≤ count ≤ the number of ids to choose from.
+    row with a masked anchor is not changed. Hidden states are taken to be isotropic. Raises InvalidArgumentError unless
+    1 ≤ count ≤ the number of ids to choose from.
 
     >>> choose_anchors(np.array([[3.0, 0.0], [0.0, 1.0], [0.1, 0.1], [-3.0, -1.0]]), 2).tolist()
     [3, 0]
@@ -34,8 +33,6 @@ def choose_anchors(
         raise InvalidArgumentError(f"count is {count}: there are {len(ids)} ids to choose from")
     rows = weight[ids].astype(np.float32)
     rows -= rows.mean(axis=0)
-    if covariance is not None:
-        rows = rows @ np.linalg.cholesky(covariance).astype(np.float32)
     sizes = np.square(rows).sum(axis=1)
     taken = np.zeros(len(ids), dtype=np.bool_)
     chosen: list[int] = []

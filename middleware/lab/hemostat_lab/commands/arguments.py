@@ -8,7 +8,7 @@ from pathlib import Path
 from hemostat.commands.arguments import positive_integer
 
 WITHOUT_DATA = ("prune10", "prune30", "prune50")
-COMPRESSIONS = ("w4a16", "int3", "w8a8", *WITHOUT_DATA)
+COMPRESSIONS = ("w4a16", "w8a8", *WITHOUT_DATA)
 
 
 def non_negative_integer(text: str) -> int:

@@ -59,7 +59,6 @@ REFRESH_SECONDS = 2.0
 REFERENCE_TIMEOUT_SECONDS = 180.0
 REFERENCE_DETAIL_SECONDS = 5.0
 """Hemostat polls vLLM every few seconds: before that its detail is out of date and not printed."""
-PROFILE_TIMEOUT_SECONDS = 60.0
 IDLE_SECONDS = 3.0
 """The queue is empty and the counters have not changed for this long: done. Relays send counters periodically."""
 STALLED_SECONDS = 90.0
