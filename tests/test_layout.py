@@ -108,3 +108,12 @@ def test_a_list_of_modules_is_read() -> None:
     assert listed("It is.\n\n    a, b.py  two modules,\n             in two lines\n    c/       a package") == {
         *("a", "b", "c")
     }
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "tests" / "bench").glob("bench_*.py")), ids=lambda path: path.name)
+def test_a_benchmark_finds_shared_test_code_when_it_is_run_as_a_script(script: Path) -> None:
+    """Python then looks for modules in the folder of the script only, so the root has to be on the path before."""
+    lines = script.read_text(encoding="utf-8").splitlines()
+    imports = [number for number, line in enumerate(lines) if line.startswith("from tests.")]
+    inserts = [number for number, line in enumerate(lines) if line.strip().startswith("sys.path.insert(0, str(ROOT))")]
+    assert not imports or (inserts and inserts[0] < imports[0])

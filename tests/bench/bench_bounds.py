@@ -8,8 +8,8 @@ bound that the lists' ids and one bucket give, "lower" what the caps add (see `h
 floor   how often KL's assumption holds: positions at which no id at all is less likely under one model than `MIN_RATIO`
         times what the other gives it.
 known   at K = 20, what more knowledge of one side gives: see `tests.bench.bounds_by_knowledge`.
-speed   positions/s of CPU time of `bounds`, and of `divergence`, which holds them, at K = 20 on one core; the median of
-        rounds.
+speed   positions/s of CPU time of `bounds`, of `divergence`, which holds them, and of `divergences`, which is given 16
+        requests, at K = 20 on one core; the median of rounds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,19 +28,23 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # numpy's; torch is told how many below
 
-import numpy as np
-from tests.bench.bounds_by_knowledge import Knowledge
-from tests.bench.bounds_by_knowledge import table as knowledge_table
-
-from hemostat_calibration.divergence.bounds import MIN_RATIO, bounds
-from hemostat_calibration.divergence.per_token import divergence
-from hemostat_calibration.record_checks import validate
-from hemostat_calibration.records import Candidates, TokenRecord
-from hemostat_calibration.statistics.streaming import RatioEstimate
-from hemostat_lab.demo import vllm_server as vllm_process
-from hemostat_lab.demo.checkpoints import cached_checkpoints
-
 ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+from tests.bench.bounds_by_knowledge import Knowledge  # noqa: E402
+from tests.bench.bounds_by_knowledge import table as knowledge_table  # noqa: E402
+
+from hemostat_calibration.divergence.bounds import MIN_RATIO, bounds  # noqa: E402
+from hemostat_calibration.divergence.per_token import divergence  # noqa: E402
+from hemostat_calibration.divergence.together import divergences  # noqa: E402
+from hemostat_calibration.record_checks import validate  # noqa: E402
+from hemostat_calibration.records import Candidates, TokenRecord  # noqa: E402
+from hemostat_calibration.statistics.streaming import RatioEstimate  # noqa: E402
+from hemostat_lab.demo import vllm_server as vllm_process  # noqa: E402
+from hemostat_lab.demo.checkpoints import cached_checkpoints  # noqa: E402
+
 BUILD = ROOT / "build" / "bench"
 PROMPTS = ROOT / "middleware" / "hemostat" / "gate" / "prompts.jsonl"
 LISTS = (5, 10, 20, 50, 100, 1000)
@@ -51,6 +55,8 @@ FIGURES = ("kl_rc", "kl_cr", "js", "tv")
 NAMES = {"kl_rc": "KL(r‖c)", "kl_cr": "KL(c‖r)", "js": "JS", "tv": "TV"}
 TOKENS = 64
 BATCH = 12
+TOGETHER = 16
+"""The requests of one call of `divergences`."""
 
 
 @dataclass(frozen=True)
@@ -243,15 +249,20 @@ def speed(k: int = 20, rounds: int = 15) -> dict[str, Any]:
     result: dict[str, Any] = {"k": k}
     for tokens in (64, 256, 1024):
         made = synthetic(tokens, k)
-        repeats = max(1, 4096 // tokens)
-        for function in (bounds, divergence):
-            rates = []
+        several = [synthetic(tokens, k, seed) for seed in range(TOGETHER)]
+        calls: list[tuple[str, Callable[[], object], int]] = [
+            ("bounds", lambda made=made: bounds(made), tokens),
+            ("divergence", lambda made=made: divergence(made), tokens),
+            ("divergences", lambda several=several: divergences(several), TOGETHER * tokens),
+        ]
+        for name, call, positions in calls:
+            rates, repeats = [], max(1, 4096 // positions)
             for _ in range(rounds):
                 start = time.process_time()
                 for _ in range(repeats):
-                    function(made)
-                rates.append(repeats * tokens / (time.process_time() - start))
-            result[f"{function.__name__}_{tokens}"] = {"median": statistics.median(rates), "best": max(rates)}
+                    call()
+                rates.append(repeats * positions / (time.process_time() - start))
+            result[f"{name}_{tokens}"] = {"median": statistics.median(rates), "best": max(rates)}
     return result
 
 

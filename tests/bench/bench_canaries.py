@@ -45,14 +45,19 @@ from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file, save_file
-from tests.bench import canary_causes
-from tests.bench.forked_vllm import ForkedVllm, Imported
 
-from hemostat.canaries.client import CanaryClient
-from hemostat.canaries.prompts import load
-from hemostat.reference.server import VllmServer
-from hemostat_calibration.arrays import Floats
-from hemostat_calibration.canaries import (
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from tests.bench import canary_causes  # noqa: E402
+from tests.bench.forked_vllm import ForkedVllm, Imported  # noqa: E402
+
+from hemostat.canaries.client import CanaryClient  # noqa: E402
+from hemostat.canaries.prompts import load  # noqa: E402
+from hemostat.reference.server import VllmServer  # noqa: E402
+from hemostat_calibration.arrays import Floats  # noqa: E402
+from hemostat_calibration.canaries import (  # noqa: E402
     REPLAYS,
     Canary,
     CanarySet,
@@ -60,11 +65,11 @@ from hemostat_calibration.canaries import (
     Origin,
     shortest,
 )
-from hemostat_lab.demo import prompts as demo_prompts
-from hemostat_lab.demo.checkpoints import cached_checkpoints
-from hemostat_lab.demo.vllm_server import dtype
+from hemostat_lab.demo import prompts as demo_prompts  # noqa: E402
+from hemostat_lab.demo.checkpoints import cached_checkpoints  # noqa: E402
+from hemostat_lab.demo.vllm_server import dtype  # noqa: E402
 
-BUILD = Path(__file__).resolve().parents[2] / "build" / "bench"
+BUILD = ROOT / "build" / "bench"
 WORK = BUILD / "canaries"
 NAME = "m"
 LOAD = 4

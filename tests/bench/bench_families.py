@@ -16,15 +16,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.support.gemma_checkpoint import gemma_checkpoint
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
 
-from hemostat_lab.compression.checkpoint_writer import compress
-from hemostat_lab.demo.checkpoints import cached_checkpoints
-from hemostat_lab.doctor import DoctorOptions, run
-from hemostat_lab.doctor.causes.findings import half_width
-from hemostat_lab.doctor.prompts import load
+from tests.support.gemma_checkpoint import gemma_checkpoint  # noqa: E402
 
-BUILD = Path(__file__).resolve().parents[2] / "build" / "bench"
+from hemostat_lab.compression.checkpoint_writer import compress  # noqa: E402
+from hemostat_lab.demo.checkpoints import cached_checkpoints  # noqa: E402
+from hemostat_lab.doctor import DoctorOptions, run  # noqa: E402
+from hemostat_lab.doctor.causes.findings import half_width  # noqa: E402
+from hemostat_lab.doctor.prompts import load  # noqa: E402
+
+BUILD = ROOT / "build" / "bench"
 FAMILIES: dict[str, Callable[[], Path]] = {
     "SmolLM2-135M-Instruct": lambda: cached_checkpoints("w4a16", note).reference,
     "Gemma-3-270M": lambda: gemma_checkpoint(note),

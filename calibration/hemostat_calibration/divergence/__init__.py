@@ -8,6 +8,7 @@ per_token         divergences of the compressed model c from the reference r, to
 places            a request's figures by where its tokens stand
 profile_shift     the change that a profile makes to a record
 sampled_estimate  estimates of KL from the emitted token, without truncation bias
+together          the figures of several requests, computed together
 trajectory        the length over which two models generate the same text
 view              both models' values from a record, side by side
 """

@@ -49,7 +49,7 @@ lower a lower bound, and masses are that much larger in an upper one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -58,12 +58,14 @@ from hemostat_calibration.arrays import Bools, Floats, Ids
 from hemostat_calibration.divergence.view import (
     MASS_ROUNDING,
     Coarse,
+    SumsOverS,
     View,
-    bucket,
     coarse,
+    outside,
     row_counts,
     row_sums,
     view_of,
+    with_bucket,
     xlogy,
 )
 from hemostat_calibration.records import Candidates, TokenRecord
@@ -200,10 +202,9 @@ def bounds_of(
     log_r_p = np.where(on_p, reference.logprobs, -np.inf)
     p = np.exp(log_p)
     r_p, p_q = np.exp(log_r_p), np.where(on_q, p, 0.0)
-    p_s = np.where(view.inside, p, 0.0)
-    r_out, p_out = bucket(view, view.r), bucket(view, p_s)
+    r_out, p_out = outside(known.sums.r, exact=False), outside(known.sums.p, exact=False)
     cap_r, cap_p = np.exp(cap(reference, record.output_ids)), np.exp(log_cap)
-    lower = _capped(view, known, np.where(view.inside, log_p, -np.inf), on_p, log_r_p, r_p, r_out, p_out, log_cap)
+    lower = _capped(known, on_p, log_r_p, r_p, r_out, p_out, log_cap)
 
     q_ids = row_counts(on_q)
     p_ids = row_counts(on_p)
@@ -239,30 +240,24 @@ def bounds_of(
 
 
 def _capped(
-    view: View,
-    known: Coarse,
-    log_p: Floats,
-    on_p: Bools,
-    log_r_p: Floats,
-    r_p: Floats,
-    r_out: Floats,
-    p_out: Floats,
-    log_cap: Floats,
+    known: Coarse, on_p: Bools, log_r_p: Floats, r_p: Floats, r_out: Floats, p_out: Floats, log_cap: Floats
 ) -> Coarse:
     """Returns the sharper lower bounds. The reference's list is ordered from its likeliest id, so the capped ids of P
     come first in it: an id is capped if it is capped when all before it are."""
     capped_p = np.exp(log_cap)[:, None]
-    left_r = np.maximum(r_out[:, None] - (np.cumsum(r_p, axis=1) - r_p), r_p)
-    left_p = p_out[:, None] - capped_p * (np.cumsum(on_p, axis=1) - on_p)
+    left_r = np.maximum(r_out[:, None] - _before(r_p), r_p)
+    left_p = p_out[:, None] - capped_p * _before(on_p.astype(np.float64))
     at_cap = on_p & (r_p * left_p > capped_p * left_r)
     rows, columns = at_cap.any(axis=1), at_cap.any(axis=0)
     if not rows.any():
         return known
-    chosen = at_cap[np.ix_(rows, columns)]
-    log_r = np.where(chosen, log_r_p[np.ix_(rows, columns)], -np.inf)
-    log_r = np.concatenate([view.log_r[rows], log_r], axis=1)
-    log_p = np.concatenate([log_p[rows], np.where(chosen, log_cap[rows, None], -np.inf)], axis=1)
-    sharp = coarse(replace(view, log_r=log_r, r=np.exp(log_r)), np.exp(log_p), log_p)
+    # To the sums over S come those of the capped ids, as if they were in it.
+    chosen, there = at_cap[np.ix_(rows, columns)], np.ix_(rows, columns)
+    log_p = np.where(chosen, log_cap[rows, None], -np.inf)
+    added = SumsOverS.of(
+        np.where(chosen, r_p[there], 0.0), np.where(chosen, log_r_p[there], -np.inf), np.exp(log_p), log_p
+    )
+    sharp = with_bucket(known.sums.at(rows).plus(added), exact=False)
 
     def put(values: Floats, sharper: Floats) -> Floats:
         put_in = values.copy()
@@ -274,7 +269,20 @@ def _capped(
         kl_cr=put(known.kl_cr, sharp.kl_cr),
         js=put(known.js, sharp.js),
         tv=put(known.tv, sharp.tv),
+        sums=known.sums,
     )
+
+
+def _before(x: Floats) -> Floats:
+    """Returns the sums of what is before each value in its row, [T, N]."""
+    if x.shape[1] > len(x):
+        return np.cumsum(x, axis=1) - x
+    # Column by column: numpy's sums along a row take one value at a time.
+    result, total = np.empty_like(x), np.zeros(len(x))
+    for n in range(x.shape[1]):
+        result[:, n] = total
+        total += x[:, n]
+    return result
 
 
 @dataclass(frozen=True, slots=True)

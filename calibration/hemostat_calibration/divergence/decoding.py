@@ -38,7 +38,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hemostat_calibration.arrays import Bools, Floats, Ids
-from hemostat_calibration.divergence.bounds import MIN_RATIO, Interval, bounds, cap, named
+from hemostat_calibration.divergence.bounds import Bounds, Interval, bounds, cap, named
 from hemostat_calibration.divergence.view import MASS_ROUNDING, view_of, xlogy
 from hemostat_calibration.records import Candidates, Sampling, TokenRecord
 
@@ -80,10 +80,10 @@ class DecodedDivergence:
     """It is False if the lists do not determine the cut, or if a profile changed what was drawn from."""
 
 
-def decoded_divergence(record: TokenRecord, min_ratio: float = MIN_RATIO) -> DecodedDivergence:
+def decoded_divergence(record: TokenRecord, certain: Bounds | None = None) -> DecodedDivergence:
     """Returns the divergence of the two models after the request's decoding, for a validated record.
 
-    min_ratio: see `bounds.Bounds.min_ratio`, for KL's upper end at temperature 1 without a cut.
+    certain: `bounds(record)`, which are the answer at temperature 1 without a cut; None: they are computed if needed.
 
     >>> from hemostat_calibration.records import Candidates
     >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
@@ -105,7 +105,7 @@ def decoded_divergence(record: TokenRecord, min_ratio: float = MIN_RATIO) -> Dec
     if _cuts(sampling):
         return _cut(record)
     if sampling.temperature == 1.0:
-        result = bounds(record, min_ratio)
+        result = bounds(record) if certain is None else certain
         return DecodedDivergence(result.tv, result.js, np.ones(record.tokens, dtype=np.bool_))
     return _tempered(record)
 

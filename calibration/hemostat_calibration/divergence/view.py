@@ -76,6 +76,53 @@ def view_of(record: TokenRecord) -> View:
 
 
 @dataclass(frozen=True, slots=True)
+class SumsOverS:
+    """The sums over the ids of S that divergences of r and some p are made of, [T]."""
+
+    r: Floats
+    """The mass of r on S; p: of p."""
+    p: Floats
+    kl_rc: Floats
+    """Σ r log(r/p); kl_cr: Σ p log(p/r)."""
+    kl_cr: Floats
+    js: Floats
+    """Σ p log(2p/(r + p)) + Σ r log(2r/(r + p))."""
+    tv: Floats
+    """Σ |r − p|."""
+
+    @classmethod
+    def of(cls, r: Floats, log_r: Floats, p: Floats, log_p: Floats) -> SumsOverS:
+        """Returns the sums; all [T, N], 0 and -inf outside of S."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log_ratio = log_r - log_p
+            # Over the sum, not the mean: half of the smallest number is 0.
+            both = r + p
+            return cls(
+                r=row_sums(r),
+                p=row_sums(p),
+                kl_rc=row_sums(np.where(r > 0.0, r * log_ratio, 0.0)),
+                kl_cr=-row_sums(np.where(p > 0.0, p * log_ratio, 0.0)),
+                js=row_sums(xlogy(p, 2.0 * p / both)) + row_sums(xlogy(r, 2.0 * r / both)),
+                tv=row_sums(np.abs(p - r)),
+            )
+
+    def plus(self, other: SumsOverS) -> SumsOverS:
+        """Returns the sums over S with further ids; other: over these."""
+        return SumsOverS(
+            self.r + other.r,
+            self.p + other.p,
+            self.kl_rc + other.kl_rc,
+            self.kl_cr + other.kl_cr,
+            self.js + other.js,
+            self.tv + other.tv,
+        )
+
+    def at(self, rows: Bools) -> SumsOverS:
+        """Returns the sums at some positions, [T] bool."""
+        return SumsOverS(self.r[rows], self.p[rows], self.kl_rc[rows], self.kl_cr[rows], self.js[rows], self.tv[rows])
+
+
+@dataclass(frozen=True, slots=True)
 class Coarse:
     """The divergences of r and some p over S plus one bucket, [T]."""
 
@@ -83,6 +130,8 @@ class Coarse:
     kl_cr: Floats
     js: Floats
     tv: Floats
+    sums: SumsOverS
+    """The sums that they were made of."""
 
 
 def coarse(view: View, p: Floats, log_p: Floats) -> Coarse:
@@ -97,17 +146,36 @@ def coarse(view: View, p: Floats, log_p: Floats) -> Coarse:
     >>> coarse(view, view.c, view.log_c).kl_rc.round(6).tolist()
     [0.109023]
     """
-    r_out, p_out = bucket(view, view.r), bucket(view, p)
+    return with_bucket(SumsOverS.of(view.r, view.log_r, p, log_p), exact=view.exact)
+
+
+def with_bucket(sums: SumsOverS, *, exact: bool) -> Coarse:
+    """Returns the divergences over S plus one bucket. exact: S is everything, so that the bucket is empty.
+
+    >>> r, c = np.array([[0.5, 0.4]]), np.array([[0.7, 0.2]])
+    >>> with_bucket(SumsOverS.of(r, np.log(r), c, np.log(c)), exact=False).kl_rc.round(6).tolist()
+    [0.109023]
+    """
+    r_out, p_out = outside(sums.r, exact=exact), outside(sums.p, exact=exact)
     with np.errstate(divide="ignore", invalid="ignore"):
-        log_ratio = view.log_r - log_p
-        kl_rc = row_sums(np.where(view.r > 0.0, view.r * log_ratio, 0.0))
-        kl_cr = -row_sums(np.where(p > 0.0, p * log_ratio, 0.0))
+        both = r_out + p_out
+        js = sums.js + (xlogy(r_out, 2.0 * r_out / both) + xlogy(p_out, 2.0 * p_out / both))
     return Coarse(
-        kl_rc=np.maximum(kl_rc + xlogy(r_out, r_out / np.maximum(p_out, MASS_ROUNDING)), 0.0),
-        kl_cr=np.maximum(kl_cr + xlogy(p_out, p_out / np.maximum(r_out, MASS_ROUNDING)), 0.0),
-        js=jensen_shannon(view, p)[0],
-        tv=total_variation(view, p)[0],
+        kl_rc=np.maximum(sums.kl_rc + xlogy(r_out, r_out / np.maximum(p_out, MASS_ROUNDING)), 0.0),
+        kl_cr=np.maximum(sums.kl_cr + xlogy(p_out, p_out / np.maximum(r_out, MASS_ROUNDING)), 0.0),
+        js=np.clip(0.5 * js, 0.0, np.log(2.0)),
+        tv=np.clip(0.5 * (sums.tv + np.abs(p_out - r_out)), 0.0, 1.0),
+        sums=sums,
     )
+
+
+def outside(mass: Floats, *, exact: bool) -> Floats:
+    """Returns what is left of a distribution with `mass` on S, [T]; 0 if S is everything.
+
+    >>> outside(np.array([0.75]), exact=False).tolist()
+    [0.25]
+    """
+    return np.zeros(len(mass)) if exact else np.maximum(1.0 - mass, 0.0)
 
 
 def bucket(view: View, p: Floats) -> Floats:

@@ -194,7 +194,7 @@ class Measurements:
         if profile is not None and held_out:
             gained = gain(record, profile) if gain_of is None else gain_of(profile)
         decoded = strategy(record)
-        drawn = None if decoded == UNKNOWN else decoded_divergence(record)
+        drawn = None if decoded == UNKNOWN else decoded_divergence(record, raw.bounds)
         # All is computed before anything is added, so that a record counts in every figure or in none.
         arm, decoding = str(record.arm), "greedy" if record.sampling.greedy else "sampled"
         self.tokens += record.tokens

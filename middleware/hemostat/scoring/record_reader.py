@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 
 from hemostat.ipc.messages import Capture
@@ -18,7 +19,8 @@ from hemostat.reference.pair import ServedModelsSource
 from hemostat.scored_record import MAX_WEIGHT, NO_USE, ScoredRecord, Use
 from hemostat.scoring.capture_arrays import prompt_ids
 from hemostat_calibration.arrays import Ids
-from hemostat_calibration.divergence.per_token import divergence
+from hemostat_calibration.divergence.per_token import TokenDivergence, divergence
+from hemostat_calibration.divergence.together import divergences
 from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.statistics.continuations import Continuations
 
@@ -82,8 +84,20 @@ class RecordReader:
         self._profiles = profiles
         self._seen = SeenUnits()
 
-    def read(self, record: TokenRecord, capture: Capture, probability: float = 1.0) -> ScoredRecord:
-        """Returns the scored record. probability: with which the spool has admitted its capture."""
+    def figures(self, records: Sequence[TokenRecord]) -> list[TokenDivergence]:
+        """Returns the figures of several records, which cost less together."""
+        served, catalogue = self._models.served, self._profiles.catalogue
+        own = [(served.of(record.model) or served.calibrated) is served.calibrated for record in records]
+        applied = [
+            catalogue.get(record.applied) if is_own else None for record, is_own in zip(records, own, strict=True)
+        ]
+        return divergences(records, applied)
+
+    def read(
+        self, record: TokenRecord, capture: Capture, probability: float = 1.0, figures: TokenDivergence | None = None
+    ) -> ScoredRecord:
+        """Returns the scored record. probability: with which the spool has admitted its capture. figures: of `figures`;
+        None: they are computed here."""
         served, profiles = self._models.served, self._profiles
         pair = served.of(record.model) or served.calibrated
         calibrated = pair is served.calibrated
@@ -102,6 +116,6 @@ class RecordReader:
             held_out=calibrated and profiles.is_held_out(record),
             profile=profile,
             applied=applied,
-            figures=divergence(record, applied),
+            figures=divergence(record, applied) if figures is None else figures,
             weight=min(1.0 / probability, MAX_WEIGHT),
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from hemostat.config.schema import Calibration, Evidence, Shadow
+from hemostat.ipc.messages import Capture
 from hemostat.measurement.by_model import OtherModels
 from hemostat.measurement.dependence import Cycle
 from hemostat.measurement.measurements import Measurements
@@ -21,8 +23,11 @@ from hemostat.scoring.score_rows import VERSIONS, ScoredRow, StoredReference, sc
 from hemostat.scoring.spool.keys import SpoolError, SpoolKey
 from hemostat.scoring.spool.segments import Location, began, read_segment, segments
 from hemostat.store.protocol import BlobKey, StateKey, StoredProfile
+from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.statistics.templates import TemplateTable
 
+TOGETHER = 32
+"""The number of rows whose figures are computed together."""
 FIRST_TIME = 1e9
 """The Unix time before which no row was served: what is before it is the number of a JSON line without a time."""
 
@@ -96,15 +101,29 @@ class Evidenced:
     def _clock(self) -> float:
         return self.now
 
-    async def update(self, row: ScoredRow) -> None:
-        """Adds a row. Raises SpoolError if it is of another model, or of another reference, than those before."""
-        self.now = max(self.now, row.spooled.at)
+    async def update(self, rows: Sequence[ScoredRow]) -> None:
+        """Adds rows. Raises SpoolError if one is of another model, or of another reference, than those before."""
+        made: list[tuple[float, float, TokenRecord, Capture]] = []
+        for row in rows:
+            self.now = max(self.now, row.spooled.at)
+            scored = await self._record(row)
+            if scored is not None:
+                made.append((self.now, row.spooled.probability, *scored))
+        last = self.now
+        figures = self._reader.figures([record for _, _, record, _ in made])
+        for (moment, probability, record, capture), each in zip(made, figures, strict=True):
+            self.now = moment
+            self._consumer.update(self._reader.read(record, capture, probability, each))
+        self.now = last
+
+    async def _record(self, row: ScoredRow) -> tuple[TokenRecord, Capture] | None:
+        """Returns the record of a row, and its capture; None if it was not scored."""
         self.began = self.began or row.spooled.at
         self.captures += 1
         self.improbable += row.spooled.probability < 1.0
         if row.info is None:
             self.unscored[row.unscored or ""] += 1
-            return
+            return None
         capture, tap = row.spooled.capture, row.spooled.tap
         if self.reference is None:
             self.reference, self.model = row.info, capture.model
@@ -119,8 +138,7 @@ class Evidenced:
         self._stored.row = row
         if row.scores is not None:
             self._stages.max_scored = len(row.scores.emitted)  # an output may have been scored in part
-        record, complete = await self._stages.score(capture, None if tap is None else tap.result())
-        self._consumer.update(self._reader.read(record, complete, row.spooled.probability))
+        return await self._stages.score(capture, None if tap is None else tap.result())
 
     def report(self) -> dict[str, Any]:
         """Returns the report, JSON-ready."""
@@ -148,6 +166,7 @@ async def read_evidence(folder: Location, key: SpoolKey | None, cycle_hours: flo
     if not segments(folder):
         raise SpoolError(f"{folder} has no scored segments; write them by: hemostat score SPOOL --out {folder}")
     evidence = Evidenced(cycle_hours)
-    for row in rows_in_order(folder, key):
-        await evidence.update(row)
+    rows = rows_in_order(folder, key)
+    while together := list(islice(rows, TOGETHER)):
+        await evidence.update(together)
     return evidence.report()

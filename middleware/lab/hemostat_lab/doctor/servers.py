@@ -19,7 +19,7 @@ from hemostat.reference.on_server import ServerReference
 from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ScoreRequest
 from hemostat.reference.server import VllmServer
 from hemostat.reference.vllm import VllmReference
-from hemostat_calibration.divergence.bounds import MIN_RATIO, bounds
+from hemostat_calibration.divergence.bounds import MIN_RATIO
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.record_checks import validate
@@ -224,7 +224,8 @@ class ServerPair:
 
 def _figures_of(record: TokenRecord) -> Mapping[str, Floats]:
     """Lower bounds, upper bounds and estimates of a validated record, float64 [T] each; see `pair`."""
-    estimates, certain = divergence(record), bounds(record)
+    estimates = divergence(record)
+    certain = estimates.bounds
     return {
         **{name: getattr(certain, name).lower for name in ("kl_rc", "kl_cr", "js", "tv")},
         **{name + UPPER: getattr(certain, name).upper for name in ("kl_rc", "kl_cr", "js", "tv")},
