@@ -5,9 +5,10 @@ tests that execute its line, the quickest first, for at most 60 s, without vLLM 
 `--removed BASE` the draw is in proportion to the lines of tests that were removed since the revision BASE: the more a
 folder of tests has lost, the more mutants are drawn from the lines that its tests execute.
 
-Second half: the last commits that added an entry to "Fixed" of the changelog and changed the product are reversed, one
-at a time. The tests that the commit changed, or that execute the lines, have to fail. A commit that cannot be reversed
-any more is named, and the next one is taken.
+Second half: the last commits that added an entry to "Fixed" of the changelog and changed the product are reversed,
+one at a time. The tests that the commit changed, or that execute the lines, have to fail. Of a commit that cannot be
+reversed as a whole any more, what has not been changed since is reversed. If nothing of it is left, or what is left
+does not run, it is named, and the next one is taken.
 
     make bench-mutants ARGS="--mutants 300 --reversals 40"
     make bench-mutants ARGS="--tests-of BASE"       the same mutants, with the tests of another revision
@@ -26,10 +27,11 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +47,9 @@ MUTANT_SECONDS = 60.0
 REVERSAL_SECONDS = 300.0
 SHARE_OF_TIME = 0.6
 """The tests of a change may take this share of its time where they were recorded; the rest is for pytest's start."""
+
+BROKEN = {"ImportError", "ModuleNotFoundError", "NameError", "SyntaxError", "IndentationError", "UnboundLocalError"}
+"""The errors of a reversal in part that does not run at all."""
 
 
 def say(line: str) -> None:
@@ -77,25 +82,52 @@ class Bench:
             path.write_text(original, encoding="utf-8")
 
     def reversal(self, commit: str, subject: str, changed: Sequence[str]) -> dict[str, Any]:
-        """Returns the result of the reversal of one commit."""
+        """Returns the result of the reversal of one commit; in part, if it cannot be reversed as a whole any more."""
         if (what := f"{commit[:10]} {subject}") in self.done:
             return self.done[what]
         try:
-            lines = reverse(self._tree, commit)
-            self._tree.restore()
+            in_part = False
+            try:
+                lines = reverse(self._tree, commit)
+            except ConflictError:
+                self._tree.restore()
+                in_part = True
+                lines = reverse(self._tree, commit, in_part=True)
+            kept = {"in_part": in_part}
             known = [path for path in changed if (self._tree.folder / path).exists()]
+            if failed := self._first_failure(known):
+                return self._keep(what, _verdict(failed[1], in_part), f"{failed[0]} ({failed[1]})", known, kept)
             self._executed.record(self._tree, known, PRODUCT, say)  # where `--tests` has left them out
             self._executed.load(known)
-            reverse(self._tree, commit)
+            reverse(self._tree, commit, in_part=in_part)
             tests = {test for module, numbers in lines.items() for test in self._executed.tests_of(module, numbers)}
             tests |= {test for test in self._executed.seconds if test.partition("::")[0] in changed}
-            return self._judged(what, tests, REVERSAL_SECONDS, first=changed)
+            return self._judged(what, tests, REVERSAL_SECONDS, first=changed, more=kept)
         except ConflictError as error:
             return self._keep(what, "not reversed", str(error), [])
         finally:
             self._tree.restore()
 
-    def _judged(self, what: str, tests: set[str], seconds: float, first: Sequence[str] = ()) -> dict[str, Any]:
+    def _first_failure(self, files: Sequence[str]) -> tuple[str, str] | None:
+        """Runs the files of tests that the commit changed, then restores the tree. Returns the first test that fails
+        with the reversal and passes without it, and the error: so most commits need no record of what these files
+        execute."""
+        if not files or not self._tree.pytest(["-x", *files], REVERSAL_SECONDS, self._log):
+            failed = None
+        else:
+            failed = _failed(self._log)
+        self._tree.restore()
+        alone = self._tree.pytest([failed[0]], REVERSAL_SECONDS, self._log) if failed else None
+        return failed if alone == 0 else None
+
+    def _judged(
+        self,
+        what: str,
+        tests: set[str],
+        seconds: float,
+        first: Sequence[str] = (),
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> dict[str, Any]:
         """Runs the tests, those in the files `first` before the others, until one fails."""
         before = [test for test in tests if test.partition("::")[0] in first]
         chosen = self._executed.quickest(before, seconds * SHARE_OF_TIME) if before else []
@@ -103,21 +135,48 @@ class Bench:
         if (others := tests - {*before}) and left > 0:
             chosen += self._executed.quickest(others, left)
         if not chosen:
-            return self._keep(what, "no test", "no test that was recorded executes it", [])
+            return self._keep(what, "no test", "no test that was recorded executes it", [], more)
         status = self._tree.pytest(["-x", *chosen], seconds, self._log)
         if status is None:
-            return self._keep(what, "timed out", f"the tests did not end within {seconds:.0f} s", chosen)
+            return self._keep(what, "timed out", f"the tests did not end within {seconds:.0f} s", chosen, more)
         if status == 0:
-            return self._keep(what, "survived", f"{len(chosen)} of {len(tests)} tests pass", chosen)
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", self._log.read_text(errors="replace"), re.MULTILINE)
-        return self._keep(what, "found", failed[1] if failed else f"pytest ends with {status}", chosen)
+            return self._keep(what, "survived", f"{len(chosen)} of {len(tests)} tests pass", chosen, more)
+        failed = _failed(self._log) or (f"pytest ends with {status}", "")
+        verdict = _verdict(failed[1], more.get("in_part", False))
+        return self._keep(what, verdict, f"{failed[0]} ({failed[1]})" if failed[1] else failed[0], chosen, more)
 
-    def _keep(self, what: str, verdict: str, why: str, tests: Sequence[str]) -> dict[str, Any]:
-        row = {"what": what, "verdict": verdict, "why": why, "tests": len(tests)}
+    def _keep(
+        self,
+        what: str,
+        verdict: str,
+        why: str,
+        tests: Sequence[str],
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> dict[str, Any]:
+        row = {"what": what, "verdict": verdict, "why": why, "tests": len(tests), **more}
         with self._results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.done[what] = row
         return row
+
+
+def _failed(log: Path) -> tuple[str, str] | None:
+    """Returns the first test that failed, or the file that could not be read, and the name of its error."""
+    text = log.read_text(errors="replace")
+    if (test := re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", text, re.MULTILINE)) is None:
+        return None
+    error = re.search(r"^E +(?:[\w.]+\.)?(\w*(?:Error|Exception|Warning|Group)\b|Failed|assert\b)", text, re.MULTILINE)
+    return test[1], "AssertionError" if error and error[1] == "assert" else error[1] if error else "no error named"
+
+
+def _verdict(error: str, in_part: bool) -> str:
+    """Returns the verdict on a reversal that made a test fail. What is left of a commit may name what has gone: that it
+    cannot run says nothing of the tests.
+
+    >>> _verdict("AssertionError", True), _verdict("ImportError", True), _verdict("ImportError", False)
+    ('found', 'does not run', 'found')
+    """
+    return "does not run" if in_part and error in BROKEN else "found"
 
 
 def removed_lines(tree: Tree, base: str) -> Counter[str]:
@@ -223,11 +282,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for commit in commits:
         row = bench.reversal(commit.commit, commit.subject, commit.tests)
         say(f"{row['verdict']}: {row['what']}")
-        (skipped if row["verdict"] == "not reversed" else reversed_).append(row)
+        (skipped if row["verdict"] in {"not reversed", "does not run"} else reversed_).append(row)
         if len(reversed_) == options.reversals:
             break
     tables = [table("mutants", judged)] if judged else []
-    tables += [table("reversed commits", [*reversed_, *skipped])] if reversed_ or skipped else []
+    for title, in_part in (("reversed commits", False), ("commits reversed in part", True)):
+        if rows := [row for row in [*reversed_, *skipped] if row.get("in_part", True) is in_part]:
+            tables.append(table(title, rows))
     text = "\n\n".join(tables)
     (of_tests / "table.md").write_text(text + "\n")
     print(text)

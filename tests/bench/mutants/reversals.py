@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from collections.abc import Iterator
@@ -48,16 +49,23 @@ def fixed(changelog: str) -> set[str]:
     return {entry for section in sections for entry in re.findall(r"^- (.+)$", section, re.MULTILINE)}
 
 
-def reverse(tree: Tree, commit: str) -> dict[str, list[int]]:
+def reverse(tree: Tree, commit: str, *, in_part: bool = False) -> dict[str, list[int]]:
     """Reverses a commit's changes of the product, and of nothing else. Returns module -> lines that change, as they are
-    numbered in the revision of the tree. Raises ConflictError."""
+    numbered in the revision of the tree. Raises ConflictError.
+
+    in_part: what has been changed again since then stays as it is now, and the rest is reversed.
+    """
     try:
-        git(tree.folder, "revert", "--no-commit", commit)
+        git(tree.folder, "revert", "--no-commit", *(["--strategy-option=ours"] if in_part else []), commit)
     except subprocess.CalledProcessError:
         conflicts = git(tree.folder, "diff", "--name-only", "--diff-filter=U").splitlines()
         of_product = [path for path in conflicts if path.startswith(PRODUCT)]
-        if of_product or not conflicts:
+        if not conflicts or (of_product and not in_part):
             raise ConflictError(f"conflict in {', '.join(of_product) or 'the commit as a whole'}") from None
+        for path in of_product:  # it has gone meanwhile, or was there only before
+            (tree.folder / path).unlink(missing_ok=True)
+            if git(tree.folder, "ls-tree", "HEAD", "--", path):
+                git(tree.folder, "checkout", "--quiet", "HEAD", "--", path)
     # Everything but the product is the revision's again.
     others = [":/", *(f":(exclude){folder}" for folder in PRODUCT)]
     git(tree.folder, "reset", "--quiet")
@@ -66,6 +74,8 @@ def reverse(tree: Tree, commit: str) -> dict[str, list[int]]:
     for path in added:
         (tree.folder / path).unlink()
     difference = git(tree.folder, "diff", "--unified=0", "--no-renames", "--", *PRODUCT)
+    if not any(_meaning(tree, path) for path in _changed(tree)):
+        raise ConflictError("nothing of it is left")
     result: dict[str, list[int]] = {}
     module = ""
     for line in difference.splitlines():
@@ -76,9 +86,39 @@ def reverse(tree: Tree, commit: str) -> dict[str, list[int]]:
             # Where lines are only added, the lines around them are the ones that have to be executed.
             lines = range(first, first + count) if count else range(first, first + 2)
             result.setdefault(module, []).extend(lines)
-    if not difference:
-        raise ConflictError("nothing of it is left")
     return result
+
+
+def _changed(tree: Tree) -> list[str]:
+    """Returns the files of the product that differ from the revision."""
+    new = git(tree.folder, "ls-files", "--others", "--exclude-standard", "--", *PRODUCT).splitlines()
+    return git(tree.folder, "diff", "--name-only", "--no-renames", "--", *PRODUCT).splitlines() + new
+
+
+def _meaning(tree: Tree, path: str) -> bool:
+    """Returns if a changed file means something else than in the revision: not only its comments and docstrings."""
+    if not path.endswith(".py"):
+        return True
+    before = git(tree.folder, "show", f"HEAD:{path}") if git(tree.folder, "ls-tree", "HEAD", "--", path) else ""
+    now = (tree.folder / path).read_text(encoding="utf-8") if (tree.folder / path).exists() else ""
+    return _code(before) != _code(now)
+
+
+def _code(source: str) -> str:
+    """Returns what a source does, without its docstrings.
+
+    >>> _code("def f():\\n    'One.'\\n    return 1  # one\\n") == _code("def f():\\n    return 1\\n")
+    True
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        for name, value in ast.iter_fields(node):
+            if isinstance(value, list):
+                kept = [
+                    part for part in value if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
+                ]
+                setattr(node, name, kept)
+    return ast.dump(tree)
 
 
 def _renamed(tree: Tree, commit: str) -> dict[str, str]:

@@ -128,6 +128,27 @@ def test_a_reversal_changes_the_product_alone(checkout: tree.Tree) -> None:
     assert (checkout.folder / MODULE).read_text() == SOURCE
 
 
+def test_what_was_not_changed_again_is_reversed_alone(repository: Path, tmp_path: Path) -> None:
+    (repository / MODULE).write_text(SOURCE + "\n\n# The end.\nUNUSED = 1\n")
+    (repository / "CHANGELOG.md").write_text("## [1]\n### Fixed\n- The limit itself.\n- Nothing is unused.\n")
+    git(repository, "commit", "--quiet", "--all", "--message", "First")
+    (repository / MODULE).write_text(
+        SOURCE.replace("count <= LIMIT", "LIMIT >= count") + "\n\n# The end.\nUNUSED = 2\n"
+    )
+    (repository / "CHANGELOG.md").write_text("## [1]\n### Fixed\n- The limit itself.\n- Nothing is unused.\n- Two.\n")
+    git(repository, "commit", "--quiet", "--all", "--message", "Both")
+    again = SOURCE.replace("count <= LIMIT", "LIMIT > count - 1") + "\n\n# The end.\nUNUSED = 2\n"
+    (repository / MODULE).write_text(again)
+    git(repository, "commit", "--quiet", "--all", "--message", "Word the limit anew")
+    now = tree.Tree(repository, tmp_path / "now", "HEAD")
+    commit = next(found for found in reversals.mended(now) if found.subject == "Both")
+    with pytest.raises(reversals.ConflictError, match=MODULE):
+        reversals.reverse(now, commit.commit)
+    now.restore()
+    assert reversals.reverse(now, commit.commit, in_part=True) == {MODULE: [len(again.splitlines())]}
+    assert (now.folder / MODULE).read_text() == again.replace("UNUSED = 2", "UNUSED = 1")
+
+
 def test_what_was_written_anew_cannot_be_reversed(repository: Path, tmp_path: Path) -> None:
     (repository / MODULE).write_text("def allowed(count):\n    return True\n")
     git(repository, "commit", "--quiet", "--all", "--message", "Write anew")
@@ -182,7 +203,7 @@ def test_changes_are_found_or_survive_and_a_second_run_runs_nothing(checkout: tr
     assert survivor["verdict"] == "found"
     (commit,) = reversals.mended(checkout)
     row = bench.reversal(commit.commit, commit.subject, commit.tests)
-    assert (row["verdict"], row["why"]) == ("found", tests[0])
+    assert (row["verdict"], row["why"]) == ("found", f"{tests[0]} (AssertionError)")
     assert git(checkout.folder, "status", "--short") == ""
     again = bench_mutants.Bench(checkout, known, tmp_path / "results")
     assert len(again.done) == 5
