@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.support import oracle, tiny_checkpoints
+from tests.support import fake_judge, oracle, tiny_checkpoints
 from tests.support.children import children
 from tests.support.exact import exact
 from tests.support.learner_world import logprobs
@@ -41,7 +41,6 @@ from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 from hemostat_calibration.records import Candidates, ExactDistances, TokenRecord
 from hemostat_lab.adapters import judge_process
-from hemostat_lab.models.copies import Copy
 
 V, D = tiny_checkpoints.VOCAB, tiny_checkpoints.HIDDEN
 PROMPT, TOKENS = 5, 9
@@ -115,15 +114,12 @@ def record_of(
     seed: int, hidden: Any = None, folders: CheckpointFolders | None = None, apart: float = 0.0
 ) -> TokenRecord:
     """Only its output, its hidden states and the reference's log-probabilities matter here. folders: of the reference
-    that gave those; else they are of no model. apart: how far they are from those."""
+    that gave those for the hidden states; else all tokens have the same ones. apart: how far they are from those."""
     output = np.random.default_rng(seed).integers(0, V, TOKENS).astype(np.int32)
-    emitted = np.full(TOKENS, -np.log(V))
-    if folders is not None and hidden is not None:
+    emitted = np.full(TOKENS, -np.log(V)) + apart
+    if folders is not None:
         weight = load_embedding(folders.reference, V)
-        emitted = logprobs(np.nan_to_num(hidden) @ weight.T)[np.arange(TOKENS), output] + apart
-    elif folders is not None:
-        scored = Copy.load(folders.reference).logprobs(np.concatenate([prompt_of(seed), output]))
-        emitted = scored[-TOKENS:].astype(float) + apart
+        emitted = logprobs(np.nan_to_num(hidden) @ weight.T)[np.arange(TOKENS), output]
     flat = np.full(TOKENS, -np.log(V))
     lists = Candidates(np.tile(np.arange(2, dtype=np.int32), (TOKENS, 1)), np.tile(flat[:, None], (1, 2)))
     return TokenRecord(
@@ -143,6 +139,13 @@ def prompt_of(seed: int) -> Any:
     return np.random.default_rng(1000 + seed).integers(0, V, PROMPT).astype(np.int32)
 
 
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process loads no models: what this end does with it is the same, and it starts in a tenth of the time."""
+    monkeypatch.setattr(judging, "MODULE", fake_judge.MODULE)
+    assert fake_judge.VOCAB == V
+
+
 @asynccontextmanager
 async def judge(target: JudgeTarget | None, profiles: Mapping[str, CalibrationProfile]) -> AsyncIterator[AdapterJudge]:
     made = AdapterJudge(profiles.get)
@@ -159,7 +162,7 @@ async def judge(target: JudgeTarget | None, profiles: Mapping[str, CalibrationPr
 
 def pid() -> int | None:
     """Of the judge's process."""
-    return next(iter(children("hemostat_lab.adapters.judge_process")), None)
+    return next(iter(children(judging.MODULE)), None)
 
 
 async def ready(adapter_judge: AdapterJudge) -> None:
@@ -276,6 +279,7 @@ def test_checkpoints_that_cannot_be_copied_are_one_line(folders: CheckpointFolde
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.usefixtures("fake")
 async def test_records_that_wait_go_on_without_distances_where_the_process_is_killed_and_it_is_started_again(
     folders: CheckpointFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,11 +311,10 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
         assert result[names.ADAPTER_JUDGED, "busy"] == 1
         await until(lambda: live_judge.state == "ready")
         assert pid() != running
-        scored = record_of(1, folders=folders)
-        assert set(await distances(live_judge, scored, prompt_of(1), (IDENTITY,))) == {IDENTITY}
+        assert set(await distances(live_judge, record_of(1), prompt_of(1), (IDENTITY,))) == {IDENTITY}
         assert live_judge.detail == ""
         # Scored by another reference than the copy.
-        assert await distances(live_judge, record_of(1, folders=folders, apart=0.5), prompt_of(1), (IDENTITY,)) == {}
+        assert await distances(live_judge, record_of(1, apart=0.5), prompt_of(1), (IDENTITY,)) == {}
         assert live_judge.dropped["other_reference"] == 1
         assert "reference.folder is not the model that the reference serves" in live_judge.status()["detail"]
         assert "judged" in live_judge.status()
@@ -328,13 +331,14 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
         assert live_judge.status()["max_tokens"] is not None
 
 
+@pytest.mark.usefixtures("fake")
 async def test_a_record_whose_answer_would_take_too_long_is_counted_and_not_asked_for(
     folders: CheckpointFolders,
 ) -> None:
     async with judge(JudgeTarget(folders, V, 0), {}) as live_judge:
         await ready(live_judge)
         assert live_judge.status()["max_tokens"] is None
-        scored = record_of(1, folders=folders)
+        scored = record_of(1)
         tokens = 2 * (len(prompt_of(1)) + TOKENS)  # both models are run
         live_judge._requests.limit.late(tokens, TARGET_SECONDS / 2)
         assert live_judge.status()["max_tokens"] == tokens // 2
@@ -408,6 +412,7 @@ async def test_they_come_back_in_the_order_of_the_offers_and_one_that_fails_keep
         assert not live_judge.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
 
 
+@pytest.mark.usefixtures("fake")
 async def test_another_checkpoint_than_the_one_that_serves_is_refused(folders: CheckpointFolders) -> None:
     async with judge(JudgeTarget(folders, V, 0, "0" * 32), {}) as live_judge:
         with pytest.raises(CopyUnavailable, match="idle"):
