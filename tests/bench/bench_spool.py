@@ -3,8 +3,8 @@
     rate     captures of 128 tokens that are scored later in a second of CPU time, and the same on the live path, both
              by a reference that costs nothing, in one process
     bytes    bytes of a segment for each token, at K = 20 and without taps
-    append   CPU time that the control process's event loop takes for a capture, and the one of its segments; the same
-             where no plugin hands out the tokens, so that the capture has the JSON of the response
+    append   CPU time that the control process's event loop takes for a capture, the one of its segments, and both; the
+             same where no plugin hands out the tokens, so that the capture has the JSON of the response
     outage   a reference that is down for 12 hours at 20 sampled requests a second, on a simulated clock: nothing is
              lost, and memory does not grow
 
@@ -19,7 +19,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -42,7 +42,7 @@ from hemostat.scoring.score_rows import score_rows  # noqa: E402
 from hemostat.scoring.spool.columns import SCHEMA_VERSION, VERSION_KEY, to_rows  # noqa: E402
 from hemostat.scoring.spool.keys import SpoolKey  # noqa: E402
 from hemostat.scoring.spool.segments import read_segment, segments  # noqa: E402
-from hemostat.scoring.spool.spool import Spool  # noqa: E402
+from hemostat.scoring.spool.spool import SEGMENT_BYTES, Spool  # noqa: E402
 from hemostat.scoring.spool.spooled import Spooled  # noqa: E402
 
 RESULT = ROOT / "build" / "bench" / "spool.json"
@@ -53,6 +53,7 @@ MIN_RATIO, MAX_TOKEN_BYTES, MAX_APPEND_MS, MAX_GROWN_MIB = 5.0, 300.0, 0.05, 64.
 OUTAGE_SECONDS, OUTAGE_RATE = 12 * 3600, 20
 BATCH = 128
 """The number of captures that wait at a time: fewer than the shadow queue takes."""
+ROUNDS = 3
 
 
 def captures(count: int, tokens: int = TOKENS) -> Iterator[Capture]:
@@ -168,33 +169,45 @@ def as_responses(given: Iterable[Capture]) -> Iterator[Capture]:
         yield msgspec.structs.replace(capture, logprobs=[msgspec.json.encode({"content": content})], **empty)
 
 
+def spent(given: Sequence[Capture]) -> tuple[float, float, int]:
+    """Returns the CPU seconds of the event loop, the ones of the segments, each of which is made as soon as its journal
+    is full, and the bytes of the segments. Each of them is the least of `ROUNDS`: other processes of the machine only
+    add to it."""
+    loops, threads, size = [], [], 0
+    for _ in range(ROUNDS):
+        loop = thread = 0.0
+        with tempfile.TemporaryDirectory() as name:
+            spool = World(Path(name)).spool
+            for at in range(0, len(given), BATCH):
+                began = time.process_time()
+                for capture in given[at : at + BATCH]:
+                    assert spool.update(capture, None) is None
+                loop += time.process_time() - began
+                full = sum(path.stat().st_size for path in Path(name).glob("*.journal")) >= SEGMENT_BYTES
+                began = time.process_time()
+                if full or at + BATCH >= len(given):
+                    spool.close()
+                thread += time.process_time() - began
+            assert spool.lost == spool.left == 0
+            size = sum(path.stat().st_size for path in segments(Path(name)))
+        loops.append(loop)
+        threads.append(thread)
+    return min(loops), min(threads), size
+
+
 def append(count: int) -> Iterator[Row]:
     """Yields the CPU time of a capture, and the bytes of a token."""
-    with tempfile.TemporaryDirectory() as name:
-        world, given = World(Path(name)), list(varied(count))
-        began = time.process_time()
-        for capture in given:
-            assert world.spool.update(capture, None) is None
-        appended = time.process_time() - began
-        world.spool.close()
-        total = time.process_time() - began
-        size = sum(path.stat().st_size for path in segments(Path(name)))
-    milliseconds = 1e3 * appended / count
-    yield Row("append, event loop", milliseconds, f"<= {MAX_APPEND_MS} ms", milliseconds <= MAX_APPEND_MS)
-    yield Row("segment, in a thread", 1e3 * (total - appended) / count, "ms a capture", True)
+    loop, thread, size = spent(list(varied(count)))
+    total = 1e3 * (loop + thread) / count
+    yield Row("append, event loop", 1e3 * loop / count, "ms a capture", True)
+    yield Row("segment, in a thread", 1e3 * thread / count, "ms a capture", True)
+    yield Row("both", total, f"<= {MAX_APPEND_MS} ms", total <= MAX_APPEND_MS)
     each = size / (count * TOKENS)
     yield Row("bytes a token", each, f"<= {MAX_TOKEN_BYTES:.0f}", each <= MAX_TOKEN_BYTES)
-    with tempfile.TemporaryDirectory() as name:
-        world, given = World(Path(name)), list(as_responses(captures(count // 10)))
-        began = time.process_time()
-        for capture in given:
-            world.spool.update(capture, None)
-        appended = time.process_time() - began
-        world.spool.close()
-        total = time.process_time() - began
-        assert world.spool.lost == 0
-    yield Row("append of a response's JSON, event loop", 1e3 * appended / len(given), "ms a capture", True)
-    yield Row("segment of it, in a thread", 1e3 * (total - appended) / len(given), "ms a capture", True)
+    count //= 10
+    loop, thread, _ = spent(list(as_responses(captures(count))))
+    yield Row("append of a response's JSON, event loop", 1e3 * loop / count, "ms a capture", True)
+    yield Row("segment of it, in a thread", 1e3 * thread / count, "ms a capture", True)
 
 
 async def keep(folder: Path, seconds: int, per_second: int, tokens: int) -> tuple[int, int, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from hemostat.ipc.messages import Capture
+from hemostat.ipc.messages import ID_BYTES, Capture
 from hemostat.openai.json_splice import MALFORMED
 from hemostat.openai.logprobs.rows import read_rows
 from hemostat.openai.routes import FORMS
@@ -47,24 +47,26 @@ def decode_capture(capture: Capture) -> Capture:
     Raises InvalidRecordError ("shape", "empty") if the lengths do not fit each other, or there is no token. Raises
     UnreadableLogprobsError.
     """
-    try:
-        prompt, output = prompt_ids(capture), output_ids(capture)
-        if capture.logprobs:
-            capture = _parsed(capture, output)
-        given = candidates(capture)
-        sizes = len(given.ids), len(given.logprobs), len(emitted_logprobs(capture))
-        if set(sizes) != {len(output)}:
-            raise ValueError(f"{sizes} positions of ids and log-probabilities for {len(output)} output tokens")
-    except ValueError as error:
-        raise InvalidRecordError("shape", f"capture {capture.request_id}: {error}") from error
-    if not len(prompt) or not len(output):
+    tokens, rest = divmod(len(capture.output_token_ids), ID_BYTES)
+    if rest or len(capture.prompt_token_ids) % ID_BYTES:
+        raise InvalidRecordError("shape", f"capture {capture.request_id}: its token ids are cut off")
+    if capture.logprobs:
+        capture = _parsed(capture)
+    row = ID_BYTES * tokens * max(capture.top_k + 1, 1)
+    sizes = len(capture.candidate_ids), len(capture.candidate_logprobs), len(capture.emitted_logprobs)
+    if sizes != (row, row, ID_BYTES * tokens):
+        raise InvalidRecordError(
+            "shape",
+            f"capture {capture.request_id}: {sizes} bytes of ids and log-probabilities for {tokens} output tokens",
+        )
+    if not capture.prompt_token_ids or not tokens:
         raise InvalidRecordError("empty", f"capture {capture.request_id}: no prompt or no output")
     return capture
 
 
-def _parsed(capture: Capture, output: Ids) -> Capture:
+def _parsed(capture: Capture) -> Capture:
     try:
-        rows = read_rows(FORMS[capture.route], capture.logprobs, output.tolist(), capture.top_k)
+        rows = read_rows(FORMS[capture.route], capture.logprobs, output_ids(capture).tolist(), capture.top_k)
     except MALFORMED as error:
         raise UnreadableLogprobsError(f"logprobs of {capture.request_id}: {error}") from error
     return msgspec.structs.replace(

@@ -1,8 +1,8 @@
 """The captures of the segment that is still open: a file of frames, which a crash leaves whole up to its last frame.
 
 The first line is JSON: the version, and the wrapped data key if the spool is encrypted. Each frame behind it is the
-length and the CRC-32 of its bytes, each a little-endian uint32, and the bytes: one `Spooled` in msgpack, encrypted by
-AES-GCM under the frame's number.
+length and the CRC-32 of its bytes, each a little-endian uint32, and the bytes: one `Spooled` in msgpack. With a key, it
+is encrypted by AES-GCM under the frame's number. The cipher's tag shows damage, too, and the CRC-32 is 0 then.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Journal:
             self._cipher = AESGCM(data_key)
             header |= {"key": key.name, "data_key": key.wrap(data_key).decode()}
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-        self.captures = 0
+        self.captures: list[Spooled] = []
+        """The captures of the journal: a segment is made of them without reading the file again."""
         self.bytes = 0
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
@@ -60,21 +61,26 @@ class Journal:
     def append(self, spooled: Spooled) -> None:
         """Appends a capture as a whole, or raises OSError and appends nothing of it."""
         data = msgspec.msgpack.encode(spooled)
-        if self._cipher is not None:
-            data = self._cipher.encrypt(_nonce(self.captures), data, None)
-        self._write(_FRAME.pack(len(data), zlib.crc32(data)) + data)
-        self.captures += 1
+        if self._cipher is None:
+            head = _FRAME.pack(len(data), zlib.crc32(data))
+        else:
+            data = self._cipher.encrypt(_nonce(len(self.captures)), data, None)
+            head = _FRAME.pack(len(data), 0)
+        self._write(head, data)
+        self.captures.append(spooled)
 
-    def _write(self, data: bytes) -> None:
-        rest = memoryview(data)
+    def _write(self, *parts: bytes) -> None:
+        size = sum(map(len, parts))
         try:
+            # One call, without a copy: usually all of it is written at once.
+            done = os.writev(self._descriptor, parts)
+            rest = memoryview(b"".join(parts))[done:] if done < size else memoryview(b"")
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
         except OSError:
-            if len(rest) < len(data):
-                os.ftruncate(self._descriptor, self.bytes)
+            os.ftruncate(self._descriptor, self.bytes)
             raise
-        self.bytes += len(data)
+        self.bytes += size
 
     def sync(self) -> None:
         """Returns once all that was appended is on the disk. Raises OSError."""
@@ -96,8 +102,10 @@ def in_use(path: Path) -> bool:
     return False
 
 
-def read_journal(path: Path, key: SpoolKey | None) -> Iterator[Spooled]:
-    """Yields the captures of a journal up to the first frame that is not whole. Raises SpoolError, OSError."""
+def read_journal(path: Path, key: SpoolKey | None) -> Iterator[Spooled | None]:
+    """Yields the captures of a journal up to the first frame that is not whole, and None for a frame that is damaged.
+
+    Raises SpoolError, OSError."""
     with path.open("rb") as file:
         try:
             header = json.loads(file.readline())
@@ -117,14 +125,22 @@ def read_journal(path: Path, key: SpoolKey | None) -> Iterator[Spooled]:
         number = 0
         while len(head := file.read(_FRAME.size)) == _FRAME.size:
             length, checksum = _FRAME.unpack(head)
-            data = file.read(length) if length <= _MAX_FRAME_BYTES else b""
-            if len(data) < length or zlib.crc32(data) != checksum:
+            data = file.read(length) if 0 < length <= _MAX_FRAME_BYTES else b""
+            if not data or len(data) < length:
                 return
             try:
-                if cipher is not None:
-                    data = cipher.decrypt(_nonce(number), data, None)
-                spooled = msgspec.msgpack.decode(data, type=Spooled)
-            except (InvalidTag, msgspec.MsgspecError):
-                raise SpoolError(f"{path} was changed at frame {number}; move it elsewhere") from None
+                plain = _checked(data, checksum, number, cipher)
+                yield None if plain is None else msgspec.msgpack.decode(plain, type=Spooled)
+            except msgspec.MsgspecError:
+                raise SpoolError(f"{path} is of another version of Hemostat; use the one that wrote it") from None
             number += 1
-            yield spooled
+
+
+def _checked(data: bytes, checksum: int, number: int, cipher: AESGCM | None) -> bytes | None:
+    """Returns the content of a frame; None if it is damaged."""
+    if cipher is None:
+        return data if zlib.crc32(data) == checksum else None
+    try:
+        return cipher.decrypt(_nonce(number), data, None)
+    except InvalidTag:
+        return None

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -26,7 +26,7 @@ from hemostat.ipc.messages import Capture
 from hemostat.metrics.reasons import Unscored
 from hemostat.scoring.capture_arrays import UnreadableLogprobsError, decode_capture
 from hemostat.scoring.spool import journal
-from hemostat.scoring.spool.columns import to_rows
+from hemostat.scoring.spool.columns import COMPRESSION, in_parts
 from hemostat.scoring.spool.journal import Journal, in_use, read_journal
 from hemostat.scoring.spool.keys import SpoolError, SpoolKey
 from hemostat.scoring.spool.segments import (
@@ -65,26 +65,33 @@ def admission(fill: float) -> float:
     return min(1.0, max(0.0, 2.0 * (1.0 - fill)))
 
 
-def close_journal(path: Path, folder: Location, key: SpoolKey | None) -> int:
+def close_journal(path: Path, folder: Location, key: SpoolKey | None, captures: Sequence[Spooled] | None = None) -> int:
     """Makes a segment of a journal in a folder, and removes the journal. Returns how many captures could not be read.
 
-    A segment that is there already was made of the same journal, so nothing is counted twice. Raises OSError and
-    SpoolError.
+    captures: the ones of the journal, if they are known; else they are read. A segment that is there already was made
+    of the same journal, so nothing is counted twice. Raises OSError and SpoolError.
     """
     segment, unreadable = folder / (path.stem + SUFFIX), 0
     if not segment.exists():
-        captures = []
-        for spooled in read_journal(path, key):
-            try:
-                capture = decode_capture(spooled.capture)
-            except (UnreadableLogprobsError, InvalidRecordError):
-                unreadable += 1
-                continue
-            captures.append(msgspec.structs.replace(spooled, capture=capture))
-        if captures:
-            write_segment(segment, to_rows(captures), key)
+        read = list(read_journal(path, key)) if captures is None else captures
+        whole = [spooled for spooled in read if spooled is not None]
+        if read and not whole:
+            raise SpoolError(f"{path} is damaged or was changed, so that nothing of it can be read; move it elsewhere")
+        decoded = [made for spooled in whole if (made := _decoded(spooled)) is not None]
+        unreadable = len(read) - len(decoded)
+        if decoded:
+            write_segment(segment, in_parts(decoded), key, COMPRESSION)
     path.unlink()
     return unreadable
+
+
+def _decoded(spooled: Spooled) -> Spooled | None:
+    """Returns a capture with its candidates as arrays; None if they cannot be read."""
+    try:
+        capture = decode_capture(spooled.capture)
+    except (UnreadableLogprobsError, InvalidRecordError):
+        return None
+    return spooled if capture is spooled.capture else msgspec.structs.replace(spooled, capture=capture)
 
 
 class Spool:
@@ -117,6 +124,8 @@ class Spool:
         self._max_bytes, self._max_age = max_bytes, max_age
         self._clock, self._wall, self._draw = clock, wall, draw
         self._journal: Journal | None = None
+        self._closed: Journal | None = None
+        """The journal that was closed last, until a segment was made of it or failed: its captures are still known."""
         self._opened_at = 0.0
         self._detached = False
         """True if there is a journal to make a segment of."""
@@ -124,6 +133,8 @@ class Spool:
         self._closed_bytes = 0
         """The size of all files but the open journal."""
         self._segment_bytes = 0
+        self._left = set[str]()
+        """The names of the journals that no segment could be made of."""
         self._backoff = Backoff(RETRY_SECONDS)
         self.written = 0
         self.lost = 0
@@ -132,6 +143,11 @@ class Spool:
         """The number of captures that were not admitted."""
         if isinstance(folder, Path):
             self.look()  # an object store may be slow, and is looked at by `run`
+
+    @property
+    def left(self) -> int:
+        """The number of journals that no segment could be made of: they stay as they are."""
+        return len(self._left)
 
     @property
     def bytes(self) -> int:
@@ -214,21 +230,27 @@ class Spool:
         if self._journal is not None:
             self._closed_bytes += self._journal.bytes
             self._journal.close()
-            self._journal = None
+            self._closed, self._journal = self._journal, None
 
     def recover(self) -> None:
         """Makes segments of all journals that no process writes any more."""
+        closed, self._closed = self._closed, None
+        left = set[str]()
         for path in sorted(self._journals.glob("*" + journal.SUFFIX)):
+            known = closed.captures if closed is not None and closed.path == path else None
             try:
                 if in_use(path):
                     continue
-                unreadable = close_journal(path, self._folder, self._key)
+                unreadable = close_journal(path, self._folder, self._key, known)
             except (OSError, SpoolError) as error:
-                log.error("spool.path: %s stays as it is: %s", path.name, error)
+                left.add(path.name)
+                if path.name not in self._left:
+                    log.error("spool.path: %s stays as it is: %s", path.name, error)
                 continue
             if unreadable:
                 self.lost += unreadable
-                log.warning("spool.path: %d captures of %s have logprobs that cannot be read", unreadable, path.name)
+                log.warning("spool.path: %d captures of %s cannot be read", unreadable, path.name)
+        self._left = left
 
     def look(self) -> None:
         """Removes the segments that are too old, and adds up the sizes of the others."""
