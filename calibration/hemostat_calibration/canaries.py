@@ -111,8 +111,8 @@ ADAPTER_SEQUENCES = 20
 """The number of sequences of an adapter. They are the shortest ones, so that the sequences of several adapters fit next
 to the base model's.
 """
-SCHEMA = 5
-OLDER_SCHEMAS = (2, 3, 4)
+SCHEMA = 6
+OLDER_SCHEMAS = (2, 3, 4, 5)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,6 +15,7 @@ from tests.support.waiting import until
 
 from hemostat.canaries.engine import STATES_KEY, EngineCanaries
 from hemostat.canaries.keeper import Canaries
+from hemostat.canaries.short import ShortCanaries
 from hemostat.canaries.states import BLOB_KEY
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.reports import PluginReports
@@ -83,7 +84,11 @@ class World:
         for _ in range(4):  # what is due, what follows at once, and twice more
             await self.engines.end_left()
             self.canaries.step()
-            await until(lambda: all(engine.idle for engine in self.engines.parts(EngineCanaries).values()))
+            await until(self._idle)
+
+    def _idle(self) -> bool:
+        parts = (self.engines.parts(EngineCanaries), self.engines.parts(ShortCanaries))
+        return all(part.idle for each in parts for part in each.values())
 
     def asked(self) -> list[int]:
         """Replayed sequences by engine, since the last time."""

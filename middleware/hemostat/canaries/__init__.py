@@ -9,6 +9,7 @@ prompts   the prompts of canaries
 replay    the requests to an engine: a set is taken, replayed and explained
 report    the output of canaries: statements, the report of the admin port, and metrics
 schedule  the times at which an engine is asked
+short     the short sequences of one engine, every few seconds
 states    the states of the canaries of every engine, and the part of them that outlasts the control process
 through   the same through a public address, until each engine behind it was seen
 texts     the canaries' texts as clients send them: token ids, and free answers

@@ -77,7 +77,7 @@ are.
 """
 
 
-async def _at_once() -> None:
+async def at_once() -> None:
     """Returns at once: a gate that is open."""
 
 
@@ -96,7 +96,7 @@ class CanaryClient:
         self,
         server: VllmServer,
         model: str,
-        gate: Gate = _at_once,
+        gate: Gate = at_once,
         weights: Callable[[], str] = lambda: "",
         progress: Progress = _silent,
         sign: Sign = dict,
@@ -160,18 +160,21 @@ class CanaryClient:
     def texts(self) -> TextClient:
         return TextClient(self._server, self.model, self._gate)
 
-    async def baseline(self, canaries: Sequence[Canary], origin: Origin, *, decoded: bool) -> CanarySet:
-        """Returns the set of these sequences, replayed alone and together with each other. decoded: see `CanarySet`.
-        Raises REVISION if another model is served at the end than at the beginning.
+    async def baseline(
+        self, canaries: Sequence[Canary], origin: Origin, *, decoded: bool, rounds: int = 1
+    ) -> CanarySet:
+        """Returns the set of these sequences, replayed alone and together with each other, so many rounds of REPLAYS
+        replays. decoded: see `CanarySet`. Raises REVISION if another model is served at the end than at the beginning.
         """
         before = await self.origin()
-        self._expect(REPLAYS * len(canaries))
-        replays = [await self._replay_beside(canaries, n, decoded=decoded) for n in (1, *BESIDE)]
-        assert len(replays) == REPLAYS
+        together = rounds * (1, *BESIDE)
+        assert len(together) == rounds * REPLAYS
+        self._expect(len(together) * len(canaries))
+        replays = [await self._replay_beside(canaries, n, decoded=decoded) for n in together]
         if changes := before.changes(await self.origin()):
             text = f"{self._server.url} was changed while the canaries were taken, and these are dropped"
             raise ReferenceFailure(FailureReason.REVISION, f"{text}: {'; '.join(changes)}")
-        conditions = tuple(Condition(origin.at, together) for together in (1, *BESIDE))
+        conditions = tuple(Condition(origin.at, n) for n in together)
         return CanarySet(tuple(canaries), np.stack(replays), origin, conditions=conditions, decoded=decoded)
 
     async def replay(self, taken: CanarySet) -> Floats:
@@ -206,6 +209,10 @@ class CanaryClient:
     def _expect(self, sequences: int) -> None:
         """Begins to count the sequences that are scored, for the progress."""
         self._scored, self._to_score = 0, sequences
+
+    async def score(self, canary: Canary, *, decoded: bool) -> Floats:
+        """Returns the log-probabilities of one sequence. decoded: see `CanarySet`."""
+        return await self._score(canary, decoded=decoded)
 
     async def score_at(self, server: VllmServer, canary: Canary, more: Mapping[str, Any]) -> Floats:
         """Returns the log-probabilities of one sequence by `prompt_logprobs`, at another address of the same server.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hemostat.canaries.client import CanaryClient
+from hemostat.canaries.client import CanaryClient, at_once
 from hemostat.canaries.pace import HOUR_SECONDS, Pace, PaceState
 from hemostat.canaries.texts import TextReading
 from hemostat.canaries.variants import Sign
@@ -18,15 +18,16 @@ from hemostat.store.protocol import BlobKey
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.canaries import LASTING_REPLAYS, Comparison, Origin
 from hemostat_calibration.canary_cause import Verdict
+from hemostat_calibration.canary_short import ShortState
 
 STATES_KEY = BlobKey("canary_engines")
 """The key of the engines' states in the store's blobs."""
 MAX_ADAPTERS = 8
 """The largest number of adapters of an engine that are asked, by name; further ones are not asked."""
 REQUEST_SECONDS = 60.0
-BASELINE, ENGINES, TEXTS = "baseline", "engines", "texts"
-"""The names of what a replay is compared with: the baseline, the other engines, and the baseline of texts as clients
-send them."""
+BASELINE, ENGINES, TEXTS, SHORT = "baseline", "engines", "texts", "short"
+"""The names of what a replay is compared with: the baseline, the other engines, and the baselines of texts as clients
+send them and of short sequences."""
 
 
 @dataclass(slots=True)
@@ -103,13 +104,14 @@ class EngineState:
     """The state that outlasts the control process, so that its restart neither repeats replays beyond the budget nor
     forgets what they have found.
 
-    readings: the suspicions, statements and differences that may be a mode's, by served name. texts: what the base
-    model's texts say.
+    readings: the suspicions, statements and differences that may be a mode's, by served name. texts, short: what
+    the base model's texts and its short sequences say.
     """
 
     pace: PaceState
     readings: Mapping[str, Reading]
     texts: TextReading = field(default_factory=TextReading)
+    short: ShortState = field(default_factory=ShortState)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +126,13 @@ class EngineCanaries:
         self,
         engine: Engine,
         pace: Pace,
-        readings: Mapping[str, Reading],
-        texts: TextReading,
+        stored: EngineState,
         *,
         sign: Sign,
         clock: Callable[[], float],
         on_end: Callable[[EngineCanaries], None],
     ) -> None:
-        """readings, texts: of an earlier `state`. sign: see `VariantClient`. clock: monotonic seconds. on_end: called
+        """stored: an earlier `state`. sign: see `VariantClient`. clock: monotonic seconds. on_end: called
         when the engine has left."""
         self.name = engine.name
         self.pace = pace
@@ -140,10 +141,12 @@ class EngineCanaries:
         self._sign = sign
         self._clock = clock
         self._on_end = on_end
-        self.readings = dict(readings)
+        self.readings = dict(stored.readings)
         """The readings by served name, the base model's first."""
-        self.texts = replace(texts)
+        self.texts = replace(stored.texts)
         """The reading of the base model's texts."""
+        self.short = stored.short
+        """The state of the base model's short sequences."""
         self.now = Origin("")
         """The models that it serves, as `list_models` has found."""
         self.failure = ""
@@ -198,8 +201,9 @@ class EngineCanaries:
         """The number of clients' requests in progress there now."""
         return self._engine.health.outstanding
 
-    def client(self, model: str) -> CanaryClient:
-        return CanaryClient(self._server, model, self.pace.wait, self._weights, sign=self._sign)
+    def client(self, model: str, *, at_any_load: bool = False) -> CanaryClient:
+        gate = at_once if at_any_load else self.pace.wait
+        return CanaryClient(self._server, model, gate, self._weights, sign=self._sign)
 
     def _weights(self) -> str:
         report = self._engine.report(self._clock())
@@ -211,12 +215,12 @@ class EngineCanaries:
             for name, reading in self.readings.items()
             if reading.suspected or reading.lasting or reading.since
         }
-        return EngineState(self.pace.state(), kept, self.texts.to_store())
+        return EngineState(self.pace.state(), kept, self.texts.to_store(), self.short)
 
     def forget(self) -> None:
         """Forgets what was found, since the set is replaced."""
         self.readings = {name: Reading() for name in self.readings}
-        self.texts = TextReading()
+        self.texts, self.short = TextReading(), replace(self.short, since=None, found=None)
 
     async def close(self) -> None:
         """Ends what is under way."""
@@ -238,6 +242,14 @@ def text_statement(engine: str, model: str, texts: TextReading) -> str:
         return ""
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(texts.since))
     return f"Canaries: {engine} ({model}) treats clients' texts otherwise, since {since}: {texts.found.summary}"
+
+
+def short_statement(engine: str, model: str, short: ShortState) -> str:
+    """Returns what short sequences say of an engine, in one line; "" if nothing is wrong."""
+    if short.since is None or short.found is None:
+        return ""
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(short.since))
+    return f"Canaries: {engine} ({model}) has changed in short sequences, since {since}: {short.found.summary}"
 
 
 def statement(

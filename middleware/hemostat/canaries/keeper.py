@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from hemostat.canaries.engine import STATES_KEY
@@ -22,6 +23,7 @@ from hemostat.canaries.prompts import load
 from hemostat.canaries.replay import FIRST_SECONDS, Replays
 from hemostat.canaries.report import CanaryReport
 from hemostat.canaries.schedule import Schedule
+from hemostat.canaries.short import ShortCanaries
 from hemostat.canaries.states import BLOB_KEY, CanaryStates, Sets
 from hemostat.config.prompt_lines import PromptFileError
 from hemostat.config.schema import Settings
@@ -61,12 +63,23 @@ class Canaries:
         self.states = CanaryStates(engines, writes, wall)
         self._judge = Judge(self.states, writes, settings.canaries.tolerance_nats, clock, wall)
         self.replays = Replays(self.sets, self.states, self._judge, monitor, writes, clock=clock, wall=wall)
+        short = partial(
+            ShortCanaries,
+            sets=self.sets,
+            states=self.states,
+            judge=self._judge,
+            writes=writes,
+            tolerance=settings.canaries.tolerance_nats,
+            clock=clock,
+            wall=wall,
+        )
         self.schedule = Schedule(
             engines,
             self.states,
             self.replays,
             self._judge,
             settings.calibration.model,
+            short,
             active=active,
             clock=clock,
             wall=wall,

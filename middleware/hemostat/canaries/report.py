@@ -8,7 +8,9 @@ from typing import Any
 from hemostat.canaries.engine import (
     BASELINE,
     ENGINES,
+    SHORT,
     TEXTS,
+    short_statement,
     text_statement,
 )
 from hemostat.canaries.judge import Judge, figures
@@ -34,6 +36,8 @@ class CanaryReport:
         for name, canaries in self._states.current.items():
             if canaries.texts.since is not None:
                 yield text_statement(name, canaries.now.model, canaries.texts), canaries.texts.since
+            if canaries.short.since is not None:
+                yield short_statement(name, canaries.now.model, canaries.short), canaries.short.since
 
     def report(self, problem: str) -> dict[str, Any]:
         """Returns the state of the canaries, JSON-ready.
@@ -42,7 +46,8 @@ class CanaryReport:
         taken; decoded: the engines decode its answers; replays and until: the number of replays of its baseline, and
         when the last one was. failures: why an engine is not compared. engines: the last replay of each model of each
         engine. distance_nats: the median distance of its sequences. cause: the cause of what was found there, in words.
-        texts: by engine, what the last replay of texts as clients send them says.
+        texts: by engine, what the last replay of texts as clients send them says. short: the same of the last replay of
+        all short sequences, which is made where single ones are suspicious; empty before the set of them was taken.
         """
         base = self._sets.base
         return {
@@ -85,6 +90,14 @@ class CanaryReport:
                 for name, canaries in self._states.current.items()
                 if (texts := canaries.texts).found is not None
             },
+            "short": {
+                name: {
+                    "since": canaries.short.since,
+                    "detail": found.summary if (found := canaries.short.found) else "no sequence was suspicious",
+                }
+                for name, canaries in self._states.current.items()
+                if self._sets.short is not None
+            },
         }
 
     def samples(self) -> Iterator[Sample]:
@@ -101,3 +114,6 @@ class CanaryReport:
             if canaries.texts.found is not None:
                 labels = (name, canaries.now.model, TEXTS)
                 yield Sample(names.CANARY_CHANGED, (*labels, ""), float(canaries.texts.since is not None))
+            if self._sets.short is not None:
+                labels = (name, canaries.now.model, SHORT)
+                yield Sample(names.CANARY_CHANGED, (*labels, ""), float(canaries.short.since is not None))

@@ -12,6 +12,7 @@ from hemostat.canaries.engine import EngineCanaries, served
 from hemostat.canaries.judge import Judge
 from hemostat.canaries.pace import HOUR_SECONDS, Pace
 from hemostat.canaries.replay import Replays
+from hemostat.canaries.short import ShortCanaries
 from hemostat.canaries.states import CanaryStates
 from hemostat.engines.engine import Engine
 from hemostat.engines.registry import EngineRegistry
@@ -29,8 +30,8 @@ RETRY_SECONDS = 300.0
 class Schedule:
     """Decides whose turn it is. It asks `Replays` to do what is due.
 
-    model: the served name of the base model; None: the first. active: this process owns the store. clock: monotonic
-    seconds. wall: Unix time.
+    model: the served name of the base model; None: the first. short: makes an engine's short canaries. active:
+    this process owns the store. clock: monotonic seconds. wall: Unix time.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Schedule:
         replays: Replays,
         judge: Judge,
         model: str | None,
+        short: Callable[[EngineCanaries], ShortCanaries],
         *,
         active: Callable[[], bool],
         clock: Callable[[], float],
@@ -50,11 +52,13 @@ class Schedule:
         self._replays = replays
         self._judge = judge
         self._model = model
+        self._short = short
         self._active = active
         self._clock, self._wall = clock, wall
 
     async def close(self) -> None:
         """Ends what is under way."""
+        await self._engines.end_parts(ShortCanaries)
         await self._engines.end_parts(EngineCanaries)
 
     def step(self) -> None:
@@ -65,19 +69,21 @@ class Schedule:
             serves = canaries.up and name not in self._engines.drained
             if serves and canaries.idle and self._active() and self._clock() >= canaries.not_before:
                 canaries.task = asyncio.create_task(self._work(canaries), name=f"canaries of {name}")
+            if serves and self._active() and (short := engine.part(ShortCanaries)) is not None:
+                short.step()
 
     def _begin(self, engine: Engine) -> EngineCanaries:
         state = self._states.stored_state(engine.name)
         canaries = EngineCanaries(
             engine,
             Pace(self._clock, self._wall, state.pace),
-            state.readings,
-            state.texts,
+            state,
             sign=self._engines.signed,
             clock=self._clock,
             on_end=self._states.keep,
         )
         engine.add(canaries)
+        engine.add(self._short(canaries))
         return canaries
 
     async def _work(self, canaries: EngineCanaries) -> None:

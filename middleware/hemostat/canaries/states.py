@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +20,7 @@ from hemostat.engines.registry import EngineRegistry
 from hemostat.store.protocol import BlobKey, StoreWrites
 from hemostat_calibration import state_codec
 from hemostat_calibration.canaries import OLDER_SCHEMAS, SCHEMA, CanarySet
+from hemostat_calibration.canary_short import ShortState
 from hemostat_calibration.elapsed import TimeBreak
 
 BLOB_KEY = BlobKey("canaries")
@@ -31,6 +33,8 @@ MAX_SETS = 33
 class _Stored:
     sets: Mapping[str, CanarySet] = field(default_factory=dict)
     """The sets by served name, in the order in which they were taken: the base model's is the first."""
+    short: CanarySet | None = None
+    """The short sequences of the base model."""
 
 
 class Sets:
@@ -39,6 +43,9 @@ class Sets:
     def __init__(self, writes: StoreWrites) -> None:
         self._writes = writes
         self._sets: dict[str, CanarySet] = {}
+        self.short: CanarySet | None = None
+        self.taking_short = asyncio.Lock()
+        """It is held while the set of short sequences is taken."""
 
     @property
     def base(self) -> CanarySet | None:
@@ -55,14 +62,24 @@ class Sets:
 
     def clear(self) -> None:
         self._sets.clear()
+        self.short = None
+        self._save()
+
+    def put_short(self, taken: CanarySet) -> None:
+        self.short = taken
         self._save()
 
     def restore(self, stored: bytes) -> None:
         """Takes what an earlier run stored. Raises InvalidArgumentError."""
-        self._sets = dict(state_codec.decode(_Stored, stored, SCHEMA, OLDER_SCHEMAS).sets)
+        read = state_codec.decode(_Stored, stored, SCHEMA, OLDER_SCHEMAS)
+        self._sets, self.short = dict(read.sets), read.short
 
     def _save(self) -> None:
-        self._writes.put_blob(BLOB_KEY, state_codec.encode(_Stored(self._sets), SCHEMA))
+        self._writes.put_blob(BLOB_KEY, state_codec.encode(_Stored(self._sets, self.short), SCHEMA))
+
+
+def _seen(short: ShortState, time_break: TimeBreak) -> ShortState:
+    return replace(short, wholes=tuple(time_break.seen(at) for at in short.wholes))
 
 
 RECENT_SECONDS = 2 * HOUR_SECONDS
@@ -103,9 +120,11 @@ class CanaryStates:
         """Notes that the clock was set: replays were as long ago as before, so that the budget lasts, and the same
         replays of engines are compared with each other."""
         self._gone = {
-            name: replace(state, pace=state.pace.after_break(time_break)) for name, state in self._gone.items()
+            name: replace(state, pace=state.pace.after_break(time_break), short=_seen(state.short, time_break))
+            for name, state in self._gone.items()
         }
         for engine in self.current.values():
+            engine.short = _seen(engine.short, time_break)
             for reading in engine.readings.values():
                 reading.at = time_break.seen(reading.at)
                 reading.lasting = {
@@ -126,7 +145,10 @@ class CanaryStates:
         """Forgets all readings: the set is replaced."""
         for engine in self.current.values():
             engine.forget()
-        self._gone = {name: replace(state, readings={}, texts=TextReading()) for name, state in self._gone.items()}
+        self._gone = {
+            name: replace(state, readings={}, texts=TextReading(), short=replace(state.short, since=None, found=None))
+            for name, state in self._gone.items()
+        }
         self.save()
 
     def alike(self, canaries: EngineCanaries, model: str) -> dict[str, Reading]:
