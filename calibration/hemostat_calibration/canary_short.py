@@ -75,6 +75,7 @@ def excesses(taken: CanarySet, sequence: int, values: Floats, tolerance: float =
 
     values: float64 [..., T], the log-probabilities of its scored tokens.
 
+    >>> from hemostat_calibration.canaries import Origin
     >>> canaries = tuple(Canary("chat", np.arange(9, dtype=np.int32), np.arange(10, dtype=np.int32)) for _ in range(20))
     >>> taken = CanarySet(canaries, np.zeros((4, 20 * 18)), Origin("smollm2"))
     >>> (excesses(taken, 3, np.array([[0.02] * 18, [0.2] * 18])) > 0.0).tolist()
@@ -87,7 +88,14 @@ def excesses(taken: CanarySet, sequence: int, values: Floats, tolerance: float =
 
 
 def is_far(taken: CanarySet, sequence: int, values: Floats, tolerance: float = TOLERANCE_NATS) -> bool:
-    """Returns True if a sequence is beyond PART_FACTOR times its bound. values: float64 [T]."""
+    """Returns True if a sequence is beyond PART_FACTOR times its bound. values: float64 [T].
+
+    >>> from hemostat_calibration.canaries import Origin
+    >>> canaries = tuple(Canary("chat", np.arange(9, dtype=np.int32), np.arange(10, dtype=np.int32)) for _ in range(20))
+    >>> taken = CanarySet(canaries, np.zeros((4, 20 * 18)), Origin("smollm2"))
+    >>> is_far(taken, 3, np.full(18, 0.1)), is_far(taken, 3, np.full(18, 0.2))
+    (False, True)
+    """
     mode = MODE_TOLERANCES * tolerance
     _, bound = _bound(taken, sequence)
     return bool(excesses(taken, sequence, values, tolerance) + bound + mode > PART_FACTOR * max(bound, mode))
