@@ -9,10 +9,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
-    "calibration/hemostat_calibration",
-    *(f"middleware/hemostat/{name}" for name in ("canaries", "engines", "measurement", "profiles", "scoring")),
+    *("calibration/hemostat_calibration", "calibration/hemostat_engine"),
+    *("middleware/hemostat", "middleware/lab/hemostat_lab"),
 )
-OTHER_VERBS = frozenset({"add", "count", "feed", "learn", "note", "observe", "offer", "receive", "see", "use"})
+OTHER_VERBS = frozenset(
+    {
+        *("add", "count", "feed", "hear", "learn", "note", "observe", "offer"),
+        *("receive", "record", "register", "remember", "see", "use"),
+    }
+)
 
 
 def methods(tree: ast.Module) -> Iterator[str]:

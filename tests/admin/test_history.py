@@ -37,7 +37,7 @@ def test_history_forgets_and_is_of_numbers() -> None:
     assert history.due(0.0)
     assert history.report() == {"points": {name: [] for name in ("time", *History.NAMES)}, "events": []}
     for n in range(MAX_POINTS + 100):
-        history.add(10.0 * n, 1000.0 + n, status(n))
+        history.update(10.0 * n, 1000.0 + n, status(n))
     assert not history.due(10.0 * n + 9.9)
     assert history.due(10.0 * n + 10.0)
     report = history.report()["points"]
@@ -54,14 +54,14 @@ def test_the_recent_mean_is_that_of_the_last_tokens() -> None:
     history = History()
     nats_of = [0.1] * 20 + [0.9] * RECENT_POINTS
     for n in range(1, len(nats_of) + 1):
-        history.add(float(n), float(n), status(n, sum(nats_of[:n]) / n))
+        history.update(float(n), float(n), status(n, sum(nats_of[:n]) / n))
     recent = history.report()["points"]["kl_recent"]
     assert recent[:20] == pytest.approx([0.1] * 20)
     assert recent[-1] == pytest.approx(0.9)
     assert recent[22] == pytest.approx((3 * 0.9 + 3 * 0.1) / 6)
-    history.add(99.0, 99.0, status(len(nats_of), 0.2))
+    history.update(99.0, 99.0, status(len(nats_of), 0.2))
     for _ in range(RECENT_POINTS):
-        history.add(100.0, 100.0, status(len(nats_of), 0.2))
+        history.update(100.0, 100.0, status(len(nats_of), 0.2))
     assert history.report()["points"]["kl_recent"][-1] is None, "no token in the last minute"
 
 
@@ -71,12 +71,14 @@ def test_the_overhead_is_that_of_the_last_requests() -> None:
     slow = [0] * (buckets - 1) + [100]
     for n in range(2 * RECENT_POINTS):
         counts = [50 * n, *slow[1:]]
-        history.add(float(n), 1.0 + n, status(n, proxy=SimpleNamespace(requests=n, failed=0, overhead_counts=counts)))
+        history.update(
+            float(n), 1.0 + n, status(n, proxy=SimpleNamespace(requests=n, failed=0, overhead_counts=counts))
+        )
     result = history.report()["points"]["overhead_p99"]
     assert result[0] is None, "nothing is known of before"
     assert result[1:] == [OVERHEAD_BUCKETS[0]] * (2 * RECENT_POINTS - 1)
     counts = [50 * n, *[0] * (buckets - 2), 300]
-    history.add(99.0, 99.0, status(n, proxy=SimpleNamespace(requests=n, failed=0, overhead_counts=counts)))
+    history.update(99.0, 99.0, status(n, proxy=SimpleNamespace(requests=n, failed=0, overhead_counts=counts)))
     assert history.report()["points"]["overhead_p99"][-1] == OVERHEAD_BUCKETS[-1], "JSON has no infinity"
 
 
@@ -84,7 +86,7 @@ def test_there_is_no_overhead_before_a_relay_has_reported() -> None:
     history = History()
     for n, counts in enumerate(([], [], [0, 5, *[0] * (len(OVERHEAD_BUCKETS) - 1)])):
         proxy = SimpleNamespace(requests=n, failed=0, overhead_counts=counts)
-        history.add(float(n), 1.0 + n, status(n, proxy=proxy))
+        history.update(float(n), 1.0 + n, status(n, proxy=proxy))
     assert history.report()["points"]["overhead_p99"] == [None, None, OVERHEAD_BUCKETS[1]]
 
 
@@ -104,7 +106,7 @@ def test_what_changed_is_an_event() -> None:
         {"models": [model("/two", "other")], "state": down, "configuration": ConfigurationReport(7.0)},
     ]
     for n, more in enumerate(steps):
-        history.add(float(n), float(n), status(n, **more))
+        history.update(float(n), float(n), status(n, **more))
     events = history.report()["events"]
     assert [(event["at"] - 1000.0, event["decision"], event["why"]) for event in events] == [
         (2.0, "solved", "vLLM does not answer"),

@@ -27,8 +27,9 @@ from hemostat.relay.relay import Relay
 from hemostat.relay.upstreams.settings import UpstreamSettings
 from hemostat_calibration.canaries import CanarySet
 
-PROMPTS = "".join(f"prompt {n}\n" for n in range(24))
-"""The prompts are so many that each of two engines gets enough of them: nine votes are a change."""
+PROMPTS = "".join(f"prompt {n}\n" for n in range(48))
+"""The prompts are so many that each of two engines gets enough of them: nine votes are a change, and a relay sends a
+prompt to either with even odds, so that of 24, one engine gets fewer than nine in 8 % of the runs; of 48, in none."""
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,6 @@ def test_without_a_control_process_the_chance_of_having_missed_an_engine_is_stat
     with serving(Router(engines(0.0, noise), round_robin)) as url:
         assert main(["canaries", "replay", "--through", url, str(path)]) == code
     first, *rest = capsys.readouterr().out.splitlines()
-    assert "8.0% among 24 requests without a session and 8.0% among 24 sessions" in first
+    assert "0.7% among 48 requests without a session and 0.7% among 48 sessions" in first
     assert first.startswith(verdict)
     assert rest[0].startswith(f"  all engines together: {verdict}: ")

@@ -88,7 +88,7 @@ class Process:
             self._use(await self.ownership.begin())
 
     def _use(self, snapshot: Snapshot) -> None:
-        self.control.use(snapshot)
+        self.control.restore(snapshot)
         self.profiles.set_model_pair(MODEL, V)
 
     def may(self, work: Work) -> bool:

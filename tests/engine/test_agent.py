@@ -473,7 +473,7 @@ def test_report_says_which_adapters_are_loaded_and_the_answer_which_are_wanted(
     (report,) = admin.registry.live(0.0)
     assert (report.adapters, report.lora) == ([], None)
     assert state.wanted == {PROFILE.version}
-    state.count("adapters_loaded")
+    state.add("adapters_loaded")
     state.set_loaded(["a" * 32, "own", None], slots=4, max_rank=16)
     rank.tick(2.0)
     (report,) = admin.registry.live(0.0)

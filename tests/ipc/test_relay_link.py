@@ -91,12 +91,12 @@ async def test_reports_of_outcomes_are_sent_together(link: Link) -> None:
 
 async def test_counts_of_sampled_requests_are_not_lost_while_there_is_no_control_process(link: Link) -> None:
     sender = ControlLink(ControlAddresses(str(link.path)), 0, lambda _: None, lambda: stats(1))
-    sender.sampled.add("chat", "skipped", "n", 20)
-    sender.sampled.add("chat", "skipped", "n", None)
+    sender.sampled.update("chat", "skipped", "n", 20)
+    sender.sampled.update("chat", "skipped", "n", None)
     sender.report()  # not connected
     running = asyncio.create_task(sender.run())
     await until(lambda: link.sampled == [SampledCount("chat", "skipped", "n", 2.0, 1.0, 20)])
-    sender.sampled.add("chat", "dropped", "link_full", 3, 0.5)
+    sender.sampled.update("chat", "dropped", "link_full", 3, 0.5)
     sender.report()
     await until(lambda: link.sampled[1:] == [SampledCount("chat", "dropped", "link_full", 0.5, 0.0, 3)])
     running.cancel()

@@ -81,7 +81,7 @@ class Bench:
         return transform.anchors_digest(self.receiver.anchors)
 
     async def ready(self) -> None:
-        self.learner.learn_about(self.target)
+        self.learner.set_target(self.target)
         await until(lambda: self.learner.state == "learning")
 
     def teach(self, seeds: range) -> None:
@@ -211,11 +211,11 @@ async def test_a_learner_that_cannot_start_says_why_and_starts_once_it_can(bench
         (LearningTarget("m", V + 1, bench.target.folder, D), f"the model has {V + 1} ids"),
         (LearningTarget("m", V, bench.target.folder, D + 1), "must be the reference's own checkpoint"),
     ]:
-        bench.learner.learn_about(target)
+        bench.learner.set_target(target)
         await until(lambda words=words: bench.learner.state == "unavailable" and words in bench.learner.detail)  # type: ignore[misc]
         assert not bench.receiver.probes
     late = tmp_path / "late"
-    bench.learner.learn_about(LearningTarget("m", V, late, D))
+    bench.learner.set_target(LearningTarget("m", V, late, D))
     await until(lambda: "late" in bench.learner.detail and bench.learner.state == "unavailable")
     save(bench.world, late)
     await until(lambda: bench.learner.state == "learning")
@@ -225,7 +225,7 @@ async def test_another_model_restarts_the_learner_and_stop_ends_it(bench: Bench)
     await bench.ready()
     bench.teach(range(3))
     await bench.taught(48)
-    bench.learner.learn_about(replace(bench.target, model="other"))
+    bench.learner.set_target(replace(bench.target, model="other"))
     await until(lambda: len(bench.receiver.probes) == 2)
     assert bench.receiver.probes[1].model == "other"
     assert bench.learner.status()["tokens"] == 0
@@ -288,7 +288,7 @@ def test_what_an_earlier_version_learned_from_parts_of_the_traffic_is_left_out(t
     anchors = np.frombuffer(before.ready.anchors, "<i4")
     digest = transform.anchors_digest(anchors)
     rows = [learner_messages.to_row(world.record(seed, anchors, digest)) for seed in range(5)]
-    assert before.learn(learner_messages.Learn(rows)).tokens == 80
+    assert before.update(learner_messages.Learn(rows)).tokens == 80
     part = before._family.update(before._state, [world.record(5, anchors, digest)])
     stored = storage.save({"": before._state, "gold": part}, before._family, before._about, 1 << 24)
     assert ProcessLearner(start, stored).ready.learned.tokens == 80

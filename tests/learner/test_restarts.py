@@ -93,7 +93,7 @@ async def life(store: DirectWrites, tmp_path: Path, weights: str = "", **setting
     current = Life(store, save(make(), tmp_path / "checkpoint"), **settings)
     current.learner.set_weights(weights)
     running = asyncio.create_task(current.learner.run())
-    current.learner.learn_about(current.target)
+    current.learner.set_target(current.target)
     await until(lambda: current.learner.state == "learning")
     try:
         yield current

@@ -123,7 +123,7 @@ def test_what_relays_count_arrives_whole(endings: list[tuple], limit: int, chanc
                 coverage.update_relayed(count)
 
     for kind, outcome, reason, tokens, requests in endings:
-        tally.add(kind, outcome, reason, tokens, requests)
+        tally.update(kind, outcome, reason, tokens, requests)
         if chance.random() < 0.2:
             tell()
     tell()

@@ -116,7 +116,7 @@ def test_torch_and_numpy_say_the_same(compressed: Compressed) -> None:
     log_r[1, compressed.listed.ids[1, 0]] = -200.0  # underflows in float32, and is finite in its logarithm
     log_r = log_softmax(log_r)
     for rows in (slice(0, 5), slice(5, TOKENS)):
-        comparison.see(rows, torch.from_numpy(log_r[rows]).float())
+        comparison.update(rows, torch.from_numpy(log_r[rows]).float())
     result = comparison.result()
     recovery = recover_states(compressed.weight[compressed.anchors])
     expected = compare(

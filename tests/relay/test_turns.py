@@ -220,11 +220,11 @@ async def test_networks_go_on_one_after_the_other_with_one_connection_each() -> 
 
 async def test_a_turn_is_used_up_by_network_and_begins_anew_with_each_pass() -> None:
     turns = Turns(asyncio.get_running_loop())
-    assert [turns.use(b"a", ANSWER_BYTES) for _ in range(MAX_OWN_ANSWERS)] == [False] * (MAX_OWN_ANSWERS - 1) + [True]
-    assert not turns.use(b"b", TURN_BYTES - 1)
+    assert [turns.spend(b"a", ANSWER_BYTES) for _ in range(MAX_OWN_ANSWERS)] == [False] * (MAX_OWN_ANSWERS - 1) + [True]
+    assert not turns.spend(b"b", TURN_BYTES - 1)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert not turns.use(b"a", TURN_BYTES - 1)
+    assert not turns.spend(b"a", TURN_BYTES - 1)
 
 
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -237,7 +237,7 @@ async def everything(plane: Control, folder: Path) -> asyncio.StreamWriter:
             proxy = msgspec.structs.replace(status.proxy, requests=7 * n)
             shadow = msgspec.structs.replace(status.shadow, reference_tokens=300 * n)
             status = msgspec.structs.replace(status, proxy=proxy, shadow=shadow)
-            plane.history.add(time.monotonic() + 10 * at, time.time() + 10 * at, status)
+            plane.history.update(time.monotonic() + 10 * at, time.time() + 10 * at, status)
     plane.pipeline.coverage.update_relayed(
         SampledCount("chat structured", "skipped", "structured_output", 12.0, 5.0, 700)
     )

@@ -87,7 +87,7 @@ class Wire:
             POLICY,
             self._emit,
             self._count,
-            sampled=self.tally.add,
+            sampled=self.tally.update,
             draw=self.draw,
             clock=lambda: self.now,
             nonce=lambda: "nonce",

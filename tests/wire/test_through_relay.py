@@ -32,7 +32,7 @@ class Bench:
         self.captures: list[Capture] = []
         self.counts: Counter[tuple[str, ...]] = Counter()
         self.tally = SampledTally()
-        self.interceptor = Interceptor(policy(), self._emit, self._count, sampled=self.tally.add)
+        self.interceptor = Interceptor(policy(), self._emit, self._count, sampled=self.tally.update)
         relay.hook = self.interceptor
 
     def _emit(self, capture: Capture) -> bool:

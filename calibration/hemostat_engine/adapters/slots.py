@@ -115,7 +115,7 @@ class SlotKeeper:
         try:
             added = add(manager, request)
         except Exception as error:
-            self._state.count("adapters_failed")
+            self._state.add("adapters_failed")
             # vLLM leaves an adapter whose shapes do not fit half written in its slot.
             manager._adapter_manager.remove_adapter(ident)
             self._report(manager)
@@ -127,7 +127,7 @@ class SlotKeeper:
         else:
             self._failed.discard(ident)
             if is_ours(name):
-                self._state.count("adapters_loaded")
+                self._state.add("adapters_loaded")
         self._names[ident] = name
         self._names.move_to_end(ident)
         while len(self._names) > MAX_REMEMBERED:
@@ -154,7 +154,7 @@ class SlotKeeper:
             if victim is None:
                 break
             manager._adapter_manager.remove_adapter(victim)
-            self._state.count("adapters_evicted")
+            self._state.add("adapters_evicted")
         free = slots - len(_loaded(manager))
         needed = 1 if self._state.grouped else 2
         if is_ours(name) and not self._in_step and free < needed:

@@ -52,7 +52,7 @@ class AdapterState:
         with self._lock:
             self._report = {"adapters": versions[:MAX_VERSIONS], "lora": lora}
 
-    def count(self, name: str) -> None:
+    def add(self, name: str) -> None:
         with self._lock:
             self._counts[name] += 1
 

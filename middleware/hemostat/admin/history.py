@@ -58,7 +58,7 @@ class History:
         """Returns True if it is time for a point. now: monotonic seconds."""
         return now - self._last >= POINT_SECONDS
 
-    def add(self, now: float, wall: float, status: Status) -> None:
+    def update(self, now: float, wall: float, status: Status) -> None:
         """Takes a point. now: monotonic seconds. wall: Unix time."""
         self._last = now
         self._notice(status)

@@ -71,7 +71,7 @@ class Judge:
                 current.due = self._clock() + HOUR_SECONDS
             if current.since.keys() != before[name].keys():
                 text = self.statement(self._states.current[name], model, current, taken)
-                self.record(text or f"Canaries: {name} ({model}) is as it was", figures(current))
+                self.record_event(text or f"Canaries: {name} ({model}) is as it was", figures(current))
         self._states.save()
 
     def update_texts(self, canaries: EngineCanaries, comparison: TextComparison) -> None:
@@ -81,7 +81,7 @@ class Judge:
         texts.judge(comparison, self._wall())
         if texts.since != before:
             text = text_statement(name, model, texts) or f"Canaries: {name} ({model}) treats clients' texts as it did"
-            self.record(text, {"texts": comparison.summary})
+            self.record_event(text, {"texts": comparison.summary})
         self._states.save()
 
     def explain(self, canaries: EngineCanaries, base: CanarySet, measured: Measured) -> None:
@@ -90,7 +90,7 @@ class Judge:
         if reading is None or base.cause is None:
             return
         reading.cause = base.cause.explain(measured, self._tolerance)
-        self.record(self.statement(canaries, canaries.now.model, reading, base), figures(reading))
+        self.record_event(self.statement(canaries, canaries.now.model, reading, base), figures(reading))
         self._states.save()
 
     def cause(self, canaries: EngineCanaries, model: str, reading: Reading) -> Verdict | None:
@@ -107,7 +107,7 @@ class Judge:
         cause = self.cause(canaries, model, reading)
         return statement(canaries.name, model, reading, taken.origin, canaries.now, cause)
 
-    def record(self, why: str, evidence: dict[str, Any]) -> None:
+    def record_event(self, why: str, evidence: dict[str, Any]) -> None:
         """Stores an event."""
         log.warning("%s", why)
         self._writes.append_event(alarm_event(self._wall(), why, evidence))

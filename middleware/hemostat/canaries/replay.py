@@ -75,7 +75,7 @@ class Replays:
 
     def begin_anew(self, why: str) -> None:
         """Forgets the sets: new ones are taken at once."""
-        self._judge.record(f"a new set of canaries is taken: {why}", {})
+        self._judge.record_event(f"a new set of canaries is taken: {why}", {})
         self._sets.clear()
         self._states.forget()
         self._take_at, self._reference_at = self._clock(), -np.inf

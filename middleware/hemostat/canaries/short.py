@@ -164,7 +164,9 @@ class ShortCanaries:
         its.short = watch.state
         if stated:
             text = short_statement(its.name, its.now.model, its.short)
-            self._judge.record(text or f"Canaries: {its.name} ({its.now.model}) is as it was, in short sequences", {})
+            self._judge.record_event(
+                text or f"Canaries: {its.name} ({its.now.model}) is as it was, in short sequences", {}
+            )
             if its.base is not None:
                 its.base.due, its.not_before = 0.0, 0.0
         self._states.save()

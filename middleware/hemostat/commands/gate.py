@@ -254,7 +254,7 @@ async def _reference(options: argparse.Namespace, reporter: Reporter) -> AsyncIt
             server, name = vllm_server("--reference", options.reference, options.timeout)
             opened.push_async_callback(server.close)
             reference = VllmReference(server.url, model=name, top_k=TOP_K)
-            reference.use(server)
+            reference.set_server(server)
         else:
             reporter.log(f"loading the reference {options.reference}")
             reference = TransformersReference(options.reference)

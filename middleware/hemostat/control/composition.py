@@ -322,7 +322,7 @@ class Control:
         """Connects the plugins that sample requests themselves."""
         plugins, served = self.engines.reports.passive, self.monitor
         plugins.enabled = self.passive
-        plugins.on_stats, plugins.on_sampled = self.link.hear, self.pipeline.coverage.update_relayed
+        plugins.on_stats, plugins.on_sampled = self.link.update, self.pipeline.coverage.update_relayed
         plugins.on_answer = PassiveCaptures(
             self.pipeline.offer,
             salt=lambda: self.stored_state.salt,
@@ -418,9 +418,9 @@ class Control:
 
     async def start(self) -> None:
         """Returns once this process owns the store, and uses what it holds."""
-        self.use(await self.ownership.begin())
+        self.restore(await self.ownership.begin())
 
-    def use(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Goes on from all that is stored, and becomes active."""
         self.time.look()
         self.stored_state.restore(snapshot)
@@ -504,7 +504,7 @@ class Control:
             self.profile_manager.writer.save_if_due()
             self.templates.save_if_due()
         if self.history.due(now):
-            self.history.add(now, self._wall(), self.status.current())
+            self.history.update(now, self._wall(), self.status.current())
 
     async def run_periodic(self) -> None:
         while True:

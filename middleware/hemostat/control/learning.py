@@ -50,7 +50,7 @@ class LearningSubject:
             self._learner.stop(f"{info.hidden_detail}; {fix}", unavailable=True)
         else:
             model = serving.model
-            self._learner.learn_about(
+            self._learner.set_target(
                 LearningTarget(model.name, model.vocab_size, info.folder, info.hidden_size, info.digest)
             )
 

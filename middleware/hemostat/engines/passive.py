@@ -1,7 +1,7 @@
 """Passive mode: what plugins that sample requests themselves are told, and what they count.
 
 A control process that no relay can connect to hands its plugins a policy. One process of vLLM's API server then stands
-where a relay stands otherwise: its counts become the figures of a relay (`RelayLink.hear`).
+where a relay stands otherwise: its counts become the figures of a relay (`RelayLink.update`).
 
 It is pure: the time is passed in (monotonic seconds).
 """

@@ -135,7 +135,7 @@ class Run:
                         break
                     continue
                 for each, known in held:
-                    self._evidence.add(each.prompt.digest, each.prompt.kind, known)
+                    self._evidence.update(each.prompt.digest, each.prompt.kind, known)
                     outcome = self._count(each.prompt.kind, known, planned)
                 held.clear()
                 if outcome is not Outcome.UNDECIDED:

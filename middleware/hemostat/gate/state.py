@@ -109,7 +109,7 @@ class Evidence:
             self._write(most)
         return most.planned, most.applying
 
-    def add(self, digest: str, kind: str, unit: Unit) -> None:
+    def update(self, digest: str, kind: str, unit: Unit) -> None:
         self.units[digest] = kind, unit
         self._write(_Line(digest, kind, unit.excess, unit.note, unit.log_ratio))
 

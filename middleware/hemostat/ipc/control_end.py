@@ -73,7 +73,7 @@ class RelayLink:
         self._former: OrderedDict[str, Stats] = OrderedDict()
         self._retired: Stats | None = None
         self._unconnected: OrderedDict[str, tuple[Stats, float]] = OrderedDict()
-        """The last figures, and when they came, of processes that report without a connection (`hear`)."""
+        """The last figures, and when they came, of processes that report without a connection (`update`)."""
         self._said_how_to_compile = False
         self._large_messages = asyncio.Semaphore(MAX_LARGE_MESSAGES)
         self.requests = 0.0
@@ -112,7 +112,7 @@ class RelayLink:
                 total = add(total, stats)
         return msgspec.structs.replace(total, ready=self.ready)
 
-    def hear(self, process: str, stats: Stats) -> None:
+    def update(self, process: str, stats: Stats) -> None:
         """Takes the figures of a process that stands in a relay's place and has no connection of its own."""
         if (last := self._unconnected.get(process)) is not None:
             self.requests += _answered(stats) - _answered(last[0])

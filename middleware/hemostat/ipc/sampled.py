@@ -24,7 +24,7 @@ class SampledTally:
         self._limit = limit
         self._counts: dict[tuple[str, str, str], tuple[float, float, int]] = {}
 
-    def add(self, kind: str, outcome: str, reason: str, tokens: int | None, requests: float = 1.0) -> None:
+    def update(self, kind: str, outcome: str, reason: str, tokens: int | None, requests: float = 1.0) -> None:
         """Counts a sampled request that has ended. tokens: what was generated; None: not known. requests: see
         `SampledCount`."""
         key = kind, outcome, reason

@@ -154,7 +154,7 @@ class Learner:
 
     # --- called by the control process -----------------------------------------------------------------------------
 
-    def learn_about(self, target: LearningTarget) -> None:
+    def set_target(self, target: LearningTarget) -> None:
         """Sets the models to learn about from now on; nothing changes if they are the target already."""
         self._process.set_target(replace(target, generation=self._generation))
 
@@ -166,7 +166,7 @@ class Learner:
             self._generation += 1
             self._forgets = True
             if self._process.target is not None:
-                self.learn_about(self._process.target)
+                self.set_target(self._process.target)
         self._weights = weights or self._weights
 
     def stop(self, why: str, *, unavailable: bool = False) -> None:
@@ -188,7 +188,7 @@ class Learner:
         """
         if self._process.target is None:
             return
-        reason = self._records.add(record) if self._learning else DropReason.NOT_READY
+        reason = self._records.offer(record) if self._learning else DropReason.NOT_READY
         if reason is not None:
             self.dropped[reason] += 1
         else:

@@ -91,7 +91,7 @@ class ProcessLearner:
         for part, last in learner_messages.parts(data):
             yield learner_messages.Exported(part, last)
 
-    def learn(self, request: learner_messages.Learn) -> learner_messages.Learned:
+    def update(self, request: learner_messages.Learn) -> learner_messages.Learned:
         for row in request.rows:
             try:
                 self._learn(row)
@@ -191,7 +191,7 @@ class RequestLoop:
             case None:
                 self._ended = True
             case learner_messages.Learn():
-                self._send(self._learner.learn(request))
+                self._send(self._learner.update(request))
             case learner_messages.Propose():
                 self._proposals_due += 1
             case learner_messages.Export():

@@ -36,7 +36,7 @@ class RecordQueue:
     def less_than_half_full(self) -> bool:
         return self._bytes < MAX_QUEUED_BYTES // 2
 
-    def add(self, record: TokenRecord) -> DropReason | None:
+    def offer(self, record: TokenRecord) -> DropReason | None:
         """Queues a record; returns the reason if it was dropped instead."""
         if record.features is None and record.reference_hidden is None:
             return DropReason.NOTHING_TO_LEARN

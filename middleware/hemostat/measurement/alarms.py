@@ -250,13 +250,13 @@ class Alarms:
         if floors is not None:
             self._restore_floors(floors)
         if stored is None:
-            self._state = alarm.init(self._settings, self._spent.count())
+            self._state = alarm.init(self._settings, self._spent.get())
             return
         self._spent.spend({OTHERS: alarm.begun_tests(stored.encode())})
         try:
             before = alarm.read(stored.encode())
         except InvalidArgumentError as error:
-            self._state = alarm.init(self._settings, self._spent.count())
+            self._state = alarm.init(self._settings, self._spent.get())
             self._raised = set()
             self._record(f"the stored alarm cannot be continued: {error}", {})
             self.save()

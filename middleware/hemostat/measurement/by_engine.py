@@ -139,13 +139,13 @@ class ByEngine:
         which versions before it have not written."""
         self._spent.restore(spent)
         if stored is None:
-            self._test = outlier_engine.init(self._test.alpha, self._spent.count())
+            self._test = outlier_engine.init(self._test.alpha, self._spent.get())
             return
         self._spent.spend({OTHERS: begun_tests(stored.encode())})
         try:
             self._test = load_engines(stored.encode(), self._test.alpha)
         except InvalidArgumentError as error:
-            self._test = outlier_engine.init(self._test.alpha, self._spent.count())
+            self._test = outlier_engine.init(self._test.alpha, self._spent.get())
             self._record(f"the stored test of the engines cannot be continued: {error}", {})
             self.save()
             return

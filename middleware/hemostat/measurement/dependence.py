@@ -42,8 +42,8 @@ class Cycle:
     _users: WeakSet[Dependence] = field(default_factory=WeakSet, init=False, repr=False, compare=False)
     """The objects that count how much of the cycle was seen, and that are told of breaks."""
 
-    def register(self, user: Dependence) -> None:
-        """Adds one that is told of breaks, too."""
+    def add(self, user: Dependence) -> None:
+        """Adds an object that is told of breaks, too."""
         self._users.add(user)
 
     def after_break(self, time_break: TimeBreak) -> None:
@@ -89,7 +89,7 @@ class Dependence:
         self._mean = BatchMeans.of(1)
         """The batch means of the first figure's mean by request, which `_by_client` is compared with."""
         self._clients: dict[bytes, int] = {}
-        cycle.register(self)
+        cycle.add(self)
 
     def after_break(self, time_break: TimeBreak) -> None:
         """Notes that the clock was set: a cycle that was not seen as a whole begins again, or goes on without the time

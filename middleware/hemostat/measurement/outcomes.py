@@ -139,11 +139,11 @@ class Outcomes:
             return
         state = self._kinds.get(kind)
         if state is None:
-            state = self._kinds[kind] = _Kind(self._spent.count(kind))
+            state = self._kinds[kind] = _Kind(self._spent.get(kind))
         if state.harmed is not None:
             return
         if state.trial is None or state.trial.version != report.version:
-            state.number = self._spent.count(kind) + 1
+            state.number = self._spent.get(kind) + 1
             state.trial = Trial(self._settings, report.version, state.number)
             self._spent.spend({kind: state.number})
         bad = {Outcome(name): value for name, value in report.bad.items() if name in _OUTCOMES}

@@ -35,4 +35,4 @@ class BegunTests:
         """Returns the numbers of candidates' tests, and of windows by kind, that an earlier run has begun."""
         self._candidates.restore(states.get(TESTS_BEGUN_KEY))
         self._windows.restore(states.get(WINDOWS_BEGUN_KEY))
-        return self._candidates.count(), self._windows.counts
+        return self._candidates.get(), self._windows.counts

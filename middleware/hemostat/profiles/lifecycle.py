@@ -280,7 +280,7 @@ class Lifecycle:
             self._end_serving(kind, state)
             why = "another kind of traffic is more frequent, and took its place"
             self._events.record(Decision.ROLL_BACK, Reason.EVICTED, version, why, {}, kind)
-        self._serving.remember(kind)
+        self._serving.forget_kind(kind)
         self._serving_changed()
 
     def _test_in(self, kind: str) -> None:

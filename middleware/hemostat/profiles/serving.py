@@ -96,8 +96,8 @@ class ServingState:
         self.former: dict[str, KindState] = {}
         """The parts of a state that are remembered for kinds that may come back: `tried` and `held`."""
 
-    def remember(self, kind: str) -> None:
-        """Remembers the state of a kind that loses its place."""
+    def forget_kind(self, kind: str) -> None:
+        """Removes a kind that loses its place. What was tried there is remembered."""
         state = self.kinds.pop(kind)
         self.former.pop(kind, None)
         if state.tried or state.held:

@@ -138,7 +138,7 @@ class ReferenceMonitor:
                 if pair.state is not ReferenceState.READY:
                     self._update(await self._compared(pair, server))
             if self._compressed_scorer is not None:
-                self._compressed_scorer.use(server)
+                self._compressed_scorer.set_server(server)
                 info = await self._compressed_scorer.start()
                 forms = {Form.CHAT, Form.COMPLETIONS}
                 if not await keeps_responses(server, info.model):

@@ -64,7 +64,7 @@ class Comparison:
         self._sums = np.full((6, len(ids)), np.nan)
         self._at = np.full(ids.shape, np.nan)
 
-    def see(self, rows: slice, log_r: torch.Tensor) -> None:
+    def update(self, rows: slice, log_r: torch.Tensor) -> None:
         """Compares some positions. log_r: the reference's log-probabilities at these positions, float32 [n, V]."""
         log_c = torch.log_softmax(self._logits(self._states[rows]), dim=-1)
         r, c = log_r.exp(), log_c.exp()

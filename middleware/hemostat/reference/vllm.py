@@ -72,7 +72,7 @@ class VllmReference:
         self._probed_at = 0.0
         self._probing = asyncio.Lock()
 
-    def use(self, server: VllmServer) -> None:
+    def set_server(self, server: VllmServer) -> None:
         """Scores at another server of the same model; `start` comes next. Whoever made the server closes it."""
         self._server = server
 

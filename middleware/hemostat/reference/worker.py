@@ -113,7 +113,7 @@ class Model:
                 hidden=request.hidden and self.loaded.hidden_size > 0,
                 reshaped=request.reshaped,
                 allowed=None if request.allowed is None else request.allowed.sets(),
-                see=None if comparison is None else comparison.see,
+                see=None if comparison is None else comparison.update,
             )
         except (ValueError, InvalidArgumentError) as error:
             raise RequestFailed(FailureReason.VOCABULARY, str(error)) from error

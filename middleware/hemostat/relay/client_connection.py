@@ -357,7 +357,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _use_turn(self, size: int) -> bool:
         """Counts work for the client. Returns True if its turn is used up, so that the connection waits for another."""
-        if self._context.turns.use(self.holding.network, size) and not self._waits:
+        if self._context.turns.spend(self.holding.network, size) and not self._waits:
             self._waits = True
             self._context.turns.wait(self.holding.network, self)
             self._update_reading()

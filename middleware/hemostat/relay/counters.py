@@ -36,7 +36,7 @@ class Counters:
     def hook_raised(self) -> None:
         self.add(names.SHADOW_REQUESTS, Unscored.HOOK_ERROR.labels)
 
-    def observe_overhead(self, seconds: float) -> None:
+    def update_overhead(self, seconds: float) -> None:
         """Counts the time in the relay for one request: from the last byte of the request that was needed to its
         hand-over to the upstream's socket (a wait for a connection included), plus from the first bytes of the response
         to the first hand-over to the client's socket. Relaying the rest of the body and the upstream's own time are not

@@ -106,7 +106,7 @@ class Exchange:
         self._response = ClientResponse()
         self._received = 0.0  # when the bytes were read that release the head (perf_counter)
         self._overhead = 0.0
-        """The seconds in the relay so far, see `Counters.observe_overhead`. In QUEUED the time at which that state
+        """The seconds in the relay so far, see `Counters.update_overhead`. In QUEUED the time at which that state
         began is subtracted.
         """
         self._probed = False
@@ -392,7 +392,7 @@ class Exchange:
             return
         head = self._response.head
         assert head is not None
-        self._context.counters.observe_overhead(self._overhead)
+        self._context.counters.update_overhead(self._overhead)
         status, keep_alive = head.status, self._keep_alive and self.request_complete
         outcome = ends.OK if status < 400 else ends.CLIENT_ERROR if status < 500 else ends.SERVER_ERROR
         self._finish(outcome, complete=True)

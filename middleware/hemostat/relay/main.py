@@ -156,7 +156,7 @@ async def run(config: dict[str, Any]) -> None:
             relay.hook = None
             return
         if interceptor is None:
-            interceptor = Interceptor(policy, link.emit, relay.counters.add, sampled=link.sampled.add)
+            interceptor = Interceptor(policy, link.emit, relay.counters.add, sampled=link.sampled.update)
         interceptor.policy = policy
         relay.upstreams.set_drained(policy.drained)
         relay.hook = interceptor

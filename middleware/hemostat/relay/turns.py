@@ -44,7 +44,7 @@ class Turns:
         """The waiting connections by network, the network first that has waited for longest; the same for each
         network's connections."""
 
-    def use(self, network: bytes, size: int) -> bool:
+    def spend(self, network: bytes, size: int) -> bool:
         """Counts work of so many bytes. Returns True if the network has used up its turn."""
         used = self._used.get(network, 0) + size
         self._used[network] = used

@@ -59,13 +59,13 @@ class SpentAlpha:
         """The largest number that was given, by name."""
         return self._counts
 
-    def count(self, name: str = OTHERS) -> int:
+    def get(self, name: str = OTHERS) -> int:
         """Returns the largest number that was given under this name: the next test has the next one."""
         return self._counts.get(name, self._counts.get(OTHERS, 0))
 
     def spend(self, numbers: Mapping[str, int]) -> None:
         """Tests with these numbers begin, by name. Numbers that were given already change nothing."""
-        new = {name: number for name, number in numbers.items() if number > self.count(name)}
+        new = {name: number for name, number in numbers.items() if number > self.get(name)}
         if not new:
             return
         for name, number in new.items():
@@ -74,7 +74,7 @@ class SpentAlpha:
         self._share_oldest()
         self._writes.set_state(self.key, _written(self._counts))
         write = self._writes.queued()
-        self._waiting.update((name, (self.count(name), write)) for name in new)
+        self._waiting.update((name, (self.get(name), write)) for name in new)
 
     def _share_oldest(self) -> None:
         named = [name for name in self._counts if name != OTHERS]

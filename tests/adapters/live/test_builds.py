@@ -198,7 +198,7 @@ async def test_an_adapter_is_made_of_enough_tokens_and_again_of_twice_as_many(fo
     async with learner(receiver) as learning:
         texts(learning, 10)
         assert learning.tokens == 0, "nothing is collected before it is known for what"
-        learning.learn_about(target(folders, reference_digest=checkpoint_digest(str(folders.reference), None)))
+        learning.set_target(target(folders, reference_digest=checkpoint_digest(str(folders.reference), None)))
         texts(learning, 4)
         await asyncio.sleep(0.1)
         assert learning.state == "collecting"
@@ -239,7 +239,7 @@ async def test_nothing_is_made_that_would_not_be_tested(folders: CheckpointFolde
     receiver = Receiver()
     receiver.last = 150
     async with learner(receiver) as learning:
-        learning.learn_about(target(folders))
+        learning.set_target(target(folders))
         texts(learning, 14)
         await asyncio.sleep(0.2)
         assert learning.state == "collecting"
@@ -254,7 +254,7 @@ async def test_while_an_adapter_is_tested_none_is_made_and_the_next_one_is_made_
     monkeypatch.setattr(client, "RECHECK_SECONDS", 0.01)
     receiver = Receiver()
     async with learner(receiver) as learning:
-        learning.learn_about(target(folders))
+        learning.set_target(target(folders))
         receiver.testing = True
         texts(learning, 30)
         await until(lambda: learning.detail == client.TESTING)
@@ -276,7 +276,7 @@ async def test_a_build_and_another_heavy_job_take_turns(
     turns, receiver = Turns(cores=2), Receiver()
     assert turns.take("another job")
     async with learner(receiver, turns=turns) as learning:
-        learning.learn_about(target(folders))
+        learning.set_target(target(folders))
         texts(learning, 5)
         await until(lambda: learning.detail == client.OTHER_WORK)
         assert no_process_is_left()
@@ -295,7 +295,7 @@ async def test_killed_at_any_moment_it_is_started_again_and_continues(
     monkeypatch.setenv(fake_builder.ENVIRONMENT, f"killed:{stage}")
     receiver = Receiver()
     async with learner(receiver) as learning:
-        learning.learn_about(target(folders))
+        learning.set_target(target(folders))
         texts(learning, 5)
         await until(lambda: len(receiver.proposed) == 1)
         assert learning.restarts == 1
@@ -307,7 +307,7 @@ async def test_killed_again_and_again_it_waits(folders: CheckpointFolders, monke
     monkeypatch.setenv(fake_builder.ENVIRONMENT, "killed_always")
     receiver = Receiver()
     async with learner(receiver) as learning:
-        learning.learn_about(target(folders))
+        learning.set_target(target(folders))
         texts(learning, 5)
         await until(lambda: learning.outcomes == {"ended": 1})
         assert learning.restarts == client.MAX_ATTEMPTS - 1
@@ -376,7 +376,7 @@ async def test_what_cannot_be_used_is_never_proposed_and_counted(
     monkeypatch.setenv(fake_builder.ENVIRONMENT, fault)
     receiver = Receiver()
     async with learner(receiver) as learning:
-        learning.learn_about(target(folders))
+        learning.set_target(target(folders))
         texts(learning, 5)
         await until(lambda: bool(learning.outcomes))
         assert learning.outcomes == {outcome: 1}
@@ -399,7 +399,7 @@ async def test_without_a_package_that_it_needs_a_build_is_refused_once_and_repor
     (pair.compressed / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     command = (sys.executable, "-c", WITHOUT_COMPRESSED_TENSORS, builder.COMMAND[-1])
     async with learner(Receiver(), command=command, memory_mib=4096) as learning:
-        learning.learn_about(target(pair))
+        learning.set_target(target(pair))
         texts(learning, 5)
         await until(lambda: learning.outcomes == {"refused": 1}, 120)
         assert learning.state == "unavailable"
@@ -410,7 +410,7 @@ async def test_without_a_package_that_it_needs_a_build_is_refused_once_and_repor
 async def test_a_folder_that_is_not_what_the_reference_serves_is_refused(folders: CheckpointFolders) -> None:
     receiver = Receiver()
     async with learner(receiver) as learning:
-        learning.learn_about(target(folders, reference_digest="0" * 32))
+        learning.set_target(target(folders, reference_digest="0" * 32))
         texts(learning, 5)
         await until(lambda: learning.outcomes == {"refused": 1})
         assert learning.state == "unavailable"
@@ -418,7 +418,7 @@ async def test_a_folder_that_is_not_what_the_reference_serves_is_refused(folders
         learning.stop("no folder", unavailable=True)
         learning.stop("no folder", unavailable=True)
         assert (learning.outcomes, learning.failing) == ({"refused": 2}, "no folder"), "a build that cannot begin, once"
-        learning.learn_about(target(folders))
+        learning.set_target(target(folders))
         assert learning.failing == ""
     assert receiver.proposed == []
 
@@ -440,7 +440,7 @@ async def test_a_job_that_cannot_be_written_is_tried_again_later(
     receiver = Receiver()
     async with learner(receiver) as learning:
         learning._clock = lambda: now
-        learning.learn_about(target(folders))
+        learning.set_target(target(folders))
         texts(learning, 5)
         await until(lambda: learning.outcomes == {"disk": 1})
         assert "No space left on device" in learning.detail
@@ -457,7 +457,7 @@ async def test_stopped_the_process_ends_and_the_texts_are_deleted(
     monkeypatch.setenv(fake_builder.ENVIRONMENT, "hangs")
     receiver = Receiver()
     async with learner(receiver) as learning:
-        learning.learn_about(target(folders))
+        learning.set_target(target(folders))
         texts(learning, 5)
         await until(lambda: "0/" in learning.detail)
         assert os.getpriority(os.PRIO_PROCESS, 0) <= 19
@@ -465,7 +465,7 @@ async def test_stopped_the_process_ends_and_the_texts_are_deleted(
         if how == "stop":
             learning.stop("calibration is off")
         elif how == "target":
-            learning.learn_about(AdapterTarget("another", tiny_checkpoints.VOCAB, folders))
+            learning.set_target(AdapterTarget("another", tiny_checkpoints.VOCAB, folders))
         if how != "cancel":
             await until(no_process_is_left)
             await until(lambda: not folder.exists())
@@ -481,7 +481,7 @@ async def test_a_process_without_progress_is_ended(folders: CheckpointFolders, m
     monkeypatch.setattr(builder, "STALLED_SECONDS", 2.0)
     monkeypatch.setattr(client, "MAX_ATTEMPTS", 1)
     async with learner(Receiver()) as learning:
-        learning.learn_about(target(folders))
+        learning.set_target(target(folders))
         texts(learning, 5)
         await until(lambda: learning.outcomes == {"stalled": 1})
     assert no_process_is_left()

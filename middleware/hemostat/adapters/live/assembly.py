@@ -126,7 +126,7 @@ class Adapters:
             model, vocab_size = serving.model.name, serving.model.vocab_size
             self.judge.judge_about(JudgeTarget(folders, vocab_size, info.hidden_size, digest, settings.adapter.device))
             self._need_copies()
-            self.learner.learn_about(AdapterTarget(model, vocab_size, folders, digest))
+            self.learner.set_target(AdapterTarget(model, vocab_size, folders, digest))
 
     def _folders(self, pair: ModelPair, info: ReferenceInfo) -> CheckpointFolders:
         return find_folders(self._settings.adapter, info.model, info.folder, pair.root)

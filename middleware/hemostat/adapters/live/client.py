@@ -138,7 +138,7 @@ class AdapterLearner:
 
     # --- called by the control process -----------------------------------------------------------------------------
 
-    def learn_about(self, target: AdapterTarget) -> None:
+    def set_target(self, target: AdapterTarget) -> None:
         """Sets the target from now on; nothing changes if it is the target already."""
         if target == self._target:
             return

@@ -225,7 +225,7 @@ class AdapterJudge:
             self._process.wake()
 
     def _add(self, request: JudgeRequest) -> None:
-        self._requests.add(request)
+        self._requests.put(request)
         self._process.wake()
 
     def samples(self) -> Iterator[Sample]:

@@ -124,7 +124,7 @@ class JudgeRequests:
         """It is True if no further record may wait."""
         return len(self._waiting) >= MAX_WAITING or self._bytes > MAX_WAITING_BYTES
 
-    def add(self, request: JudgeRequest) -> None:
+    def put(self, request: JudgeRequest) -> None:
         self._waiting.append(request)
         self._bytes += request.bytes
 

@@ -78,7 +78,7 @@ class Head:
             states = np.frombuffer(request.states, "<u2").reshape(len(output), self._head.width)
             allowed = None if request.allowed is None else request.allowed.sets()
             comparison = None if self._comparisons is None else self._comparisons.of(request)
-            see = None if comparison is None else comparison.see
+            see = None if comparison is None else comparison.update
             scores = self._products.scores(states, output, ids, bases, codes, allowed, see)
         except (ValueError, InvalidArgumentError) as error:
             raise RequestFailed(FailureReason.VOCABULARY, str(error)) from error

@@ -209,7 +209,7 @@ def _inputs(layer: LayerData, name: str) -> SiteInputs:
     def measuring(batch: Batch) -> AbstractContextManager[None]:
         def see(module: Any, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
             given = valid_rows(arguments[0], batch.valid)
-            moments.add(name, given, None)
+            moments.update(name, given, None)
             largest.append(given.float().abs().amax(0))
             rows.append(given[:: -(-len(given) // each)].float())
 

@@ -112,7 +112,7 @@ class WeightedMoments:
         self.totals: dict[str, torch.Tensor] = {}
         self.tokens: Counter[str] = Counter()
 
-    def add(self, name: str, rows: torch.Tensor, weights: torch.Tensor | None) -> None:
+    def update(self, name: str, rows: torch.Tensor, weights: torch.Tensor | None) -> None:
         """rows: [n, inputs]. weights: [n]; None: each 1."""
         exact = rows.float()
         self.tokens[name] += len(rows)
@@ -134,7 +134,9 @@ def weighted_moments(layer: LayerData, names: Sequence[str], guide: Weights) -> 
     def measuring(batch: Batch) -> AbstractContextManager[None]:
         def hook(name: str) -> Hook:
             weights = guide[name][numbers[id(batch)]] if name in guide else None
-            return lambda module, arguments, output: moments.add(name, valid_rows(arguments[0], batch.valid), weights)
+            return lambda module, arguments, output: moments.update(
+                name, valid_rows(arguments[0], batch.valid), weights
+            )
 
         return forward_hooks((layer.linears[name], hook(name)) for name in names)
 

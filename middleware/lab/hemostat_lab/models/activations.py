@@ -169,7 +169,7 @@ class Moments:
     def outputs(self, name: str) -> Gram | None:
         return self.gram(output_key(name)) if output_key(name) in self._totals else None
 
-    def add(self, key: str, rows: torch.Tensor, metric: Metric) -> None:
+    def update(self, key: str, rows: torch.Tensor, metric: Metric) -> None:
         """Rows [n, d] of any dtype."""
         width = rows.shape[1]
         if key not in self._totals:
@@ -242,10 +242,10 @@ def measured(
             group, _ = read.setdefault(id(given), (name, given))
             moments.groups[name] = group
             if group == name and name in metrics:
-                moments.add(name, valid_rows(given, valid), metrics[name])
+                moments.update(name, valid_rows(given, valid), metrics[name])
             if gradients and output_key(name) in metrics and output.requires_grad:
                 key = output_key(name)
-                output.register_hook(lambda gradient: moments.add(key, valid_rows(gradient, valid), metrics[key]))
+                output.register_hook(lambda gradient: moments.update(key, valid_rows(gradient, valid), metrics[key]))
 
         return see
 

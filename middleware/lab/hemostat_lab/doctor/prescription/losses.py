@@ -46,7 +46,7 @@ class TokenRows(Moments):
         self._rows: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._inputs: dict[tuple[str, int], InputMoments] = {}
 
-    def add(self, key: str, rows: torch.Tensor, metric: Metric) -> None:
+    def update(self, key: str, rows: torch.Tensor, metric: Metric) -> None:
         self._rows[key].append(rows.float().cpu())
 
     def reached(self, name: str) -> bool:
