@@ -257,7 +257,7 @@ def test_records_that_come_while_a_proposal_is_made_are_learned_from() -> None:
         def __init__(self) -> None:
             self.proposals = 0
 
-        def learn(self, request: learner_messages.Learn) -> learner_messages.Learned:
+        def update(self, request: learner_messages.Learn) -> learner_messages.Learned:
             return learner_messages.Learned(len(request.rows), {}, {})
 
         def propose(self, progress: Callable[[str, float], None]) -> learner_messages.Proposed:
