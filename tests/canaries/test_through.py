@@ -29,7 +29,7 @@ from hemostat_calibration.canaries import CanarySet
 
 PROMPTS = "".join(f"prompt {n}\n" for n in range(48))
 """The prompts are so many that each of two engines gets enough of them: nine votes are a change, and a relay sends a
-prompt to either with even odds: one engine gets fewer than nine of 24 in 8 % of the runs, and of 48 in one of 600,000 runs."""
+prompt to either with even odds. One engine gets fewer than nine of 24 in 8 % of the runs, of 48 in one of 600,000."""
 
 
 @pytest.fixture(scope="module")
