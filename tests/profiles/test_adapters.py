@@ -221,9 +221,9 @@ def test_engines_hold_adapters_last_and_they_are_not_evaluated_on_lists() -> Non
     assert not Bench().profiles.may_need_distances(JUDGED[0])
     catalogue = judging.profiles.catalogue
     assert catalogue.adapters == {version, newer}
-    assert (catalogue.is_adapter(other.version), catalogue.is_adapter(None)) == (False, False)
+    assert (catalogue.changes_weights(other.version), catalogue.changes_weights(None)) == (False, False)
     catalogue.remove(newer)
-    assert not catalogue.is_adapter(newer)
+    assert not catalogue.changes_weights(newer)
 
 
 def test_no_more_adapters_serve_than_engines_have_slots_for() -> None:

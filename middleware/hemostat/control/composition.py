@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import logging
 import random
 import secrets
@@ -159,12 +158,13 @@ class Control:
         self.engines = EngineRegistry(
             settings.upstream,
             PluginReports(nonce_prefix=secrets.token_hex(8)),
-            lambda: itertools.chain(self.link.engines(), self.direct.engines()),
+            self.link.engines,
             self.writer,
             self._clock,
             self.changes.notify,
         )
         self.direct = DirectEngines(self.engines.configured, self.engines.connect)
+        self.engines.health_sources.append(self.direct.engines)
         self.weights = ServedWeights(self.engines.reports)
         self.references = make_references(settings)
         self.compressed_scorer = make_compressed_scorer(settings)
@@ -298,7 +298,7 @@ class Control:
             settings,
             self.link,
             self.profile_manager,
-            EngineOffers(self.engines, self.adapters.hosts, self.profile_manager.catalogue.is_adapter),
+            EngineOffers(self.engines, self.adapters.hosts, self.profile_manager.catalogue.changes_weights),
             ScorableModels(self.monitor, self.breakers, spools=self.spool is not None),
             SampledShares(pipeline.sampling, self.outcome_sampling, pipeline.answer_losses),
             self.stored_state,

@@ -65,10 +65,12 @@ class EngineOffer:
 class EngineOffers:
     """Decides what requests may ask of engines, by what these hold, have loaded and report."""
 
-    def __init__(self, engines: EngineRegistry, adapters: LoadedAdapters, is_adapter: Callable[[str], bool]) -> None:
+    def __init__(
+        self, engines: EngineRegistry, adapters: LoadedAdapters, changes_weights: Callable[[str], bool]
+    ) -> None:
         self._engines = engines
         self._adapters = adapters
-        self._is_adapter = is_adapter
+        self._changes_weights = changes_weights
 
     def hold(self, versions: Sequence[str]) -> None:
         """Has engines hold these versions, and before them the adapters that are to stay loaded."""
@@ -122,7 +124,8 @@ class EngineOffers:
         """Returns what a request may ask for at one address. held: what the engine's logits processors hold, adapters
         among them.
         """
-        return frozenset(version for version in held if not self._is_adapter(version)) | self._adapters.ready_at(name)
+        profiles = frozenset(version for version in held if not self._changes_weights(version))
+        return profiles | self._adapters.ready_at(name)
 
 
 class ScorableModels:

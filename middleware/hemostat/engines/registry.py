@@ -80,7 +80,8 @@ class EngineRegistry:
         """The names of the engines that canaries state to be outliers."""
         self.only = Engine(ONLY, reports, functools.partial(self.connect, ONLY))
         self._upstream = upstream
-        self._relayed = relayed
+        self.health_sources = [relayed]
+        """What reports the engines: relays, and what stands in their place. `Health` adds their figures."""
         self._writes = writes
         self._clock = clock
         self._on_change = on_change
@@ -92,9 +93,10 @@ class EngineRegistry:
     def current(self) -> dict[str, Engine]:
         """Returns the engines that relays report now, by name, in the order in which they are configured."""
         health: dict[str, Health] = {}
-        for report in self._relayed():
-            for entry in self.configured.known(report):
-                health.setdefault(entry.engine, Health()).update(entry)
+        for source in self.health_sources:
+            for report in source():
+                for entry in self.configured.known(report):
+                    health.setdefault(entry.engine, Health()).update(entry)
         return {name: self._engine(name, its) for name, its in health.items()}
 
     def _engine(self, name: str, health: Health) -> Engine:

@@ -91,7 +91,7 @@ class Catalogue:
         if profile.changes_weights:
             self.adapters.add(profile.version)
 
-    def is_adapter(self, version: str | None) -> bool:
+    def changes_weights(self, version: str | None) -> bool:
         return version in self.adapters
 
     def stored(self, version: str) -> StoredProfile:

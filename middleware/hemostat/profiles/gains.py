@@ -31,19 +31,20 @@ class UnitGain:
 class Gains:
     """Says of gains what follows from the profiles alone. A version of None is identity.
 
-    profile_width: (version) -> high minus low of its Δz, nats: no gain over identity is below minus that. is_adapter:
-    (version) -> whether it is an adapter, whose gains are of the total variation whatever it is compared with.
+    profile_width: (version) -> high minus low of its Δz, nats: no gain over identity is below minus that.
+    changes_weights: (version) -> whether it is an adapter, whose gains are of the total variation whatever it is
+        compared with.
     """
 
     def __init__(
-        self, profile_width: Callable[[str], float], is_adapter: Callable[[str | None], bool] = lambda _: False
+        self, profile_width: Callable[[str], float], changes_weights: Callable[[str | None], bool] = lambda _: False
     ) -> None:
         self._profile_width = profile_width
-        self.is_adapter = is_adapter
+        self.changes_weights = changes_weights
 
     def figure(self, version: str | None, baseline: str | None) -> Figure:
         """Returns the figure in which gains of a version over another are measured."""
-        adapted = self.is_adapter(version) or self.is_adapter(baseline)
+        adapted = self.changes_weights(version) or self.changes_weights(baseline)
         return Figure.TOTAL_VARIATION if adapted else Figure.NATS
 
     def width(self, version: str, baseline: str | None) -> float:

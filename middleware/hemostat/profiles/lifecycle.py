@@ -72,7 +72,7 @@ class Lifecycle:
         """Returns the versions of the family `adapter` that engines should have loaded, most important first: what
         serves (or in `observe` would), and what is tested, so that it can serve as soon as it is proven."""
         ordered = dict.fromkeys([*self._serving.versions, *self._trials.tested_versions])
-        return [version for version in ordered if self._catalogue.is_adapter(version)]
+        return [version for version in ordered if self._catalogue.changes_weights(version)]
 
     def require_fit(self, profile: CalibrationProfile) -> None:
         """Raises InvalidProfileError if the profile does not fit the model, is too large to be kept, or cannot be
@@ -222,7 +222,7 @@ class Lifecycle:
         """Limits the number of adapters that can serve. Of the serving ones, the adapters stay that an operator has
         pinned or chosen, then the ones with the most traffic."""
         kinds = self._serving.kinds
-        adapters = [version for version in self._serving.versions if self._catalogue.is_adapter(version)]
+        adapters = [version for version in self._serving.versions if self._catalogue.changes_weights(version)]
 
         def importance(version: str) -> tuple[bool, bool]:
             states = [state for state in kinds.values() if state.version == version]

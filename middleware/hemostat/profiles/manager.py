@@ -63,10 +63,10 @@ class ProfileManager:
         self.catalogue = Catalogue(wall)
         self.serving = ServingState(
             settings.mode,
-            is_adapter=self.catalogue.is_adapter,
+            changes_weights=self.catalogue.changes_weights,
         )
         self.events = EventLog(writes, wall)
-        self.gains = Gains(self.catalogue.gain_width, self.catalogue.is_adapter)
+        self.gains = Gains(self.catalogue.gain_width, self.catalogue.changes_weights)
         self.trials = Trials(
             settings.alpha,
             evidence.client_share,

@@ -102,7 +102,7 @@ class Report:
             return ""
         candidate, kind = max(tests, key=lambda test: self._trials.evidence(*test).progress)
         evidence = self._trials.evidence(candidate, kind)
-        family = "adapter" if self._catalogue.is_adapter(candidate.version) else "profile"
+        family = "adapter" if self._catalogue.changes_weights(candidate.version) else "profile"
         name, units, more = f"{family} {candidate.version[:8]}", evidence.units, units_needed(evidence)
         if not units:
             return f"{name}: waits for its first held-out conversation"

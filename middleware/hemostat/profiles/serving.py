@@ -69,18 +69,18 @@ class KindState:
 class ServingState:
     """The state of what serves.
 
-    mode: off, observe or auto. is_adapter: says of a version that is held if it is an adapter.
+    mode: off, observe or auto. changes_weights: (version that is held) -> True if it is an adapter.
     """
 
     def __init__(
         self,
         mode: str,
-        is_adapter: Callable[[str], bool] = lambda _: False,
+        changes_weights: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.mode = mode
         self.rolled_back = False
         """It is True if the last profile was rolled back in some kind, and none has been promoted since."""
-        self.is_adapter = is_adapter
+        self.changes_weights = changes_weights
         self.max_adapters: float | None = math.inf
         """The number of different adapters that may serve at a time: as many as engines have slots for. While it is
         None, it is not known, and no further adapter may. In `observe` nothing is loaded, and it limits nothing.
@@ -205,13 +205,13 @@ class ServingState:
         others = self._versions_beside(version, kinds)
         if (full := self.why_no_place(version, kinds)) is not None:
             return full
-        if self.mode != "auto" or not self.is_adapter(version):
+        if self.mode != "auto" or not self.changes_weights(version):
             return None
         if self.max_adapters is None:
             return "it is not known yet how many adapters the engines have slots for"
         if not self.max_adapters:
             return "no engine can load an adapter now"
-        adapters = sum(other is not None and self.is_adapter(other) for other in others)
+        adapters = sum(other is not None and self.changes_weights(other) for other in others)
         if adapters < self.max_adapters:
             return None
         return f"{adapters} other adapters serve, as many as engines have slots for"
@@ -220,9 +220,9 @@ class ServingState:
         """Returns the kinds served by the adapter whose slot another one may take that is proven better in `proven`:
         more than half of its held-out units are of these. None if there is no such adapter, or an operator chose
         it."""
-        if not self.is_adapter(version) or not self.max_adapters:
+        if not self.changes_weights(version) or not self.max_adapters:
             return None
-        others = {other for other in self.versions if other != version and self.is_adapter(other)}
+        others = {other for other in self.versions if other != version and self.changes_weights(other)}
         if len(others) != self.max_adapters:
             return None
         for other in sorted(others, key=self.versions.index, reverse=True):
