@@ -166,11 +166,14 @@ def test_every_reason_of_an_arm_is_explained(reference: ModuleType) -> None:
 def test_every_event_of_the_engine_is_explained(reference: ModuleType) -> None:
     engine = ROOT / "calibration" / "hemostat_engine"
     result = {
-        text for path in engine.glob("*.py") for call in calls(path, "add") for text in texts(call.args[0]) if call.args
+        text
+        for path in engine.rglob("*.py")
+        for call in calls(path, "add")
+        for text in texts(call.args[0])
+        if call.args
     }
     # What is counted on the device is named where the tally is made.
     result |= {name.value for call in calls(engine / "core.py", "DeviceCounters") for name in call.args[1].elts}
-    result |= {call.args[0].value for path in engine.glob("adapters/*.py") for call in calls(path, "count")}
     assert set(reference.ENGINE_EVENTS) == EVENTS == result
 
 
