@@ -81,7 +81,7 @@ class EngineRegistry:
         self.only = Engine(ONLY, reports, functools.partial(self.connect, ONLY))
         self._upstream = upstream
         self.health_sources = [relayed]
-        """What reports the engines: relays, and what stands in their place. `Health` adds their figures."""
+        """The functions that return the engines as relays report them. `Health` adds their figures."""
         self._writes = writes
         self._clock = clock
         self._on_change = on_change
