@@ -22,7 +22,7 @@ from tests.support.wire import (
 )
 
 from hemostat.hooks import ExchangeHook, Refusal
-from hemostat.interception.refusals import FIRST_PAUSE_SECONDS, MIN_REFUSALS, VAIN_REPEAT_PAUSE_SECONDS
+from hemostat.interception.refusals import MIN_REFUSALS, PAUSE_SECONDS, VAIN_REPEAT_PAUSE_SECONDS
 from hemostat.openai import json_splice
 from hemostat.openai.errors import LeadingError
 from hemostat.openai.routes import CHAT
@@ -86,14 +86,14 @@ def test_sampling_pauses_only_after_several_refusals_in_a_row_and_comes_back(
     assert wire.shadow("shadowed") == 2, "a stray refusal changes nothing"
     assert ask(5)
     assert not ask(5)
-    wire.now += FIRST_PAUSE_SECONDS
+    wire.now += PAUSE_SECONDS[0]
     assert ask(5)
     assert not ask(64)
     assert wire.shadow("shadowed") == 2
-    wire.now += FIRST_PAUSE_SECONDS
+    wire.now += PAUSE_SECONDS[0]
     assert not ask(64)
     assert wire.shadow("shadowed") == 2, "the second pause is longer"
-    wire.now += FIRST_PAUSE_SECONDS
+    wire.now += PAUSE_SECONDS[0]
     assert not ask(64)
     assert wire.shadow("shadowed") == 3
     assert ask(5), "an answer ends the doubt"
@@ -306,7 +306,7 @@ def test_sampling_pauses_after_several_answers_that_end_in_an_error() -> None:
     assert wire.shadow("skipped", "upstream_error") == MIN_REFUSALS
     assert wire.shadow("skipped", "logprobs_refused") == 1
     upstream.injected = (200, EVENT_STREAM, sampled_stream("-0.5"))
-    wire.now += FIRST_PAUSE_SECONDS
+    wire.now += PAUSE_SECONDS[0]
     wire.send(CHAT, chat(stream=True))
     assert len(wire.captures) == 1, "then it is tried again"
 
