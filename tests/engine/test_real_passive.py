@@ -10,69 +10,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.running_vllm import VLLM_ARGUMENTS, RunningVllm, running_vllm
+from tests.support.passive_vllm import PASSIVE_ARGUMENTS, PassiveVllm, ids_of
+from tests.support.running_vllm import running_vllm
 
-from hemostat.engines.messages import TapAnswer
-from hemostat_calibration.passive import PassivePolicy
 from hemostat_lab.demo.checkpoints import Checkpoints
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-POLICY = PassivePolicy(
-    rate=1.0,
-    allow_on=False,
-    top_k=5,
-    max_tokens=2048,
-    tap=False,
-    grammars=False,
-    labels=frozenset(),
-    salt=b"salt",
-    client_header="authorization",
-)
-ARGUMENTS = [*VLLM_ARGUMENTS[:-2], "--middleware", "hemostat_engine.client_headers.ClientHeaders"]
+ARGUMENTS = [*PASSIVE_ARGUMENTS, "--middleware", "hemostat_engine.client_headers.ClientHeaders"]
 MESSAGES = [{"role": "user", "content": "Name three colours."}]
 CHAT: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 9, "temperature": 0.0, "return_token_ids": True}
 PLAIN: dict[str, Any] = {"prompt": "Three colours are", "max_tokens": 9, "temperature": 0.0, "return_token_ids": True}
 
 
-class Passive:
-    """A server without the logits processor. taken: what its plugin has handed on."""
-
-    def __init__(self, server: RunningVllm) -> None:
-        self.server = server
-        self.taken: list[TapAnswer] = []
-        self.plugins = server.admin.registry.passive
-        self.plugins.on_answer = self.taken.append
-        self.plugins.policy, self.plugins.enabled = POLICY, True
-        time.sleep(5.0)  # the plugin asks for its policy every two seconds
-
-    def post(self, route: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> bytes:
-        data = json.dumps({"model": self.server.model, **body}).encode()
-        named = {"content-type": "application/json", **(headers or {})}
-        request = urllib.request.Request(self.server.url + route, data, named)
-        with urllib.request.urlopen(request, timeout=280) as response:
-            return bytes(response.read())
-
-    def wait(self, number: int) -> list[TapAnswer]:
-        give_up = time.monotonic() + 60
-        while len(self.taken) < number:
-            assert time.monotonic() < give_up, self.server.log.read_text()[-2000:]
-            time.sleep(0.1)
-        result, self.taken[:] = list(self.taken), []
-        return result
-
-
 @pytest.fixture(scope="module")
-def passive(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Passive]:
+def passive(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PassiveVllm]:
     with running_vllm(checkpoints, tmp_path_factory.mktemp("passive"), ARGUMENTS) as server:
-        yield Passive(server)
+        yield PassiveVllm(server)
 
 
-def ids_of(answer: TapAnswer) -> list[int]:
-    return np.frombuffer(answer.token_ids, "<i4").tolist()  # type: ignore[no-any-return]
-
-
-def test_the_first_answer_is_whole_and_its_ids_and_logprobs_are_what_the_server_says(passive: Passive) -> None:
+def test_the_first_answer_is_whole_and_its_ids_and_logprobs_are_what_the_server_says(passive: PassiveVllm) -> None:
     given = json.loads(passive.post("/v1/completions", PLAIN))["choices"][0]
     assert given["logprobs"] is None
     (answer,) = passive.wait(1)
@@ -87,7 +44,7 @@ def test_the_first_answer_is_whole_and_its_ids_and_logprobs_are_what_the_server_
     assert again.emitted_logprobs == answer.emitted_logprobs
 
 
-def test_chats_streams_choices_and_the_opt_outs(passive: Passive) -> None:
+def test_chats_streams_choices_and_the_opt_outs(passive: PassiveVllm) -> None:
     given = json.loads(passive.post("/v1/chat/completions", CHAT))["choices"][0]
     (answer,) = passive.wait(1)
     assert ids_of(answer) == given["token_ids"]
@@ -110,7 +67,7 @@ def test_chats_streams_choices_and_the_opt_outs(passive: Passive) -> None:
         assert passive.plugins.reads_headers(passive.server.admin.now)
 
 
-def test_a_client_that_leaves_hands_nothing_on(passive: Passive) -> None:
+def test_a_client_that_leaves_hands_nothing_on(passive: PassiveVllm) -> None:
     data = json.dumps({"model": passive.server.model, **PLAIN, "max_tokens": 1500, "ignore_eos": True, "stream": True})
     request = urllib.request.Request(
         passive.server.url + "/v1/completions", data.encode(), {"content-type": "application/json"}

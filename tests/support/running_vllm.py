@@ -57,8 +57,10 @@ def running_vllm(
     *,
     port: int | None = None,
     given: EngineAdmin | None = None,
+    module: str = "vllm.entrypoints.openai.api_server",
 ) -> Iterator[RunningVllm]:
-    """more: environment. port: default a free one. given: the admin port, if it is to outlive the server."""
+    """more: environment. port: default a free one. given: the admin port, if it is to outlive the server.
+    module: the program."""
     profile_dir = folder / "profiles"
     profile_dir.mkdir(exist_ok=True)
     admin = given or EngineAdmin()
@@ -70,7 +72,7 @@ def running_vllm(
         **(more or {}),
     }
     log = folder / "vllm.log"
-    server = vllm_process.VllmServer(checkpoints.compressed, "smollm2", log, arguments, environment, port)
+    server = vllm_process.VllmServer(checkpoints.compressed, "smollm2", log, arguments, environment, port, module)
     try:
         with starting("vLLM"):
             server.start()

@@ -103,6 +103,7 @@ class VllmServer:
 
     model: the checkpoint's folder; served_name: what clients call it.
     log: the file that gets its output. arguments, environment: added to the server's own. port: default a free one.
+    module: the program, for `python -m`.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class VllmServer:
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         port: int | None = None,
+        module: str = "vllm.entrypoints.openai.api_server",
     ) -> None:
         self.model = served_name
         self.log = log
@@ -121,7 +123,7 @@ class VllmServer:
         self._checkpoint = model
         self._command = [
             # `python -m`: the `vllm` script fails in the CPU build, whose distribution has another name.
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+            *(sys.executable, "-m", module),
             *("--served-model-name", served_name),
             *("--host", "127.0.0.1", "--port", str(self.port)),
             *arguments,
