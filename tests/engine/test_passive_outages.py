@@ -58,18 +58,6 @@ def sending(server: Server, url: str, token: str, fails: Callable[[], None]) -> 
         assert not thread.is_alive()
 
 
-def begin(fault: str, admin: EngineAdmin) -> None:
-    """Lets the control process fail."""
-    if fault == "killed":
-        admin.close()
-    elif fault == "slow":
-        admin.hang = ("/api/v1/engine/answers",)
-    elif fault == "wrong token":
-        admin.status = 401
-    elif fault == "broken":
-        admin.status = 500
-
-
 def kept_bytes() -> int:
     """Returns what is in use without what waits for the garbage collector: an HTTP error refers to the frame that
     refers to it and to the message, which is larger than all that may be kept, and when it is collected depends on
@@ -91,7 +79,7 @@ def test_no_answer_waits_or_differs_memory_is_flat_and_each_loss_is_counted(faul
     url = f"http://127.0.0.1:{free_port()}" if fault == "absent" else admin.url
     tracemalloc.start()
     try:
-        with sending(server, url, TOKEN, lambda: begin(fault, admin)):
+        with sending(server, url, TOKEN, lambda: admin.fail(fault)):
             at_first = largest = 0
             for n in range(REQUESTS):
                 server.now += seconds / REQUESTS

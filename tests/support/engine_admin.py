@@ -106,6 +106,18 @@ class EngineAdmin:
         """Returns `vllm_xargs` that the plugin acts on, as the control process and relays send them."""
         return self.registry.secrets.signed(xargs, self.now)
 
+    def fail(self, fault: str) -> None:
+        """Lets the control process fail as "killed", "slow" (answers are never taken), "wrong token" or "broken"; of
+        any other fault nothing is done here."""
+        if fault == "killed":
+            self.close()
+        elif fault == "slow":
+            self.hang = ("/api/v1/engine/answers",)
+        elif fault == "wrong token":
+            self.status = 401
+        elif fault == "broken":
+            self.status = 500
+
     def close(self) -> None:
         self._closed.set()
         self._server.shutdown()

@@ -97,10 +97,8 @@ class Engines:
         server.start()
 
     def kill(self, scheme: str) -> None:
-        process = self.servers[scheme]._process
-        assert process is not None
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        os.killpg(self.servers[scheme].pid, signal.SIGKILL)
+        self.servers[scheme].stop()
 
     def close(self) -> None:
         for server in self.servers.values():

@@ -153,6 +153,12 @@ class VllmServer:
                 start_new_session=True,  # Ctrl-C in a terminal must not reach it, and `stop` can end the whole group
             )
 
+    @property
+    def pid(self) -> int:
+        """The number of the API server's process, which leads the server's process group."""
+        assert self._process is not None
+        return self._process.pid
+
     def poll(self) -> int | None:
         """The exit code, or None while it runs."""
         assert self._process is not None
