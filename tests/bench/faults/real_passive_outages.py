@@ -32,7 +32,7 @@ KEPT = Path(__file__).resolve().parents[3] / "build" / "bench" / "passive_outage
 
 FAULTS = ("killed", "slow", "absent", "wrong token")
 SECONDS, REQUESTS = 600.0, 1000
-"""Of each outage."""
+"""The length of each outage, and the pairs of requests in it."""
 WARM = 30
 """Requests before the outage, for which the clock does not count."""
 RATE = 0.05
@@ -41,7 +41,7 @@ P99_LIMIT = 1.1
 """The largest ratio of the p99 that counts as noise: the interval has to begin below 1, and the ratio must not be
 above it."""
 GROWTH_MIB = 16.0
-"""The largest growth of the API server's memory over that of the other server."""
+"""The largest difference between the growths of the two API servers' memory."""
 
 
 def ask(url: str, n: int) -> tuple[float, list[int]]:
