@@ -21,7 +21,7 @@ from hemostat_engine import xargs
 NAME = "mutated_keys"
 TAKES = "3 minutes"
 REQUESTS = 106_000
-"""Of these, some 101,000 are mutated; the rest are the keys of other requests as they were, or nothing."""
+"""The number of requests. Some 101,000 of them are mutated; the rest have the keys of other requests unchanged."""
 SEED = 44
 EVERY = 100
 """The number of mutated requests between two of somebody else."""
