@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,7 +16,7 @@ from tests.support.scorer_bench import FakeReference
 
 from hemostat.config.operation import SpoolSettings
 from hemostat.scoring.offline.evidence import read_evidence
-from hemostat.scoring.offline.folder import score_folder
+from hemostat.scoring.offline.folder import parts_of, score_folder
 from hemostat.scoring.spool.columns import SCHEMA_VERSION, VERSION_KEY, from_rows, to_rows
 from hemostat.scoring.spool.keys import SpoolError, SpoolKey
 from hemostat.scoring.spool.objects import ObjectPath, location
@@ -25,6 +26,7 @@ from hemostat.scoring.spool.spooled import Spooled
 
 KEY = SpoolKey(bytes(range(32)))
 AT = 1_700_000_000.0
+WRITE = re.compile(r'"(PUT|POST|DELETE|COPY) ([^ ?]+)(\?\S+)? HTTP')
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -128,6 +130,35 @@ def test_a_control_process_spools_to_an_object_store(address: str, tmp_path: Pat
     assert spool.bytes == size_of(segment) > 0
     spool_in(folder, journals, AT + 3601).look()
     assert segments(folder) == []
+
+
+def test_a_segment_is_written_by_one_upload_under_its_final_name(
+    address: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not address.startswith("s3:"):
+        return
+    caplog.set_level("INFO", "werkzeug")  # the store's log of requests
+    spool = spool_in(at(address, "spool", tmp_path), tmp_path / "journals")
+    for number in range(50):
+        spool.update(capture(f"{number}"), None)
+    spool.close()
+    (segment,) = segments(at(address, "spool", tmp_path))
+    writes = [found.groups() for line in caplog.messages if (found := WRITE.search(line))]
+    assert [(verb, path) for verb, path, _ in writes] == [
+        (verb, f"/{segment.path}") for verb in ("POST", "PUT", "POST")
+    ]
+    # The object is there with the last request, which ends the upload that the first one has begun.
+    assert [query.partition("=")[0] for _, _, query in writes] == ["?uploads", "?partNumber", "?uploadId"]
+
+
+def test_a_folder_is_there_once_an_object_is_in_it(address: str, tmp_path: Path) -> None:
+    folder = location(address.format("none") if "{}" in address else f"{address}/none")
+    assert not folder.is_dir()
+    write_segment(at(address, "none", tmp_path) / "a.parquet", to_rows([Spooled(capture("x"), AT)]), KEY)
+    assert folder.is_dir()
+    assert not (folder / "a.parquet").is_dir()
+    with pytest.raises(SpoolError, match=r"a\.parquet is no folder"):
+        parts_of(folder / "a.parquet", KEY, None)
 
 
 def test_a_journal_whose_object_is_there_is_not_counted_twice(address: str, tmp_path: Path) -> None:

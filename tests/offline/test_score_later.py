@@ -104,6 +104,35 @@ async def test_a_record_with_a_tap_is_the_one_of_the_live_path_to_the_byte() -> 
         assert getattr(divergence(later), field).tobytes() == getattr(divergence(live), field).tobytes()
 
 
+async def test_a_segment_that_cannot_be_read_is_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool(tmp_path / "in")
+    truncated, foreign = (tmp_path / f"in/captures-170000000000{n}-00000000.parquet" for n in (1, 2))
+    truncated.write_bytes(segments(tmp_path / "in")[0].read_bytes()[:-9])
+    write_segment(foreign, to_rows([Spooled(capture("x"), 1.0)]).replace_schema_metadata({}), KEY)
+    (tmp_path / "in/captures-1700000000003-00000000.journal").write_bytes(b"left by a process that was killed")
+    assert await score(tmp_path, FakeReference()) == 12
+    assert caplog.text.count("left out: ") == 2
+    assert "2 of 5 segments cannot be read" in caplog.text
+    assert "1 journals were not scored" in caplog.text
+    (tmp_path / "out" / foreign.name).write_bytes(foreign.read_bytes())
+    report = await read_evidence(tmp_path / "out", KEY, 0.0)
+    assert (report["captures"], report["segments"], report["segments_left_out"]) == (12, 4, 1)
+    assert any("1 of 4 segments cannot be read" in line for line in lines(report))
+
+
+async def test_a_folder_of_which_nothing_can_be_read_is_an_error(tmp_path: Path) -> None:
+    spool(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    other, place = SpoolKey(bytes(32)), (tmp_path / "in", tmp_path / "out")
+    with pytest.raises(SpoolError, match=f"the key {KEY.name} has encrypted it"):
+        await score_folder(*place, FakeReference(), key=other, model=None, progress=lambda *_: None)
+    await score(tmp_path, FakeReference())
+    with pytest.raises(SpoolError, match=f"the key {KEY.name} has encrypted it"):
+        await read_evidence(tmp_path / "out", other, 0.0)
+
+
 async def test_requests_to_several_models_need_a_name(tmp_path: Path) -> None:
     spool(tmp_path / "in", 1)
     path = tmp_path / "in/captures-1800000000000-00000000.parquet"

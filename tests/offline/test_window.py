@@ -151,6 +151,7 @@ async def test_what_cannot_be_read_is_left_out_in_one_line(tmp_path: Path, caplo
     await scoring.look()
     assert world.handed == world.expected
     assert caplog.text.count("left out") == 1
+    assert scoring.left_out == 1
 
 
 async def test_a_row_that_can_never_be_scored_has_its_reason(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ class LaterStatus(msgspec.Struct, frozen=True):
     scored: int
     not_scored: dict[str, int]
     """The number of the others by reason."""
+    segments_left_out: int
+    """The number of segments that cannot be read; the log names each of them."""
 
 
 class QueueStatus(msgspec.Struct, frozen=True):
@@ -166,6 +168,8 @@ class SpooledScoring(Protocol):
     @property
     def unscored(self) -> Mapping[str, int]: ...
     @property
+    def left_out(self) -> int: ...
+    @property
     def evidence_time(self) -> EvidenceTime: ...
 
 
@@ -189,7 +193,7 @@ class ScoringParts:
             return None
         time = self.spooled.evidence_time
         until = None if time.began is None else time.now()
-        return LaterStatus(time.began, until, self.spooled.scored, dict(self.spooled.unscored))
+        return LaterStatus(time.began, until, self.spooled.scored, dict(self.spooled.unscored), self.spooled.left_out)
 
     def requests(self, totals: Stats) -> RequestsStatus:
         endings = self.pipeline.endings

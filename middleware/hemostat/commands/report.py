@@ -61,6 +61,11 @@ def check_outputs(options: argparse.Namespace) -> None:
             raise UsageError(f"{path} cannot be written: its folder does not exist or is read-only; name another file")
 
 
+def unreachable(folder: Location, error: OSError) -> str:
+    """Returns the message for a folder, or an object store, of which nothing can be known."""
+    return f"{folder} cannot be looked at ({error.strerror or str(error)[:200]}); check its address and its credentials"
+
+
 def write_report(folder: Location, options: argparse.Namespace) -> None:
     """Prints the report of a folder, and writes it where the options say."""
     from hemostat.report.written_files import write_atomically  # noqa: PLC0415
@@ -90,7 +95,11 @@ def _run(options: argparse.Namespace) -> int:
     from hemostat.scoring.spool.objects import location  # noqa: PLC0415  an extra
 
     options.folder = location(options.folder)
-    if not options.folder.is_dir():
+    try:
+        there = options.folder.is_dir()
+    except OSError as error:
+        raise UsageError(unreachable(options.folder, error)) from None
+    if not there:
         raise UsageError(f"there is no folder {options.folder}; name the one that hemostat score has written")
     check_outputs(options)
     write_report(options.folder, options)

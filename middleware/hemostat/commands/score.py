@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hemostat.commands.arguments import API_KEY, UsageError, number_from_zero, positive_integer, vllm_server
-from hemostat.commands.report import KEY_HELP, add_outputs, check_outputs, write_report
+from hemostat.commands.report import KEY_HELP, add_outputs, check_outputs, unreachable, write_report
 from hemostat.config.packages import require
 
 if TYPE_CHECKING:
@@ -96,9 +96,13 @@ def _run(options: argparse.Namespace) -> int:
     from hemostat.scoring.spool.objects import location  # noqa: PLC0415  an extra
 
     options.folder, options.out = location(options.folder), location(options.out)
-    if not options.folder.exists():
+    try:
+        there, is_spool = options.folder.exists(), options.folder.is_dir()
+    except OSError as error:
+        raise UsageError(unreachable(options.folder, error)) from None
+    if not there:
         raise UsageError(f"there is no folder {options.folder}; name the folder of spool.path, or a file of JSON lines")
-    if options.compressed is not None and options.folder.is_dir():
+    if options.compressed is not None and is_spool:
         raise UsageError("--compressed: a spool has log-probabilities; leave it out")
     if options.engine == "ray":
         require("ray")

@@ -17,10 +17,11 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.protocol import ReferenceInfo
 from hemostat.scored_record import RecordConsumer
 from hemostat.scoring.consumers import Each, Figures
+from hemostat.scoring.offline.left_out import report_left_out
 from hemostat.scoring.offline.stages import OfflineModels, offline_stages
 from hemostat.scoring.record_reader import RecordReader
 from hemostat.scoring.score_rows import VERSIONS, ScoredRow, StoredReference, scored_rows
-from hemostat.scoring.spool.keys import SpoolError, SpoolKey
+from hemostat.scoring.spool.keys import SpoolError, SpoolKey, UnreadableSegmentError
 from hemostat.scoring.spool.segments import Location, began, read_segment, segments
 from hemostat.store.protocol import BlobKey, StateKey, StoredProfile
 from hemostat_calibration.records import TokenRecord
@@ -57,15 +58,19 @@ class NoWrites:
         return True
 
 
-def rows_in_order(folder: Location, key: SpoolKey | None) -> Iterator[ScoredRow]:
-    """Yields the scored rows of a folder by time, and rows of one moment by client. Raises SpoolError.
+def rows_in_order(folder: Location, key: SpoolKey | None, left_out: list[SpoolError]) -> Iterator[ScoredRow]:
+    """Yields the scored rows of a folder by time, and rows of one moment by client. left_out: gets an error for each
+    segment that cannot be read. Raises OSError.
 
     Segments overlap in time if several processes wrote them. A row is held back until the next segment begins later.
     """
     paths = segments(folder)
     held: list[ScoredRow] = []
     for number, path in enumerate(paths):
-        held += scored_rows(read_segment(path, key, VERSIONS))
+        try:
+            held += scored_rows(read_segment(path, key, VERSIONS))
+        except UnreadableSegmentError as error:
+            left_out.append(error)
         held.sort(key=lambda row: (row.spooled.at, row.spooled.capture.client))
         starts = began(paths[number + 1]) if number + 1 < len(paths) else float("inf")
         ready = 0
@@ -162,11 +167,15 @@ class Evidenced:
 
 
 async def read_evidence(folder: Location, key: SpoolKey | None, cycle_hours: float) -> dict[str, Any]:
-    """Returns the report of a folder of scored segments. Raises SpoolError."""
-    if not segments(folder):
+    """Returns the report of a folder of scored segments, without those that cannot be read. Raises SpoolError if there
+    is none that can be, and OSError."""
+    total = len(segments(folder))
+    if not total:
         raise SpoolError(f"{folder} has no scored segments; write them by: hemostat score SPOOL --out {folder}")
     evidence = Evidenced(cycle_hours)
-    rows = rows_in_order(folder, key)
+    left_out: list[SpoolError] = []
+    rows = rows_in_order(folder, key, left_out)
     while together := list(islice(rows, TOGETHER)):
         await evidence.update(together)
-    return evidence.report()
+    report_left_out(left_out, total)
+    return evidence.report() | {"segments": total, "segments_left_out": len(left_out)}

@@ -19,11 +19,12 @@ import pyarrow.compute as pc
 
 from hemostat.reference.protocol import Reference, ReferenceInfo
 from hemostat.scoring.endings import NotScored
+from hemostat.scoring.offline.left_out import report_journals, report_left_out
 from hemostat.scoring.offline.lines import LinesPart, captures_of, parts
 from hemostat.scoring.offline.stages import OfflineModels, offline_stages
 from hemostat.scoring.score_rows import SCORED_SCHEMA, score_rows
 from hemostat.scoring.spool.columns import SCHEMA_VERSION, VERSION_KEY, to_rows
-from hemostat.scoring.spool.keys import SpoolError, SpoolKey
+from hemostat.scoring.spool.keys import SpoolError, SpoolKey, UnreadableSegmentError
 from hemostat.scoring.spool.segments import SUFFIX, Location, read_segment, segments, write_segment
 
 log = logging.getLogger("hemostat.score")
@@ -55,9 +56,11 @@ class Part(NamedTuple):
 
 
 def parts_of(source: Location, key: SpoolKey | None, compressed: Reference | None) -> list[Part]:
-    """Returns the parts of a spool, or of a file of JSON lines, in the order of time. Raises SpoolError."""
-    if not isinstance(source, Path) or source.is_dir():
+    """Returns the parts of a spool, or of a file of JSON lines, in the order of time. Raises SpoolError and OSError."""
+    if source.is_dir():
         return [Part(path.name, functools.partial(_read_segment, path, key)) for path in segments(source)]
+    if not isinstance(source, Path):
+        raise SpoolError(f"{source} is no folder; copy a file of JSON lines to this machine")
     made = [
         Part(part.name + SUFFIX, functools.partial(_read_lines, source, part, compressed)) for part in parts(source)
     ]
@@ -120,13 +123,14 @@ async def score_folder(
 
     source: a spool, or a file of JSON lines. key: of both folders; None: they are not encrypted. model: see `model_of`.
     compressed: computes the log-probabilities of the compressed model that JSON lines do not have. max_scored: see
-    `offline_stages`.
+    `offline_stages`. A segment that cannot be read is left out, with a line in the log; if none can be, it is an error.
     """
     done = {path.name for path in segments(out)}
     todo = await asyncio.to_thread(parts_of, source, key, compressed)
     if compressed is not None:
         await compressed.start()
     scorer, began = PartScorer(reference, model, max_scored), time.monotonic()
+    left_out: list[UnreadableSegmentError] = []
     scored, finished = 0, len([part for part in todo if part.name in done])
 
     def count(rows: int) -> None:
@@ -137,8 +141,15 @@ async def score_folder(
     count(0)
     for part in todo:
         if part.name not in done:
-            rows = await scorer.score(await part.read(), part.name, count)
+            try:
+                captures = await part.read()
+            except UnreadableSegmentError as error:
+                left_out.append(error)
+                continue
+            rows = await scorer.score(captures, part.name, count)
             await asyncio.to_thread(write_segment, out / part.name, rows, key)
             finished += 1
             count(0)
+    report_left_out(left_out, len(todo))
+    report_journals(source)
     return scored

@@ -15,7 +15,8 @@ from typing import Any
 
 from hemostat.reference.protocol import Reference, ReferenceFailure
 from hemostat.scoring.offline.folder import PartScorer, Progress, parts_of
-from hemostat.scoring.spool.keys import SpoolError, read_key
+from hemostat.scoring.offline.left_out import report_journals, report_left_out
+from hemostat.scoring.spool.keys import SpoolError, UnreadableSegmentError, read_key
 from hemostat.scoring.spool.segments import Location, segments, write_segment
 
 WORKER_CPUS = 0.5
@@ -53,15 +54,19 @@ class _Actor:
         self._parts = {part.name: part for part in parts_of(job.source, self._key, self._compressed)}
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        scored, errors = [], []
+        scored, errors, left_out = [], [], []
         for name in batch["name"]:
+            count, error, unreadable = 0, "", ""
             try:
-                scored.append(self._loop.run_until_complete(self._score(str(name))))
-                errors.append("")
-            except (SpoolError, ReferenceFailure, OSError) as error:
-                scored.append(0)
-                errors.append(str(error))
-        return {"scored": scored, "error": errors}
+                count = self._loop.run_until_complete(self._score(str(name)))
+            except UnreadableSegmentError as failure:
+                unreadable = str(failure)
+            except (SpoolError, ReferenceFailure, OSError) as failure:
+                error = str(failure)
+            scored.append(count)
+            errors.append(error)
+            left_out.append(unreadable)
+        return {"scored": scored, "error": errors, "left_out": left_out}
 
     async def _score(self, name: str) -> int:
         rows = await self._scorer.score(await self._parts[name].read(), name)
@@ -96,13 +101,19 @@ def score_on_ray(job: Job, *, address: str | None, workers: int, gpus: float, pr
             num_gpus=gpus or None,
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(todo))),
         )
+        left_out: list[SpoolError] = []
         scored, finished, began = 0, len(names) - len(todo), time.monotonic()
         for row in results.iter_rows():
             if row["error"]:
                 raise SpoolError(f"{row['error']}; run the same command again to go on")
+            if row["left_out"]:
+                left_out.append(SpoolError(row["left_out"]))
+                continue
             scored, finished = scored + int(row["scored"]), finished + 1
             progress(finished, len(names), scored / max(time.monotonic() - began, 1e-9))
     finally:
         if own:
             ray.shutdown()
+    report_left_out(left_out, len(names))
+    report_journals(job.source)
     return scored

@@ -57,6 +57,11 @@ def kinds(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 def notes(report: Mapping[str, Any]) -> list[str]:
     """Returns what a reader has to know of the rows, each as a sentence."""
     result = [f"{count} captures were not scored: {reason}." for reason, count in report["not_scored"].items()]
+    if report["segments_left_out"]:
+        result.append(
+            f"{report['segments_left_out']} of {report['segments']} segments cannot be read and were left out; the log "
+            "names them."
+        )
     if report["admitted_below_1"]:
         result.append(
             f"{report['admitted_below_1']} captures were admitted with a probability below 1, as the spool was more "

@@ -75,6 +75,11 @@ class SpoolScoring:
         self.unscored: Counter[str] = Counter()
         """The number of rows that could not be scored, by reason."""
 
+    @property
+    def left_out(self) -> int:
+        """The number of segments that could not be read."""
+        return len(self._refused)
+
     async def run(self) -> None:
         """Scores in the window of each day, until cancelled."""
         while True:

@@ -32,6 +32,10 @@ class SpoolError(HemostatError):
     """A spool cannot be used, or a file of it cannot be read; the text names the fix."""
 
 
+class UnreadableSegmentError(SpoolError):
+    """A segment is encrypted with another key, damaged, or no segment of this version. Others may be readable."""
+
+
 class SpoolKey:
     """A key of 32 bytes. Raises SpoolError unless it has this length."""
 

@@ -46,8 +46,8 @@ class ObjectPath:
         return self.shown
 
     def is_dir(self) -> bool:
-        """Returns True: a folder of an object store is there as soon as an object is in it."""
-        return True
+        """Returns True if an object is in the folder. Raises OSError."""
+        return bool(self.store.get_file_info(str(self.path)).type == fs.FileType.Directory)
 
     def exists(self) -> bool:
         """Returns True if the object is there, or any object of the folder. Raises OSError."""

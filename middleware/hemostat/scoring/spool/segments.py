@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hemostat.report.written_files import write_atomically
-from hemostat.scoring.spool.keys import SegmentCipher, SpoolError, SpoolKey
+from hemostat.scoring.spool.keys import SegmentCipher, SpoolError, SpoolKey, UnreadableSegmentError
 from hemostat.scoring.spool.objects import ObjectPath
 
 Location = Path | ObjectPath
@@ -123,7 +123,7 @@ def sync_folder(folder: Path) -> None:
 def read_segment(path: Location, key: SpoolKey | None, metadata: dict[bytes, str]) -> pa.Table:
     """Returns the rows of a segment. metadata: the versions that its schema has to name.
 
-    Raises SpoolError if it cannot be read: it is encrypted with another key, damaged, or no segment of this version.
+    Raises UnreadableSegmentError.
     """
     properties: Any = None if key is None else SegmentCipher(key).decryption()
     try:
@@ -135,16 +135,17 @@ def read_segment(path: Location, key: SpoolKey | None, metadata: dict[bytes, str
             pa.BufferReader(content), decryption_properties=properties if encrypted else None, partitioning=None
         )
     except SpoolError as error:
-        raise SpoolError(f"{path} cannot be read: {error}; name its key by --key") from None
+        raise UnreadableSegmentError(f"{path} cannot be read: {error}; name its key by --key") from None
     except (OSError, pa.ArrowException) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SpoolError(f"{path} cannot be read: {why[:200]}; name its key, or move the file elsewhere") from None
+        text = f"{path} cannot be read: {why[:200]}; name its key, or move the file elsewhere"
+        raise UnreadableSegmentError(text) from None
     found = rows.schema.metadata or {}
     for name, version in metadata.items():
         if name not in found:
-            raise SpoolError(f"{path} has no {name.decode()} in its metadata: it is another file; move it elsewhere")
+            raise UnreadableSegmentError(f"{path} has no {name.decode()} in its metadata: it is another file; move it")
         if found[name].decode() != version:
-            raise SpoolError(
+            raise UnreadableSegmentError(
                 f"{path} has version {found[name].decode()} of {name.decode()}, and this Hemostat reads {version}; use "
                 "the Hemostat that wrote it"
             )
