@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tests.support.captures import INFO, capture
 from tests.support.scorer_bench import Bench, FakeReference, running
 
+from hemostat.commands import score as score_command
 from hemostat.engines.taps import TapResult
+from hemostat.reference.device import Choice, CudaDevice
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.scoring.offline.evidence import read_evidence
 from hemostat.scoring.offline.folder import score_folder
@@ -23,6 +26,10 @@ from hemostat.scoring.spool.spooled import Spooled, SpooledTap
 from hemostat_calibration.divergence.per_token import divergence
 
 KEY = SpoolKey(bytes(range(32)))
+
+
+def gpu(index: int, processes: int = 0) -> CudaDevice:
+    return CudaDevice(index, "H100", 79 * 2**30, 80 * 2**30, processes)
 
 
 def spool(folder: Path, count: int = 3, each: int = 4, **more: object) -> None:
@@ -120,6 +127,47 @@ async def test_a_segment_that_cannot_be_read_is_left_out_and_counted(
     report = await read_evidence(tmp_path / "out", KEY, 0.0)
     assert (report["captures"], report["segments"], report["segments_left_out"]) == (12, 4, 1)
     assert any("1 of 4 segments cannot be read" in line for line in lines(report))
+
+
+async def test_several_references_share_the_segments(tmp_path: Path) -> None:
+    spool(tmp_path / "in", 9)
+    (tmp_path / "out").mkdir()
+    references = [FakeReference() for _ in range(3)]
+    place = (tmp_path / "in", tmp_path / "out", references[0])
+    more: dict[str, Any] = {"key": KEY, "model": None, "progress": lambda *_: None, "others": references[1:]}
+    assert await score_folder(*place, **more) == 36
+    assert all(reference.asked for reference in references)
+    assert sum(len(reference.asked) for reference in references) == 36
+    for path in segments(tmp_path / "out")[:4]:
+        path.unlink()
+
+    def fail() -> None:
+        raise ReferenceFailure(FailureReason.DOWN, "gone")
+
+    references[1].before = fail
+    with pytest.raises(SpoolError, match="run the same command again"):
+        await score_folder(*place, **more)
+    references[1].before = lambda: None
+    await score_folder(*place, **more)
+    assert (await read_evidence(tmp_path / "out", KEY, 0.0))["captures"] == 36
+
+
+@pytest.mark.parametrize(
+    ("found", "device", "expected"),
+    [
+        ([gpu(0), gpu(1), gpu(2, processes=1)], "auto", ["cuda:0", "cuda:1"]),
+        ([gpu(0), gpu(1)], "cpu", ["cpu"]),
+        ([gpu(0)], "auto", ["auto"]),
+        ([], "auto", ["auto"]),
+        (Choice("cpu", "they could not be looked at"), "auto", ["auto"]),
+    ],
+)
+def test_each_idle_gpu_has_a_reference(
+    monkeypatch: pytest.MonkeyPatch, found: Any, device: str, expected: list[str]
+) -> None:
+    monkeypatch.setattr(score_command, "cuda_devices", lambda: found)
+    assert score_command.devices_of("some/model", device) == expected
+    assert score_command.devices_of("http://127.0.0.1:8000", device) == [device]
 
 
 async def test_a_folder_of_which_nothing_can_be_read_is_an_error(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from hemostat.commands.arguments import API_KEY, UsageError, number_from_zero, positive_integer, vllm_server
 from hemostat.commands.report import KEY_HELP, add_outputs, check_outputs, unreachable, write_report
 from hemostat.config.packages import require
+from hemostat.ipc.turns import usable_cores
+from hemostat.reference.device import AUTO, cuda_devices, idle
 
 if TYPE_CHECKING:
     from hemostat.reference.protocol import Reference
@@ -137,13 +139,17 @@ async def _score(options: argparse.Namespace) -> None:
     from hemostat.scoring.spool.keys import read_key  # noqa: PLC0415
 
     key = read_key(options.key)
-    reference = make_reference(
+    made = make_references(
         options.reference, device=options.device, dtype=options.dtype, folder=options.reference_folder
     )
     compressed = None
     if options.compressed is not None:
         compressed = make_reference(
-            options.compressed, device=options.device, dtype=options.dtype, option="--compressed"
+            options.compressed,
+            device=options.device,
+            dtype=options.dtype,
+            option="--compressed",
+            threads=usable_cores(),
         )
     with Reporter() as reporter:
         rate = 0.0
@@ -157,15 +163,17 @@ async def _score(options: argparse.Namespace) -> None:
             scored = await score_folder(
                 options.folder,
                 options.out,
-                reference,
+                made[0],
                 key=key,
                 model=options.model,
                 progress=progress,
                 compressed=compressed,
                 max_scored=options.max_scored_tokens,
+                others=made[1:],
             )
         finally:
-            await reference.close()
+            for reference in made:
+                await reference.close()
             if compressed is not None:
                 await compressed.close()
         reporter.log(f"{scored} captures were scored now, {rate:.1f} in a second")
@@ -192,11 +200,36 @@ def _score_on_ray(options: argparse.Namespace) -> None:
         reporter.log(f"{scored} captures were scored now")
 
 
+def devices_of(name: str, device: str) -> list[str]:
+    """Returns the devices that each hold a reference: all idle CUDA devices of this machine, or the one that is named
+    or chosen. name, device: the options."""
+    if "://" in name or device != AUTO:
+        return [device]
+    found = cuda_devices()
+    needed = sum(file.stat().st_size for file in Path(name).expanduser().glob("*.safetensors"))
+    devices = idle(found, needed) if isinstance(found, list) else []
+    return devices if len(devices) > 1 else [device]
+
+
+def make_references(name: str, *, device: str, dtype: str, folder: Path | None = None) -> list[Reference]:
+    """Returns references on all that this machine has: each idle CUDA device, or all cores. See `make_reference`."""
+    return [
+        make_reference(name, device=each, dtype=dtype, folder=folder, threads=usable_cores())
+        for each in devices_of(name, device)
+    ]
+
+
 def make_reference(
-    name: str, *, device: str, dtype: str, folder: Path | None = None, option: str = "--reference"
+    name: str,
+    *,
+    device: str,
+    dtype: str,
+    folder: Path | None = None,
+    option: str = "--reference",
+    threads: int | None = None,
 ) -> Reference:
-    """Returns the reference that an option names, not started. The other arguments are options, too. Raises
-    UsageError."""
+    """Returns the reference that an option names, not started. The other arguments are options, too, but threads: of a
+    model on the CPU; None: half of the cores. Raises UsageError."""
     if "://" in name:
         from pydantic import SecretStr  # noqa: PLC0415
 
@@ -211,4 +244,4 @@ def make_reference(
         raise UsageError(f"{option}: there is no folder {name!r}; give a folder, a hub name, or the URL of a vLLM")
     from hemostat.reference.transformers import TransformersReference  # noqa: PLC0415
 
-    return TransformersReference(str(Path(name).expanduser()), dtype, device)
+    return TransformersReference(str(Path(name).expanduser()), dtype, device, threads)

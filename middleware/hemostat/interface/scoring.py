@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from hemostat.commands.score import make_reference
+from hemostat.commands.score import make_reference, make_references
 from hemostat.config.packages import require
 from hemostat.interface.reports import Report, wait
 from hemostat_calibration.errors import HemostatError
@@ -47,7 +47,7 @@ def score(
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
         async def work() -> None:
-            made = make_reference(reference, device=device, dtype=dtype)
+            made = make_references(reference, device=device, dtype=dtype)
             own = None
             if compressed is not None:
                 own = make_reference(compressed, device=device, dtype=dtype, option="compressed")
@@ -55,14 +55,16 @@ def score(
                 await score_folder(
                     source,
                     folder,
-                    made,
+                    made[0],
                     key=spool_key,
                     model=model,
                     progress=lambda done, total, rate: None,
                     compressed=own,
+                    others=made[1:],
                 )
             finally:
-                await made.close()
+                for each in made:
+                    await each.close()
                 if own is not None:
                     await own.close()
 

@@ -67,6 +67,16 @@ def choose(devices: Sequence[CudaDevice], needed: int | None, only: str = "") ->
     return Choice("cpu", "; ".join(f"{_described(device)}: {obstacles[device.index]}" for device in devices))
 
 
+def idle(devices: Sequence[CudaDevice], needed: int) -> list[str]:
+    """Returns the names of all CUDA devices that can be used. needed: bytes of the weights; 0 if unknown.
+
+    >>> gib = 2**30
+    >>> idle([CudaDevice(0, "H100", 78 * gib, 79 * gib, 0), CudaDevice(1, "H100", 0, 79 * gib, 1)], 15 * gib)
+    ['cuda:0']
+    """
+    return [f"cuda:{device.index}" for device in devices if not _obstacle(device, needed, "")]
+
+
 def _obstacle(device: CudaDevice, needed: int, only: str) -> str:
     """Returns why the device is not used; "" if it can be."""
     if only and only != f"cuda:{device.index}":

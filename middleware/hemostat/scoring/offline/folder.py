@@ -10,7 +10,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,10 +118,12 @@ async def score_folder(
     progress: Progress,
     compressed: Reference | None = None,
     max_scored: int | None = None,
+    others: Sequence[Reference] = (),
 ) -> int:
     """Returns the number of captures that were scored now. Raises SpoolError, OSError and ReferenceFailure.
 
-    source: a spool, or a file of JSON lines. key: of both folders; None: they are not encrypted. model: see `model_of`.
+    source: a spool, or a file of JSON lines. reference, others: the same model on several devices; each takes the next
+    part. key: of both folders; None: they are not encrypted. model: see `model_of`.
     compressed: computes the log-probabilities of the compressed model that JSON lines do not have. max_scored: see
     `offline_stages`. A segment that cannot be read is left out, with a line in the log; if none can be, it is an error.
     """
@@ -129,7 +131,7 @@ async def score_folder(
     todo = await asyncio.to_thread(parts_of, source, key, compressed)
     if compressed is not None:
         await compressed.start()
-    scorer, began = PartScorer(reference, model, max_scored), time.monotonic()
+    began = time.monotonic()
     left_out: list[UnreadableSegmentError] = []
     scored, finished = 0, len([part for part in todo if part.name in done])
 
@@ -139,8 +141,11 @@ async def score_folder(
         progress(finished, len(todo), scored / max(time.monotonic() - began, 1e-9))
 
     count(0)
-    for part in todo:
-        if part.name not in done:
+    waiting = iter([part for part in todo if part.name not in done])
+
+    async def work(scorer: PartScorer) -> None:
+        nonlocal finished
+        for part in waiting:
             try:
                 captures = await part.read()
             except UnreadableSegmentError as error:
@@ -150,6 +155,14 @@ async def score_folder(
             await asyncio.to_thread(write_segment, out / part.name, rows, key)
             finished += 1
             count(0)
+
+    tasks = [asyncio.ensure_future(work(PartScorer(each, model, max_scored))) for each in (reference, *others)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     report_left_out(left_out, len(todo))
     report_journals(source)
     return scored
