@@ -8,7 +8,8 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,15 @@ def target(folders: CheckpointFolders, **more: Any) -> AdapterTarget:
 
 @asynccontextmanager
 async def learner(
-    receiver: Receiver, command: Sequence[str] = FAKE, turns: Turns | None = None, **settings: Any
+    receiver: Receiver,
+    command: Sequence[str] = FAKE,
+    turns: Turns | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    **settings: Any,
 ) -> AsyncIterator[AdapterLearner]:
     given = {"enabled": True, "max_tokens": 400, "memory_mib": 512} | settings
-    made = AdapterLearner(with_constants(Adapter, min_tokens=100)(**given), receiver, command=command, turns=turns)
+    limited = with_constants(Adapter, min_tokens=100)(**given)
+    made = AdapterLearner(limited, receiver, command=command, turns=turns, clock=clock)
     running = asyncio.create_task(made.run())
     try:
         yield made
@@ -252,8 +258,8 @@ async def test_while_an_adapter_is_tested_none_is_made_and_the_next_one_is_made_
     folders: CheckpointFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "RECHECK_SECONDS", 0.01)
-    receiver = Receiver()
-    async with learner(receiver) as learning:
+    receiver, now = Receiver(), [1000.0]
+    async with learner(receiver, clock=lambda: now[0]) as learning:
         learning.set_target(target(folders))
         receiver.testing = True
         texts(learning, 30)
@@ -262,9 +268,14 @@ async def test_while_an_adapter_is_tested_none_is_made_and_the_next_one_is_made_
         receiver.testing = False
         await until(lambda: learning.detail == "")
         texts(learning, 29, 30)
+        now[0] += client.PAUSE_AFTER_TEST_SECONDS
         await asyncio.sleep(0.1)
-        assert learning.outcomes == {}, "soon after a test none is made"
+        assert learning.outcomes == {}, "not of as many texts as were known while the last one was tested"
+        now[0] -= 1.0
         texts(learning, 1, 59)
+        await asyncio.sleep(0.1)
+        assert learning.state == "collecting", "soon after a test none is made"
+        now[0] += 1.0
         await until(lambda: len(receiver.proposed) == 1)
         assert receiver.proposed[0][1]["tokens"] == 1200
 

@@ -157,6 +157,8 @@ def test_serving_profile_is_shown_with_its_gain_and_the_reason(scene: view.Scene
         "60.0 % [58.0, 62.0]",
         "control, 52 requests",
         "treated, 49 requests",
+        "0.571 [0.100, 0.900]",
+        "0.452 [0.100, 0.900]",
         "-0.119 [-0.139, -0.099]",
         "6.1 % [4.1, 8.1]",
     ):
@@ -272,14 +274,15 @@ def test_what_is_made_of_adapters_and_what_the_arms_received_are_one_line_each()
     assert "the last one failed (memory)" in view.adapter_line({"adapter": adapter | {"last_build": failed}})
 
     def arm(kl: float | None) -> dict[str, object]:
-        return {"requests": 30, "kl_nats_estimate": {"estimate": kl}}
+        ends = [None, None] if kl is None else [kl - 0.1, kl + 0.1]
+        return {"requests": 30, "kl_nats_estimate": {"estimate": kl, "ci95": ends}}
 
     assert view.arms_line({"arms": {"control": arm(0.6), "treated": arm(None)}}) == ""
     difference = {"kl_nats_estimate": {"estimate": -0.45, "ci95": [-0.6, -0.3]}}
     arms = {"control": arm(0.6), "treated": arm(0.15), "treated_minus_control": difference}
     assert view.arms_line({"arms": arms}) == (
-        "what clients received: KL 0.600 nats (30 requests) in the control arm, 0.150 nats (30 requests) in the "
-        "treated one: 0.25 times it; treated minus control: -0.450 [-0.600, -0.300] nats"
+        "what clients received: KL 0.600 [0.500, 0.700] nats (30 requests) in the control arm, 0.150 [0.050, 0.250] "
+        "nats (30 requests) in the treated one: 0.25 times it; treated minus control: -0.450 [-0.600, -0.300] nats"
     )
 
 

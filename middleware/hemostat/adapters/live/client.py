@@ -43,6 +43,9 @@ TOKEN_GROWTH_AFTER_TEST = 2.0
 MAX_TOKENS_AFTER_TEST = 500_000
 """After the test of an adapter has ended, the next one is made when this many times more tokens are known, or so many
 more of them."""
+PAUSE_AFTER_TEST_SECONDS = 300.0
+"""No build begins so soon after a test. After a promotion the engine and the learner take up what was promoted, and its
+first figures in the treated arm are gathered: a build would take the cores from both."""
 TESTING = "the next adapter is made after the test of the last one"
 """The detail of the state while a test goes on."""
 OTHER_WORK = "enough texts are known; waits until other background work has ended"
@@ -247,7 +250,9 @@ class AdapterLearner:
 
     def _wait_for_test(self) -> None:
         """Waits with the next build: its adapter would only wait until the test has ended, and its process would take
-        the cores from the copies that judge the test. After the test, the next adapter is made of more texts."""
+        the cores from the copies that judge the test. Some time after the test, the next adapter is made of more
+        texts."""
+        self._not_before = self._clock() + PAUSE_AFTER_TEST_SECONDS
         self._next = min(int(self.known * TOKEN_GROWTH_AFTER_TEST), self.known + MAX_TOKENS_AFTER_TEST)
         if self.state is AdapterState.COLLECTING:
             self._show(AdapterState.COLLECTING, TESTING)

@@ -43,23 +43,15 @@ def _cost_cards(status: Json) -> Iterator[Card]:
     raw = status["raw"]
     kl = raw["kl_nats"]
     yield Card("KL, nats per token, at least", view.number(kl["estimate"]), _interval(kl))
-    variation = _figure(raw, "total_variation")
+    variation = view.figure_of(raw, "total_variation")
     one_in = f"; about one token in {1.0 / variation['estimate']:.1f} differs" if variation["estimate"] else ""
     yield Card("Total variation", view.number(variation["estimate"]), f"{_interval(variation)}{one_in}")
-    top1 = _figure(raw, "top1_agreement")
+    top1 = view.figure_of(raw, "top1_agreement")
     yield Card("Same most likely token", view.percent(top1["estimate"]), view.share(top1).partition(" % ")[2])
     half_life = status.get("trajectory", {}).get("sampled", {}).get("half_life_tokens")
     if half_life is not None:
         title = "Tokens until half of the sampled texts have parted"
         yield Card(title, view.number(half_life["estimate"], 1), _interval(half_life))
-
-
-def _figure(figures: Json, name: str) -> Json:
-    """Returns a figure with its interval. The status gives some figures as numbers, with their intervals apart."""
-    if isinstance(figures.get(name), Mapping):
-        return figures[name]  # type: ignore[no-any-return]
-    ends = figures.get("ci95", {}).get(name, [None, None])
-    return {"estimate": figures.get(name), "ci95": ends, "no_interval": figures.get("no_interval", {}).get(name)}
 
 
 def _interval(figure: Json) -> str:
@@ -94,7 +86,7 @@ def _arms_table(status: Json) -> Table | None:
         ("total variation", "total_variation", view.interval),
         ("same most likely token", "top1_agreement", view.share),
     ):
-        figures = [_figure(arms[arm], key) for arm in ("control", "treated")]
+        figures = [view.figure_of(arms[arm], key) for arm in ("control", "treated")]
         rows.append((name, *map(show, figures), show(arms["treated_minus_control"].get(key))))
     requests = [f"{arm}, {arms[arm]['requests']:,} requests" for arm in ("control", "treated")]
     caption = "What clients received, by arm: each request is assigned at random; 95 % intervals in brackets"

@@ -83,6 +83,15 @@ def number(value: float | None, digits: int = 3) -> str:
     return UNKNOWN if value is None else f"{value:.{digits}f}"
 
 
+def figure_of(figures: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Returns a figure with its interval. The status gives some figures as numbers, with their intervals apart."""
+    given = figures.get(name)
+    if isinstance(given, Mapping):
+        return given
+    ends = figures.get("ci95", {}).get(name, (None, None))
+    return {"estimate": given, "ci95": ends, "no_interval": figures.get("no_interval", {}).get(name)}
+
+
 def interval(figure: Mapping[str, Any] | None) -> str:
     """The estimate and its interval, such as `0.412 [0.397, 0.428]`."""
     if not figure or figure.get("estimate") is None:
@@ -189,10 +198,13 @@ def _built(built: Mapping[str, Any]) -> str:
 def arms_line(status: Mapping[str, Any]) -> str:
     """What clients received, by arm; "" before the first treated request."""
     arms = status.get("arms", {})
-    kl = {name: (arms.get(name, {}).get("kl_nats_estimate") or {}).get("estimate") for name in ("control", "treated")}
+    figures = {name: figure_of(arms.get(name, {}), "kl_nats_estimate") for name in ("control", "treated")}
+    kl = {name: figure["estimate"] for name, figure in figures.items()}
     if not kl["control"] or kl["treated"] is None:
         return ""
-    control, treated = (f"{number(kl[name])} nats ({arms[name]['requests']:,} requests)" for name in kl)
+    control, treated = (
+        f"{interval(figure)} nats ({arms[name]['requests']:,} requests)" for name, figure in figures.items()
+    )
     times = kl["treated"] / kl["control"]
     difference = interval(arms.get("treated_minus_control", {}).get("kl_nats_estimate"))
     return (
@@ -319,23 +331,18 @@ def _arms(arms: Mapping[str, Any]) -> Table:
     control, treated = arms.get("control", {}), arms.get("treated", {})
     difference = arms.get("treated_minus_control", {})
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("what clients received, by arm")
+    table.add_column("what clients received, by arm [95 %]")
     for name, arm in (("control", control), ("treated", treated)):
         table.add_column(f"{name}, {arm.get('requests', 0):,} requests", justify="right")
-    table.add_column("difference [95 %]", justify="right")
-    for name, key, format_one, format_difference in (
-        ("KL, nats, estimate with the tail", "kl_nats_estimate", _estimate, interval),
-        ("total variation", "total_variation", number, interval),
-        ("same top-1", "top1_agreement", percent, share),
+    table.add_column("difference", justify="right")
+    for name, key, show in (
+        ("KL, nats, estimate with the tail", "kl_nats_estimate", interval),
+        ("total variation", "total_variation", interval),
+        ("same top-1", "top1_agreement", share),
     ):
-        table.add_row(
-            name, format_one(control.get(key)), format_one(treated.get(key)), format_difference(difference.get(key))
-        )
+        figures = (figure_of(control, key), figure_of(treated, key), difference.get(key))
+        table.add_row(name, *map(show, figures))
     return table
-
-
-def _estimate(figure: Mapping[str, Any] | None) -> str:
-    return number((figure or {}).get("estimate"))
 
 
 def _waiting(requests: Mapping[str, Any], queue: Mapping[str, Any]) -> str:
