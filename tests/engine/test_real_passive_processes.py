@@ -9,13 +9,14 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.passive_vllm import PASSIVE_ARGUMENTS, PassiveVllm, ids_of
-from tests.support.running_vllm import running_vllm
+from tests.support.passive_vllm import PASSIVE_ARGUMENTS, POLICY, PassiveVllm, ids_of
+from tests.support.running_vllm import VLLM_ARGUMENTS, running_vllm
 
 from hemostat_lab.demo.checkpoints import Checkpoints
 
@@ -91,3 +92,35 @@ def test_two_api_servers(checkpoints: Checkpoints, tmp_path: Path, processes: st
         for _ in range(3):  # the kernel deals the connections out to the two processes
             assert_each_answer_came_once(passive, 20)
         assert live(passive) == 2, "each process reports for itself"
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Returns the weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]},
+    },
+}
+CONSTRAINED: tuple[dict[str, Any], ...] = (
+    {"tools": [TOOL], "tool_choice": "auto"},
+    {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}},
+    {"structured_outputs": {"regex": "(red|green) (horse|house)"}},
+    {"include_reasoning": False},
+)
+
+
+def test_tools_grammars_and_hidden_reasoning(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """The logits processor sees the grammar's mask, so that requests under a grammar are handed on, too."""
+    with passive_vllm(checkpoints, tmp_path, VLLM_ARGUMENTS[-2:]) as passive:
+        passive.plugins.policy = replace(POLICY, grammars=True)
+        time.sleep(5.0)  # the plugin asks for its policy every two seconds
+        for more in CONSTRAINED:
+            body = {"messages": [{"role": "user", "content": "How is the weather in Rome?"}], "max_tokens": 40}
+            answer = json.loads(passive.post("/v1/chat/completions", body | more | {"return_token_ids": True}))
+            (taken,) = passive.wait(1)
+            assert len(ids_of(taken)) == answer["usage"]["completion_tokens"]
+            if "include_reasoning" not in more:  # vLLM hides the ids with the reasoning
+                assert ids_of(taken) == answer["choices"][0]["token_ids"], more
+        time.sleep(3.0)
+        assert passive.taken == [], "an answer was handed on twice"
