@@ -1,8 +1,13 @@
 """Messages changed at random, both ways through relays: nothing may be smuggled, mixed up, lost or crash.
 
-`python -m tests.bench.faults.fuzz --messages 1000000 --seed 1` sends as many each way, half of them through a relay
+`python -m tests.bench.faults.fuzz --messages 1000000 --seed 1` sends as many each way, in pieces. A third of the pieces
+goes through relays that sample every request, a third through relays that also treat half of the conversations by a
+profile, and a third through relays that treat them by an adapter. In each piece half of the messages go through a relay
 whose upstream also sends bytes behind its responses. With PYTHONPATH=FOLDER:. it runs the build in FOLDER
 (`python -m tests.support.compiled FOLDER`).
+
+With `--file FILE` each finished piece is a line of FILE, and a run with the same file goes on behind the last piece.
+With `--seconds S` a run ends with the first piece that ends after so many seconds. So the whole may be run in parts.
 """
 
 from __future__ import annotations
@@ -14,17 +19,20 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import uvloop
 from tests.bench.faults import Row
 from tests.bench.faults.fuzzing.running import Findings, Upstream, World, run
 from tests.support.relay_listener import listen
-from tests.support.wire import policy
+from tests.support.wire import VERSION, policy
 
 from hemostat.ipc.control_end import RelayLink
+from hemostat.ipc.messages import Policy
 from hemostat.ipc.supervised import is_compiled
 from hemostat.relay import exchange
 
@@ -33,19 +41,46 @@ TAKES = "1 minute"
 
 MESSAGES = 20_000
 """Each way, in the table."""
+PIECE_MESSAGES = 50_000
+"""Each way, in one piece."""
 CLIENTS = 24
 NOTED = ("Traceback", "Exception", "ERROR", "exception was never retrieved")
 """In a relay's log."""
 
 
+TREATMENTS: dict[str, Policy] = {
+    "none": policy(shadow_rate=1.0),
+    "profile": policy(shadow_rate=1.0, served=VERSION, tap=True),
+    "adapter": policy(
+        shadow_rate=1.0, served=VERSION, adapters=frozenset({VERSION}), base_models=frozenset({"m"}), answered_name="m"
+    ),
+}
+"""What relays do with requests; the pieces take turns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One piece of a run, as it is kept in the file."""
+
+    build: str
+    seed: int
+    messages: int
+    """The number of messages each way that were asked for."""
+    treatment: str
+    counts: dict[str, int]
+    found: dict[str, int]
+    shown: list[str]
+    seconds: float
+
+
 @asynccontextmanager
 async def relay(
-    upstream: int, folder: Path, findings: Findings
+    upstream: int, folder: Path, findings: Findings, treatment: str
 ) -> AsyncIterator[tuple[int, asyncio.subprocess.Process]]:
     """A relay process that samples every request; its port, and the process."""
     link = RelayLink()
     relays = listen(link, folder / "control.sock")
-    link.set_policy(policy(shadow_rate=1.0))
+    link.set_policy(TREATMENTS[treatment])
     config = {
         "worker": 0,
         "upstream": {
@@ -89,13 +124,13 @@ async def relay(
             await relays.close()
 
 
-async def through_relay(findings: Findings, seed: int, messages: int, *, stray: bool) -> None:
+async def through_relay(findings: Findings, seed: int, messages: int, treatment: str, *, stray: bool) -> None:
     """Until there are as many messages each way. stray: see `World`."""
-    world = World(findings, seed, stray=stray)
+    world = World(findings, seed, stray=stray, version=VERSION)
     server = await asyncio.get_running_loop().create_server(lambda: Upstream(world), "127.0.0.1", 0)
     counts = findings.counts
     with tempfile.TemporaryDirectory() as folder:
-        async with relay(server.sockets[0].getsockname()[1], Path(folder), findings) as (port, process):
+        async with relay(server.sockets[0].getsockname()[1], Path(folder), findings, treatment) as (port, process):
             await run(
                 port,
                 world,
@@ -107,12 +142,40 @@ async def through_relay(findings: Findings, seed: int, messages: int, *, stray: 
     server.close()
 
 
-async def fuzz(messages: int, seed: int) -> Findings:
+async def fuzz(messages: int, seed: int, treatment: str = "none") -> Findings:
     """messages: each way, a half of them with stray bytes."""
     findings = Findings()
-    await through_relay(findings, seed, messages // 2, stray=False)
-    await through_relay(findings, seed + 1, messages, stray=True)
+    await through_relay(findings, seed, messages // 2, treatment, stray=False)
+    await through_relay(findings, seed + 1, messages, treatment, stray=True)
     return findings
+
+
+def pieces(messages: int, seed: int, done: Sequence[Piece]) -> Iterator[Piece]:
+    """Runs and yields the pieces that are missing. done: the first ones of the same run.
+
+    Raises SystemExit if those belong to another run.
+    """
+    treatments = list(TREATMENTS)
+    for number in range(-(-messages // PIECE_MESSAGES)):
+        size = min(PIECE_MESSAGES, messages - number * PIECE_MESSAGES)
+        own, treatment = seed + 2 * number, treatments[number % len(treatments)]
+        if number < len(done):
+            kept = done[number]
+            if (kept.build, kept.seed, kept.messages, kept.treatment) != (build(), own, size, treatment):
+                raise SystemExit(f"piece {number} of the file is of another run: {kept.build}, seed {kept.seed}")
+            continue
+        started = time.monotonic()
+        findings = uvloop.run(fuzz(size, own, treatment))
+        yield Piece(
+            build=build(),
+            seed=own,
+            messages=size,
+            treatment=treatment,
+            counts=dict(findings.counts),
+            found=dict(findings.found),
+            shown=findings.shown,
+            seconds=round(time.monotonic() - started, 1),
+        )
 
 
 def build() -> str:
@@ -135,18 +198,43 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--messages", type=int, default=MESSAGES, help="each way")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--file", type=Path, help="finished pieces, of earlier runs too")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
     options = parser.parse_args()
     started = time.monotonic()
-    findings = uvloop.run(fuzz(options.messages, options.seed))
-    for name, count in sorted(findings.counts.items()):
+    file: Path | None = options.file
+    done: list[Piece] = []
+    if file is not None and file.exists():
+        done = [Piece(**json.loads(line)) for line in file.read_text().splitlines()]
+    for piece in pieces(options.messages, options.seed, tuple(done)):
+        done.append(piece)
+        print(f"seed {piece.seed}, {piece.treatment}, {piece.seconds:.0f} s: {sum(piece.found.values())} findings")
+        if file is not None:
+            with file.open("a") as lines:
+                lines.write(json.dumps(asdict(piece)) + "\n")
+        if time.monotonic() - started > options.seconds:
+            break
+    return told(done, options.messages)
+
+
+def told(done: Sequence[Piece], messages: int) -> int:
+    """Prints what was found in all pieces; returns the exit status. messages: asked for, each way."""
+    counts: Counter[str] = Counter()
+    found: Counter[str] = Counter()
+    for piece in done:
+        counts.update(piece.counts)
+        found.update(piece.found)
+    for name, count in sorted(counts.items()):
         print(f"{count:>10} {name}")
-    seconds = time.monotonic() - started
-    print(f"seed {options.seed}, {build()}, {seconds:.0f} s, {sum(findings.found.values())} findings")
-    for name, count in findings.found.items():
+    finished = sum(piece.messages for piece in done)
+    seconds = sum(piece.seconds for piece in done)
+    print(f"{finished} of {messages} each way, {build()}, {seconds:.0f} s, {sum(found.values())} findings")
+    for name, count in found.items():
         print(f"{count:>10} {name}")
-    for finding in findings.shown:
-        print(finding)
-    return 1 if findings.found else 0
+    for piece in done:
+        for finding in piece.shown:
+            print(f"seed {piece.seed}: {finding}")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

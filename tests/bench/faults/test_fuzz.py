@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tests.bench.faults.fuzz import fuzz
+from tests.bench.faults import fuzz as bench
+from tests.bench.faults.fuzz import Piece, fuzz, pieces
 from tests.bench.faults.fuzzing import running
 from tests.bench.faults.fuzzing.running import Findings, Upstream, World, run
 
 
-async def test_nothing_is_found_in_a_relay() -> None:
-    findings = await fuzz(400, 7)
+@pytest.mark.parametrize("treatment", bench.TREATMENTS)
+async def test_nothing_is_found_in_a_relay(treatment: str) -> None:
+    findings = await fuzz(400, 7, treatment)
     assert not findings.found, findings.shown
+    assert (findings.counts["requests that were treated"] > 10) == (treatment != "none")
     assert findings.counts["requests that were changed"] > 50
     assert findings.counts["responses that were changed"] > 50
 
@@ -45,3 +48,21 @@ async def test_a_proxy_that_hands_on_bytes_is_found_out(monkeypatch: pytest.Monk
     assert {"a malformed request reached the upstream", "a malformed response reached a client"} <= set(findings.found)
     for server in (proxy, upstream):
         server.close()
+
+
+def test_a_run_goes_on_behind_its_last_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "PIECE_MESSAGES", 60)
+    begun = next(iter(pieces(140, 7, [])))
+    rest = list(pieces(140, 7, [begun]))
+    assert [(piece.seed, piece.messages, piece.treatment) for piece in (begun, *rest)] == [
+        (7, 60, "none"),
+        (9, 60, "profile"),
+        (11, 20, "adapter"),
+    ]
+    assert all(piece.counts["requests"] >= piece.messages for piece in rest)
+
+
+def test_pieces_of_another_run_are_not_gone_on_with() -> None:
+    other = Piece(bench.build(), 8, bench.PIECE_MESSAGES, "none", {}, {}, [], 1.0)
+    with pytest.raises(SystemExit, match="another run"):
+        next(pieces(2 * bench.PIECE_MESSAGES, 7, [other]))

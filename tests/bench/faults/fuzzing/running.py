@@ -39,9 +39,10 @@ class Findings:
 
 class World:
     """Owns which conversation each token belongs to. stray: the upstream also sends bytes behind its responses, after
-    which a relay uses each of its connections once."""
+    which a relay uses each of its connections once. version: what the relay may ask for, as a profile or an adapter."""
 
-    def __init__(self, findings: Findings, seed: int, *, stray: bool) -> None:
+    def __init__(self, findings: Findings, seed: int, *, stray: bool, version: str = "") -> None:
+        self.version = version
         self.findings = findings
         self.random = Random(seed)
         self.seed = seed
@@ -106,6 +107,8 @@ class Upstream(asyncio.Protocol):
             findings.add("llhttp reads another request at the upstream", message.raw)
         token = self._check(message)
         findings.counts["requests that reached the upstream"] += 1
+        if self._world.version:
+            findings.counts["requests that were treated"] += self._world.version.encode() in message.body
         result = self._world.answer(token, message.start[0])
         self._busy = True
         cuts = [0, *(cut for cut in result.cuts if cut < len(result.data)), len(result.data)]
@@ -255,7 +258,7 @@ class Client(asyncio.Protocol):
         if self._changed:
             got = [(method, target.translate(LATIN), body.translate(LATIN)) for method, target, body in got]
             sent = h11_requests(conversation.data)
-        if not all(any(same(request, other) for other in sent) for request in got):
+        if not all(any(same(request, other, self._world.version) for other in sent) for request in got):
             findings.add("the upstream got another request than h11 finds", (conversation.data, got, sent))
 
     def _check_responses(self) -> None:
@@ -283,8 +286,9 @@ def repeatable(request: Request) -> bool:
     return request.method in SAFE_METHODS or request.target.partition(b"?")[0].decode() in REPEATABLE
 
 
-def same(got: tuple[bytes, bytes, bytes], sent: tuple[bytes, bytes, bytes]) -> bool:
-    """Whether a request at the upstream is the one that was sent; Hemostat may have added members to its body."""
+def same(got: tuple[bytes, bytes, bytes], sent: tuple[bytes, bytes, bytes], version: str = "") -> bool:
+    """Whether a request at the upstream is the one that was sent; Hemostat may have added members to its body, and have
+    put an adapter in the place of its model."""
     if got == sent:
         return True
     if got[:2] != sent[:2]:
@@ -293,7 +297,11 @@ def same(got: tuple[bytes, bytes, bytes], sent: tuple[bytes, bytes, bytes]) -> b
         added, own = json.loads(got[2]), json.loads(sent[2])
     except ValueError:
         return False
-    return isinstance(own, dict) and isinstance(added, dict) and own.items() <= added.items()
+    if not isinstance(own, dict) or not isinstance(added, dict):
+        return False
+    if version and added.get("model") == version and "model" in own:
+        added["model"] = own["model"]
+    return all(name in added and added[name] == value for name, value in own.items())
 
 
 async def run(port: int, world: World, *, clients: int, enough: Callable[[], bool]) -> None:
