@@ -251,7 +251,7 @@ def _check_features(features: Features, tokens: int) -> None:
         )
 
 
-def _check_rows(name: str, values: npt.NDArray[np.float32], tokens: int) -> None:
+def _check_rows(name: str, values: npt.NDArray[np.floating], tokens: int) -> None:
     _array(name, values, np.float32, 2)
     if values.shape[0] != tokens or not values.shape[1]:
         raise InvalidRecordError(

@@ -14,7 +14,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.arrays import Floats, Ids
+from hemostat_calibration.arrays import Floats, Halves, Ids, Singles
 from hemostat_calibration.reasoning import Thinking
 
 SCHEMA_VERSION = 1
@@ -79,11 +79,12 @@ class Features:
     """The compressed model's logits at a set of anchor ids, as the engine read them.
 
     anchors: `transform.anchors_digest` of the ids.
-    values: float32 [T, N], centred over the anchors; a row of NaN where the engine gave none.
+    values: float32 [T, N], centred over the anchors; a row of NaN where the engine gave none. In the learner's process
+        float16, clipped to ±`rows.MAX_HALF`.
     """
 
     anchors: str
-    values: npt.NDArray[np.float32]
+    values: Singles | Halves
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +181,9 @@ class TokenRecord:
     """The shifts by profile version: the served one, and any candidate under evaluation."""
     features: Features | None = None
     """The engine's features; None when it gave none."""
-    reference_hidden: npt.NDArray[np.float32] | None = None
+    reference_hidden: Singles | Halves | None = None
     """The reference's last hidden state h after the final norm, float32 [T, d], so that its logits are W h; None if it
-    does not give it.
+    does not give it. In the learner's process float16, as `Features.values`.
     """
     position: int = 0
     """The number of output tokens before the first one of `output_ids`: above 0 where only the last ones of an output

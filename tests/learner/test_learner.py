@@ -6,7 +6,8 @@ import asyncio
 import os
 import queue
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from hemostat.learner.client import Learner, LearningTarget
 from hemostat.learner.learner_process import ProcessLearner, RequestLoop
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.learning.contextual import storage
+from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.contextual import CONTEXTUAL
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import Features
+from hemostat_calibration.records import Features, TokenRecord
 
 SETTINGS = with_constants(Calibration, rank=8, clamp_kl_nats=20.0)(anchors=32, min_tokens=600, clamp_nats=5.0)
 
@@ -323,6 +325,51 @@ def test_a_row_holds_what_is_learned_from_a_record() -> None:
     bare = learner_messages.from_row(learner_messages.to_row(replace(record, features=None, reference_hidden=None)), V)
     assert bare.features is None
     assert bare.reference_hidden is None
+
+
+def test_what_is_learned_from_messages_is_what_is_learned_from_records(tmp_path: Path) -> None:
+    world = make()
+    anchors = np.arange(32, dtype=np.int32)
+    learner = ContextualLearner(world.weight, anchors, features=16)
+    records = []
+    for seed in range(80):
+        record = world.record(seed, anchors, learner.digest, tokens=64)
+        assert record.features is not None
+        assert record.reference_hidden is not None
+        values, hidden = record.features.values.copy(), record.reference_hidden.copy()
+        values[3], hidden[5, 0], hidden[6, 1] = np.nan, 1e6, -70_000.0
+        records.append(replace(record, features=Features(learner.digest, values), reference_hidden=hidden))
+    request = learner_messages.REQUESTS.decode(learner_messages.learn_body(records))
+    assert isinstance(request, learner_messages.Learn)
+    own, sent = learner.init("m", V), learner.init("m", V)
+    for record, row in zip(records, request.rows, strict=True):
+        own = learner.update(own, [record])
+        sent = learner.update(sent, [learner_messages.from_row(row, V)])
+    assert own.tokens == sent.tokens == 80 * 63
+    for ours, theirs in zip(own.folds, sent.folds, strict=True):
+        np.testing.assert_array_equal(ours.cross, theirs.cross)
+        np.testing.assert_array_equal(ours.target, theirs.target)
+        assert ours.weight == theirs.weight
+    assert any(fold.weight for fold in sent.folds), "some rows are in the sums"
+    for mine, other in zip(own.recent, sent.recent, strict=True):
+        np.testing.assert_array_equal(mine.features, other.features)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(mine.hidden, other.hidden)  # type: ignore[arg-type]
+
+
+async def test_records_become_messages_away_from_the_event_loop(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = set()
+    made = learner_messages.learn_body
+
+    def noted(records: Sequence[TokenRecord]) -> bytes:
+        threads.add(threading.current_thread())
+        return made(records)
+
+    await bench.ready()
+    monkeypatch.setattr(learner_messages, "learn_body", noted)
+    bench.teach(range(5))
+    await bench.taught(80)
+    assert threads
+    assert threading.main_thread() not in threads
 
 
 async def test_no_profile_is_fitted_while_another_heavy_job_has_its_turn(bench: Bench) -> None:

@@ -111,7 +111,7 @@ def _joined(records: Sequence[TokenRecord], served: CalibrationProfile | None) -
             np.concatenate([part.log_normalizer for part in parts]),
             np.concatenate(codes) if codes else None,
         )
-    features = [record.features.values for record in records if record.features is not None]
+    features = [record.features.values.astype(np.float32, copy=False) for record in records if record.features]
     entropies = [record.reference_entropy for record in records if record.reference_entropy is not None]
     supports = [record.support for record in records if record.support is not None]
     drawn = [record.drawn_emitted for record in records if record.drawn_emitted is not None]

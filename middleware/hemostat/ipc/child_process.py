@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Self
 
 from hemostat.ipc import liveness
-from hemostat.ipc.framing import frame, read_frame, read_frames
+from hemostat.ipc.framing import frame, header_of, read_frame, read_frames
 from hemostat.ipc.supervised import die_with_parent
 from hemostat_calibration.messages import in_words
 
@@ -216,7 +216,9 @@ class FramedChild(Child):
         assert self._process.stdin is not None
         if self.exited.is_set():
             raise ChildExited(self.exit_summary())
-        self._process.stdin.write(frame(body))
+        # A body may be large: it is not copied behind its header first.
+        self._process.stdin.write(header_of(body))
+        self._process.stdin.write(body)
 
     async def drain(self) -> None:
         """Returns once little of what was sent waits. Raises ChildExited if it ended meanwhile."""

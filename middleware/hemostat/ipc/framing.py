@@ -21,8 +21,17 @@ def frame(body: bytes) -> bytes:
     >>> frame(b"ab")
     b'\\x00\\x00\\x00\\x02ab'
     """
+    return header_of(body) + body
+
+
+def header_of(body: bytes) -> bytes:
+    """Returns the bytes that stand before a body in its frame. Raises ValueError as `frame`.
+
+    >>> header_of(b"ab")
+    b'\\x00\\x00\\x00\\x02'
+    """
     _check(len(body), MAX_FRAME_BYTES)
-    return _HEADER.pack(len(body)) + body
+    return _HEADER.pack(len(body))
 
 
 def read_frames(stream: BinaryIO) -> Iterator[bytes]:

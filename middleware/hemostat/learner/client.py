@@ -184,7 +184,7 @@ class Learner:
     def update(self, record: TokenRecord) -> None:
         """Queues a record of the learning side; where it cannot be used or there is no room, it is counted as dropped.
 
-        The record's hidden states must not be changed afterwards.
+        The record's arrays must not be changed afterwards.
         """
         if self._process.target is None:
             return
@@ -307,7 +307,7 @@ class Learner:
             await self._pass_on(self._proposals.popleft())
         if not self._batch_pending and self._records:
             self._batch_pending = True
-            child.send(learner_messages.REQUESTS.encode(learner_messages.Learn(self._records.take_batch())))
+            child.send(await asyncio.to_thread(learner_messages.learn_body, self._records.take_batch()))
         await self._store_exports()
         if self._export_due:
             self._export_pending = True

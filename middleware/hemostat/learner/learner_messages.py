@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat.ipc.framing import MessageCodec
+from hemostat_calibration.learning.contextual.rows import MAX_HALF
 from hemostat_calibration.records import Candidates, Features, TokenRecord
 
 
@@ -157,6 +158,11 @@ def parts(data: bytes) -> Iterator[tuple[bytes, bool]]:
         yield data[first : first + PART_BYTES], first + PART_BYTES >= len(data)
 
 
+def learn_body(records: Iterable[TokenRecord]) -> bytes:
+    """Returns the message that hands records over. It takes milliseconds for a long record of a large model."""
+    return REQUESTS.encode(Learn([to_row(record) for record in records]))
+
+
 def to_row(record: TokenRecord) -> Row:
     """Returns the record as a row. Features and hidden states are rounded to float16, which loses less than the models'
     own bfloat16."""
@@ -172,13 +178,15 @@ def to_row(record: TokenRecord) -> Row:
         emitted=_bytes(record.compressed_emitted, "<f4"),
         reference_emitted=_bytes(record.reference_emitted, "<f4"),
         anchors=features.anchors if features else "",
-        features=_bytes(features.values, "<f2") if features else b"",
-        hidden=b"" if hidden is None else _bytes(np.clip(hidden, -MAX_FLOAT16, MAX_FLOAT16), "<f2"),
+        features=_halves(features.values) if features else b"",
+        hidden=b"" if hidden is None else _halves(hidden),
     )
 
 
 def from_row(row: Row, vocab_size: int) -> TokenRecord:
-    """Returns the record that a row was made of; the parts that a row lacks are at their defaults."""
+    """Returns the record that a row was made of; the parts that a row lacks are at their defaults. Features and hidden
+    states stay float16, and are views of the row's bytes.
+    """
     output = np.frombuffer(row.output, "<i4").astype(np.int32)
     tokens = len(output)
 
@@ -188,8 +196,8 @@ def from_row(row: Row, vocab_size: int) -> TokenRecord:
     def floats(data: bytes) -> npt.NDArray[np.float64]:
         return np.frombuffer(data, "<f4").astype(np.float64)
 
-    def halves(data: bytes) -> npt.NDArray[np.float32]:
-        return np.frombuffer(data, "<f2").astype(np.float32).reshape(tokens, -1)
+    def halves(data: bytes) -> npt.NDArray[np.float16]:
+        return np.frombuffer(data, "<f2").astype(np.float16, copy=False).reshape(tokens, -1)
 
     return TokenRecord(
         vocab_size=vocab_size,
@@ -205,14 +213,12 @@ def from_row(row: Row, vocab_size: int) -> TokenRecord:
     )
 
 
-def row_bytes(rows: Iterable[Row]) -> int:
-    """Returns the approximate size of rows."""
-    return sum(len(value) for row in rows for value in msgspec.structs.astuple(row))
-
-
-MAX_FLOAT16 = 60000.0
-"""The limit, ±, to which hidden states are clipped: it is within float16."""
-
-
 def _bytes(values: npt.NDArray[np.generic], dtype: str) -> bytes:
     return values.astype(dtype).tobytes()
+
+
+def _halves(values: npt.NDArray[np.floating]) -> bytes:
+    result = np.empty(values.shape, "<f2")
+    # Into the result at once: fresh memory for what is between costs as much as the conversion.
+    np.clip(values, -MAX_HALF, MAX_HALF, out=result, casting="unsafe")
+    return result.tobytes()

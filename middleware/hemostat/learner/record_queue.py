@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import deque
 from enum import StrEnum
 
-from hemostat.learner import learner_messages
 from hemostat_calibration.records import TokenRecord
 
-MAX_QUEUED_BYTES = 64 * 1024 * 1024
+MAX_QUEUED_BYTES = 128 * 1024 * 1024
 """The largest size of the records that wait; further records are dropped."""
-MAX_BATCH_BYTES = 8 * 1024 * 1024
+MAX_BATCH_BYTES = 16 * 1024 * 1024
+"""The size of the records that are sent at a time, about; as messages they have half of it."""
 
 
 class DropReason(StrEnum):
@@ -25,12 +25,14 @@ class DropReason(StrEnum):
 
 
 class RecordQueue:
+    """Owns the records that wait. They become messages when they are sent, away from the event loop."""
+
     def __init__(self) -> None:
-        self._rows: deque[learner_messages.Row] = deque()
+        self._records: deque[TokenRecord] = deque()
         self._bytes = 0
 
     def __bool__(self) -> bool:
-        return bool(self._rows)
+        return bool(self._records)
 
     @property
     def less_than_half_full(self) -> bool:
@@ -42,19 +44,31 @@ class RecordQueue:
             return DropReason.NOTHING_TO_LEARN
         if self._bytes > MAX_QUEUED_BYTES:
             return DropReason.BUSY
-        row = learner_messages.to_row(record)
-        self._rows.append(row)
-        self._bytes += learner_messages.row_bytes([row])
+        self._records.append(record)
+        self._bytes += _held_bytes(record)
         return None
 
-    def take_batch(self) -> list[learner_messages.Row]:
-        """Removes and returns the oldest rows, about `MAX_BATCH_BYTES` of them."""
-        rows: list[learner_messages.Row] = []
-        while self._rows and learner_messages.row_bytes(rows) < MAX_BATCH_BYTES:
-            rows.append(self._rows.popleft())
-        self._bytes -= learner_messages.row_bytes(rows)
-        return rows
+    def take_batch(self) -> list[TokenRecord]:
+        """Removes and returns the oldest records, about `MAX_BATCH_BYTES` of them."""
+        batch: list[TokenRecord] = []
+        size = 0
+        while self._records and size < MAX_BATCH_BYTES:
+            batch.append(self._records.popleft())
+            size += _held_bytes(batch[-1])
+        self._bytes -= size
+        return batch
 
     def clear(self) -> None:
-        self._rows.clear()
+        self._records.clear()
         self._bytes = 0
+
+
+def _held_bytes(record: TokenRecord) -> int:
+    """Returns the size of those arrays of a record that the learner is sent, which are nearly all of it."""
+    lists = record.compressed, record.reference
+    size = record.reference_at.nbytes + sum(each.ids.nbytes + each.logprobs.nbytes for each in lists)
+    if record.features is not None:
+        size += record.features.values.nbytes
+    if record.reference_hidden is not None:
+        size += record.reference_hidden.nbytes
+    return size

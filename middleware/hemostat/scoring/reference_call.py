@@ -92,7 +92,7 @@ class ReferenceCall:
         ids = None if features is None else self._needs.anchor_sets().get(features.anchors)
         if features is None or ids is None or not 0 < info.hidden_size < len(ids):
             return None
-        return CompressedLogits(ids, features.values, candidates.logprobs)
+        return CompressedLogits(ids, features.values.astype(np.float32, copy=False), candidates.logprobs)
 
     async def ask(self, route: Route, request: ScoreRequest, request_id: str) -> ReferenceScores:
         """Returns the scores. Raises NotScored. The outcome is reported to the breaker."""

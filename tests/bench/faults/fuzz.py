@@ -55,7 +55,7 @@ TREATMENTS: dict[str, Policy] = {
         shadow_rate=1.0, served=VERSION, adapters=frozenset({VERSION}), base_models=frozenset({"m"}), answered_name="m"
     ),
 }
-"""What relays do with requests; the pieces take turns."""
+"""The policies of relays, by the family of the profile that they treat requests by; the pieces take turns."""
 
 
 @dataclass(frozen=True, slots=True)

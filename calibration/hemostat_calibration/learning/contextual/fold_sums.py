@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hemostat_calibration.arrays import Floats, Singles, frozen
+from hemostat_calibration.arrays import Floats, Singles, frozen, singles_of
 from hemostat_calibration.learning.contextual.basis import Basis
 from hemostat_calibration.learning.contextual.regression import Moments
 from hemostat_calibration.learning.contextual.rows import TokenRows
@@ -92,18 +92,19 @@ def flushed(fold: FoldSums, clock: int, forgetting: Forgetting) -> FoldSums:
     [[4.0, 4.0, 4.0, 4.0], [4.0, 4.0, 4.0, 4.0], [4.0, 4.0, 4.0, 4.0]]
     """
     past = forgetting.weight(clock - fold.clock)
-    cross, target, weight = fold.cross * past, fold.target * past, fold.weight * past
     waiting = [r for r in fold.waiting if r.features is not None and r.hidden is not None]
-    if waiting:
-        z = np.concatenate([r.features for r in waiting if r.features is not None]).astype(np.float32)
-        h = np.concatenate([r.hidden for r in waiting if r.hidden is not None]).astype(np.float32)
-        w = np.concatenate([np.full(r.tokens, forgetting.weight(clock - r.clock)) for r in waiting])
-        x = inputs_of(z, len(cross) - 1)
-        weighted = (x * w[:, None].astype(np.float32)).T
-        cross += weighted @ z
-        target += weighted @ h
-        weight += float(w.sum())
-    return FoldSums(frozen(cross), frozen(target), weight, clock)
+    if not waiting:
+        return FoldSums(frozen(fold.cross * past), frozen(fold.target * past), fold.weight * past, clock)
+    z = singles_of([r.features for r in waiting if r.features is not None])
+    h = singles_of([r.hidden for r in waiting if r.hidden is not None])
+    w = np.concatenate([np.full(r.tokens, forgetting.weight(clock - r.clock)) for r in waiting])
+    x = inputs_of(z, len(fold.cross) - 1)
+    weighted = (x * w[:, None].astype(np.float32)).T
+    # The sums are large: where nothing is forgotten they are read once, and not copied first.
+    cross, target = (fold.cross, fold.target) if past == 1.0 else (fold.cross * past, fold.target * past)
+    return FoldSums(
+        frozen(cross + weighted @ z), frozen(target + weighted @ h), fold.weight * past + float(w.sum()), clock
+    )
 
 
 def moments_in_basis(fold: FoldSums, basis: Basis) -> Moments:

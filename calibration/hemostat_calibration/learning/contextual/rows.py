@@ -10,12 +10,12 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.arrays import Bools, Floats, Halves, Ids
+from hemostat_calibration.arrays import Bools, Floats, Halves, Ids, Singles
 from hemostat_calibration.records import TokenRecord
 
 FOLDS = 4
 """The number of parts of the learning prompts, for cross-validation."""
-_MAX_HALF = 60000.0
+MAX_HALF = 60000.0
 """The limit to which values are clipped: it is within the range of float16."""
 
 
@@ -103,8 +103,8 @@ def rows_of(record: TokenRecord, anchors: str, clock: int) -> tuple[TokenSource,
         fold=fold_of(record.unit),
         clock=clock + tokens,
         tokens=tokens,
-        features=None if features is None else _halves(features.values[kept]),
-        hidden=None if record.reference_hidden is None else _halves(record.reference_hidden[kept]),
+        features=None if features is None else _halves(features.values, kept),
+        hidden=None if record.reference_hidden is None else _halves(record.reference_hidden, kept),
         listed=_listed(record, kept, source),
     )
 
@@ -164,7 +164,12 @@ def _listed(record: TokenRecord, kept: Bools, source: TokenSource) -> ListedToke
     return ListedTokens(ids[kept], record.reference_at[kept], compressed.logprobs[kept], likeliest)
 
 
-def _halves(values: npt.NDArray[np.floating]) -> Halves:
-    result = np.clip(values, -_MAX_HALF, _MAX_HALF).astype(np.float16)
+def _halves(values: Singles | Halves, kept: Bools) -> Halves:
+    """Returns the kept rows. Values that are halves already are not changed, and not copied where all are kept."""
+    rows = values if kept.all() else values[kept]
+    if rows.dtype == np.float16:
+        result: Halves = rows.view(np.float16)
+    else:
+        result = np.clip(rows, -MAX_HALF, MAX_HALF).astype(np.float16)
     result.flags.writeable = False
     return result
