@@ -386,6 +386,19 @@ async def test_interim_responses_are_forwarded() -> None:
         assert (response.interim, response.status) == ([103], 200)
 
 
+@pytest.mark.parametrize("framing", [b"Content-Length: 19", b"Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+async def test_an_interim_response_says_nothing_of_a_body(framing: bytes, method: bytes) -> None:
+    """Seed 60020 of the fuzzer: llhttp reads a body of 104 where there is a length."""
+    answer = b"HTTP/1.1 104 Later\r\n" + framing + b"\r\nX-A: 1\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+    async with relaying(answering([], answer)) as (_, _, connect):
+        client = await connect()
+        await client.send(method + b" / HTTP/1.1\r\nHost: a\r\n\r\n")
+        sent = await client.reader.readuntil(b"\r\n\r\n")
+        assert sent == b"HTTP/1.1 104 Later\r\nX-A: 1\r\n\r\n"
+        assert (await client.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n")
+
+
 async def test_websocket_upgrade_is_tunnelled() -> None:
     async def script(connection: UpstreamConnection) -> None:
         head = await connection.reader.readuntil(b"\r\n\r\n")

@@ -134,7 +134,8 @@ def parse_response(head: bytes, *, to_head: bool) -> ResponseHead:
             response.lines, response.framing = drop_fields(kept, response.framing, options - {b"upgrade"})
             kept = response.lines
     if status < 200 or status in _BODYLESS or to_head:
-        if coded and not to_head:
+        # Some clients (llhttp of 104, for one) read a body where an interim response says how long it is.
+        if response.framing >= 0 and (status < 200 or (coded and not to_head)):
             del kept[response.framing]
             response.framing = -1
         response.length = 0
