@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.records import Truth, make_record
+from tests.support.records import make_record
 from tests.support.world import World
 
-from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.divergence.places import (
     ANSWER,
     CONTEXT_EDGES,
@@ -22,7 +21,6 @@ from hemostat_calibration.divergence.places import (
     by_context,
     by_phase,
     by_position,
-    select,
 )
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.reasoning import Thinking
@@ -68,18 +66,3 @@ def test_without_thinking_there_are_no_phases() -> None:
     assert list(only) == [THINKING]
     none = by_phase(replace(RECORD, position=9, thinking=Thinking(0, 5, ended=True)))
     assert list(none) == [ANSWER]
-
-
-@given(st.integers(0, 2**32 - 1))
-def test_selected_figures_are_those_of_the_selected_tokens(seed: int) -> None:
-    """As if the record had no other tokens."""
-    at = np.random.default_rng(seed).random(RECORD.tokens) < 0.4
-    if not at.any():
-        return
-    truth = World(noise=0.3).truth(1)
-    part = make_record(Truth(truth.reference[at], truth.compressed[at], truth.emitted[at]), 8)
-    chosen, direct = select(divergence(RECORD), at), divergence(part)
-    for name in ("kl_rc", "tv", "estimate_rc", "top1_agreement", "entropy_reference"):
-        np.testing.assert_array_equal(getattr(chosen, name), getattr(direct, name))
-    np.testing.assert_array_equal(chosen.bounds.tv.upper, direct.bounds.tv.upper)
-    assert chosen.bound == direct.bound

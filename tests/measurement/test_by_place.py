@@ -11,6 +11,7 @@ from tests.support.samples import values
 from tests.support.world import T, World
 
 from hemostat.measurement.by_place import CONTEXTS, POSITIONS, ByPlace
+from hemostat.measurement.figures import RequestFigures
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
 from hemostat_calibration.divergence.per_token import divergence
@@ -27,7 +28,7 @@ def test_each_bucket_has_the_figures_of_its_tokens() -> None:
     for n, one in enumerate(RECORDS):
         record = replace(one, position=10 * n)
         raw = divergence(record)
-        measured.update(record, raw, fresh=True)
+        measured.update(record, RequestFigures(raw), fresh=True)
         for at, kl in enumerate(raw.kl_rc.tolist(), 10 * n):
             name = next(label for label in POSITIONS if at <= float(label.partition("-")[2] or "inf"))
             tokens[name] += 1
@@ -48,7 +49,7 @@ def test_errors_that_grow_with_the_context_are_seen() -> None:
     for n in range(60):
         noise = 0.1 + 0.4 * (n % 3)
         record = replace(make_record(World(noise=noise).truth(n), 20), context_tokens=(100, 5_000, 50_000)[n % 3])
-        measured.update(record, divergence(record), fresh=True)
+        measured.update(record, RequestFigures(divergence(record)), fresh=True)
     kl = {row["place"]: row["kl_nats"]["estimate"] for row in measured.report()["context"]}
     assert list(kl) == ["0-511", "2048-8191", "32768-131071"]
     assert kl["0-511"] < kl["2048-8191"] < kl["32768-131071"]
@@ -56,7 +57,7 @@ def test_errors_that_grow_with_the_context_are_seen() -> None:
 
 def test_later_turns_of_a_conversation_count_in_the_counters_only() -> None:
     measured = ByPlace()
-    measured.update(RECORDS[0], divergence(RECORDS[0]), fresh=False)
+    measured.update(RECORDS[0], RequestFigures(divergence(RECORDS[0])), fresh=False)
     assert measured.report()["position"] == []
     result = values(measured.samples())
     assert sum(value for key, value in result.items() if key[:2] == (names.PLACE_KL_TOKENS, "position")) == T
@@ -101,5 +102,5 @@ def test_a_part_of_an_output_counts_by_place_alone() -> None:
 
 def test_conditional_figures_are_not_mixed_with_others() -> None:
     measured = ByPlace()
-    measured.update(replace(RECORDS[0], constraint="grammar"), divergence(RECORDS[0]), fresh=True)
+    measured.update(replace(RECORDS[0], constraint="grammar"), RequestFigures(divergence(RECORDS[0])), fresh=True)
     assert set(values(measured.samples()).values()) == {0.0}

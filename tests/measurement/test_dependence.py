@@ -20,6 +20,7 @@ from hemostat.measurement.figures import StageFigures
 from hemostat.measurement.gains import GainFigures, difference
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
+from hemostat_calibration.divergence import together
 from hemostat_calibration.divergence.bounds import Interval
 from hemostat_calibration.divergence.decoding import DecodedDivergence
 from hemostat_calibration.divergence.gain import Gain
@@ -45,7 +46,9 @@ CARRIED = [*ORDINARY, (0.4, 4000), (0.1, 4000)]
 
 
 def figures_of(value: float, tokens: int) -> TokenDivergence:
-    return replace(divergence(RECORDS[0]), kl_rc=np.full(tokens, value), estimate_rc=np.full(tokens, value))
+    some = divergence(RECORDS[0])
+    rows: Any = np.arange(tokens) % len(some.kl_rc)
+    return replace(together._rows(some, rows), kl_rc=np.full(tokens, value), estimate_rc=np.full(tokens, value))
 
 
 def stage(given: Answers) -> StageFigures:

@@ -7,9 +7,6 @@ summed.
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
-
 import numpy as np
 
 from hemostat_calibration.arrays import Bools, Ids
@@ -22,8 +19,6 @@ POSITION_EDGES = (16, 64, 256, 1024, 4096)
 CONTEXT_EDGES = (512, 2048, 8192, 32768, 131072)
 """The edges of the buckets of the number of tokens before a position."""
 THINKING, ANSWER = PHASES = ("thinking", "answer")
-
-_T = TypeVar("_T")
 
 
 def bucket_labels(edges: tuple[int, ...]) -> tuple[str, ...]:
@@ -67,6 +62,7 @@ def by_context(record: TokenRecord) -> dict[str, Bools]:
     """Returns by bucket of the number of tokens before a token the record's tokens, bool [T]; empty where that is not
     known.
 
+    >>> from dataclasses import replace
     >>> from hemostat_calibration.records import Candidates
     >>> ids, logs = np.array([[0, 1]] * 2, np.int32), np.log([[0.7, 0.3]] * 2)
     >>> record = TokenRecord(
@@ -81,6 +77,7 @@ def by_context(record: TokenRecord) -> dict[str, Bools]:
 def by_phase(record: TokenRecord) -> dict[str, Bools]:
     """Returns by phase the record's tokens, bool [T]; empty where no thinking was found.
 
+    >>> from dataclasses import replace
     >>> from hemostat_calibration.reasoning import Thinking
     >>> from hemostat_calibration.records import Candidates
     >>> ids, logs = np.array([[0, 1]] * 2, np.int32), np.log([[0.7, 0.3]] * 2)
@@ -100,27 +97,3 @@ def by_phase(record: TokenRecord) -> dict[str, Bools]:
 def _masks(first: int, tokens: int, edges: tuple[int, ...]) -> dict[str, Bools]:
     numbers, names = buckets(first, tokens, edges), bucket_labels(edges)
     return {names[n]: numbers == n for n in np.unique(numbers).tolist()}
-
-
-def select(figures: _T, at: Bools) -> _T:
-    """Returns the figures of the chosen tokens alone: the rows at `at` of every array, also in what is nested. Every
-    array has one row for each token. at: bool [T].
-
-    >>> from hemostat_calibration.divergence.per_token import divergence
-    >>> from hemostat_calibration.records import Candidates
-    >>> ids, logs = np.array([[0, 1]] * 2, np.int32), np.log([[0.7, 0.3], [0.5, 0.5]])
-    >>> other = np.log([[0.6, 0.4], [0.5, 0.5]])
-    >>> record = TokenRecord(
-    ...     2, b"", ids[:, 0], Candidates(ids, logs), other, Candidates(ids, other), logs[:, 0], other[:, 0]
-    ... )
-    >>> select(divergence(record), np.array([False, True])).kl_rc.tolist()
-    [0.0]
-    """
-    changes: dict[str, Any] = {}
-    for field in fields(figures):  # type: ignore[arg-type]
-        part = getattr(figures, field.name)
-        if isinstance(part, np.ndarray):
-            changes[field.name] = part[at]
-        elif is_dataclass(part) and not isinstance(part, type):
-            changes[field.name] = select(part, at)
-    return replace(figures, **changes)  # type: ignore[type-var]

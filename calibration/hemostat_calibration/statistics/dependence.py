@@ -73,7 +73,8 @@ MIN_BATCHES_OF_BETS = 8
 of a test of 16."""
 _QUANTILE = -0.8416212335729143
 """The 20 % quantile of the normal distribution."""
-_X, _N, _XX, _XN, _NN = range(5)
+_XX = 2
+"""The first of the sums of products."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,12 +109,14 @@ class BatchMeans:
         if np.shape(x) != self.sums.shape[2:]:
             raise InvalidArgumentError(f"x has shape {np.shape(x)}: it must be {self.sums.shape[2:]}")
         opened, sums = self.open.copy(), self.sums.copy()
-        batch = np.stack([x, np.broadcast_to(n, np.shape(x))])
+        batch = np.empty((2, sums.shape[2]))
+        batch[0], batch[1] = x, n
+        products = np.empty((3, sums.shape[2]))
         for level in range(LEVELS):
+            np.multiply(batch[0], batch, out=products[:2])
+            np.multiply(batch[1], batch[1], out=products[2])
             sums[level, :_XX] += batch
-            sums[level, _XX] += batch[0] * batch[0]
-            sums[level, _XN] += batch[0] * batch[1]
-            sums[level, _NN] += batch[1] * batch[1]
+            sums[level, _XX:] += products
             if not self.units >> level & 1:
                 opened[level] = batch
                 break
@@ -477,7 +480,7 @@ class KindDependence:
     @property
     def mean(self) -> float:
         """The mean of the figure; 0 before the first unit."""
-        return float(self.in_time.sums[0, _X, 0]) / max(self.units, 1)
+        return float(self.in_time.sums[0, 0, 0]) / max(self.units, 1)
 
     def update(self, client: bytes, x: float, now: float = 0.0) -> KindDependence:
         """Returns the state with one more unit: its client's digest and its figure, finite. now: its time, seconds."""

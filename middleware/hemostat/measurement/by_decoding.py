@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence, told_of_mean
-from hemostat.measurement.figures import StageFigures, finite
+from hemostat.measurement.figures import StageFigures, TokenSums, finite
 from hemostat_calibration.divergence.decoding import DECODING_LABELS, DecodedDivergence, decoding_label
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.records import TokenRecord
@@ -87,7 +87,9 @@ class ByDecoding:
         self._figures: dict[str, StageFigures] = {}
         self._drawn: dict[str, _Drawn] = {}
 
-    def update(self, name: str, figures: TokenDivergence, drawn: DecodedDivergence | None, client: bytes = b"") -> None:
+    def update(
+        self, name: str, figures: TokenDivergence | TokenSums, drawn: DecodedDivergence | None, client: bytes = b""
+    ) -> None:
         """Adds a request. drawn: None if the decoding is not known. client: the digest of whom the request is from."""
         self._figures.setdefault(name, StageFigures(cycle=self._cycle)).update(figures, client)
         if drawn is not None:

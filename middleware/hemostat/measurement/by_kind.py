@@ -16,7 +16,7 @@ import numpy as np
 
 from hemostat.ipc.messages import REST_KIND
 from hemostat.measurement.dependence import NO_CYCLE, Cycle, inflation_samples
-from hemostat.measurement.figures import StageFigures
+from hemostat.measurement.figures import RequestFigures, StageFigures
 from hemostat.measurement.gains import DistanceGains, GainFigures, difference
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -116,8 +116,8 @@ class ByKind:
     def update(
         self,
         record: TokenRecord,
-        raw: TokenDivergence | None,
-        served: TokenDivergence,
+        raw: RequestFigures | None,
+        served: RequestFigures,
         profile: CalibrationProfile | None,
         gain: Gain | None,
         weight: float = 1.0,
@@ -126,15 +126,15 @@ class ByKind:
         profile, gain: of the calibrated stage. weight: see `ScoredRecord.weight`."""
         kind = self._kinds[record.kind or REST_KIND]
         if raw is not None:
-            kind.raw.update(raw, record.client, weight)
+            kind.raw.update(raw.sums, record.client, weight)
         if record.arm in kind.served:
-            kind.served[record.arm].update(served, record.client)
+            kind.served[record.arm].update(served.sums, record.client)
         if raw is None or profile is None or gain is None:
             return
         figures = kind.gains.get(profile.version)
         if not isinstance(figures, GainFigures):
             figures = GainFigures(2.0 * profile.clamp_nats, cycle=self._cycle)
-        figures.update(gain, raw, record.client)
+        figures.update(gain, raw.tokens, record.client)
         kind.put(profile.version, figures)
 
     def update_distances(

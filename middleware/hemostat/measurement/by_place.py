@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from hemostat.measurement.dependence import NO_CYCLE, Cycle
-from hemostat.measurement.figures import StageFigures
+from hemostat.measurement.figures import RequestFigures, StageFigures
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.arrays import Bools
-from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.divergence.places import (
     CONTEXT_EDGES,
     PHASES,
@@ -26,7 +25,6 @@ from hemostat_calibration.divergence.places import (
     by_context,
     by_phase,
     by_position,
-    select,
 )
 from hemostat_calibration.records import TokenRecord
 
@@ -49,14 +47,13 @@ class _Group:
         self._totals: dict[str, tuple[int, float]] = dict.fromkeys(labels, (0, 0.0))
         """The number of tokens with a finite KL, and the sum of their KL, over all records."""
 
-    def update(self, record: TokenRecord, raw: TokenDivergence, *, fresh: bool) -> None:
+    def update(self, record: TokenRecord, raw: RequestFigures, *, fresh: bool) -> None:
         for label, at in self._divide(record).items():
-            part = raw if at.all() else select(raw, at)
-            finite = part.kl_rc[np.isfinite(part.kl_rc)]
+            finite = raw.tokens.kl_rc[at & np.isfinite(raw.tokens.kl_rc)]
             tokens, nats = self._totals[label]
             self._totals[label] = tokens + len(finite), nats + float(finite.sum())
             if fresh:
-                self._figures[label].update(part, record.client)
+                self._figures[label].update(raw.sums_at(at), record.client)
 
     def forget(self) -> None:
         """Begins the figures anew. Totals go on."""
@@ -82,7 +79,7 @@ class ByPlace:
             "phase": _Group(PHASES, by_phase, cycle),
         }
 
-    def update(self, record: TokenRecord, raw: TokenDivergence, *, fresh: bool) -> None:
+    def update(self, record: TokenRecord, raw: RequestFigures, *, fresh: bool) -> None:
         """Adds a record of the compressed model itself; a record under a grammar is left out. fresh: it is an
         observation of its own.
         """

@@ -13,7 +13,7 @@ import numpy as np
 
 from hemostat.measurement.by_kind import CONDITIONAL_METRICS, ByKind
 from hemostat.measurement.dependence import NO_CYCLE, Cycle
-from hemostat.measurement.figures import HEADLINE, StageFigures
+from hemostat.measurement.figures import HEADLINE, RequestFigures, StageFigures
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.divergence.gain import Gain, gain
@@ -56,16 +56,17 @@ class ConditionalFigures:
         gained = None
         if profile is not None and own and held_out:
             gained = gain(record, profile) if gain_of is None else gain_of(profile)
-        served_figures = figures if record.applied is None else after
+        raw = RequestFigures(figures)
+        served_figures = raw if record.applied is None or after is figures else RequestFigures(after)
         interval = figures.bounds.kl_rc
         exact = int((interval.lower == interval.upper).sum())
         self._tokens[str(record.arm), "exact"] += exact
         self._tokens[str(record.arm), "bounds"] += record.tokens - exact
-        self.by_kind.update_totals(record, served_figures)
+        self.by_kind.update_totals(record, served_figures.tokens)
         if fresh:
             if own:
-                self._raw.update(figures, record.client, weight)
-            self.by_kind.update(record, figures if own else None, served_figures, profile, gained, weight)
+                self._raw.update(raw.sums, record.client, weight)
+            self.by_kind.update(record, raw if own else None, served_figures, profile, gained, weight)
 
     def forget(self) -> None:
         """Begins the figures anew. Counts of tokens go on."""

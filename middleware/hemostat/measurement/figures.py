@@ -28,11 +28,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat.measurement.dependence import NO_CYCLE, Cycle, Dependence, told_of_mean
+from hemostat_calibration.arrays import Bools, Floats
 from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.confidence import ClippedMean, ConfidenceInterval, MeanSequence
-from hemostat_calibration.statistics.running_mean import RunningMean, enough
+from hemostat_calibration.statistics.mean_table import MeanTable, RunningMeanTable
+from hemostat_calibration.statistics.running_mean import enough
 
-Floats = npt.NDArray[np.float64]
 Kind = Literal["lower", "upper", "estimate", "exact"]
 
 COMPRESSED, REFERENCE = "compressed", "reference"
@@ -105,6 +107,84 @@ DRAFT_ACCEPTANCE_OF = {"total_variation", "total_variation_upper"}
 INFINITE = ("kl_nats", "reverse_kl_nats")
 """The figures that may be infinite at a token; such tokens are also counted."""
 
+_AT = {name: at for at, name in enumerate(FIGURES)}
+_LO = np.array([[figure.lo] for figure in FIGURES.values()])
+_CAP = np.array([[figure.cap] for figure in FIGURES.values()])
+_MAY_BE_BELOW = _LO[:, 0] < 0.0
+"""The figures whose values are clipped below, too. No value of the others is below their range but for rounding."""
+_LEAST = np.where(_LO < 0.0, -np.inf, _LO - 1e-9 * (_CAP - _LO))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenSums:
+    """Sums over tokens of one request, of all `FIGURES` in their order.
+
+    tokens: their number. exact: the lists hold the whole vocabulary. total: float64 [F], Σ of the clipped values.
+    count: float64 [F], the number of tokens that have a value. below, above: int [F], the tokens that were clipped
+    there. infinite: int [F], the tokens with an infinite value.
+    """
+
+    tokens: int
+    exact: bool
+    total: Floats
+    count: Floats
+    below: npt.NDArray[np.int64]
+    above: npt.NDArray[np.int64]
+    infinite: npt.NDArray[np.int64]
+
+
+class RequestFigures:
+    """One request's figures, with their sums, which are computed once for all groups that the request belongs to."""
+
+    __slots__ = ("_clipped", "_sums", "_values", "tokens")
+
+    def __init__(self, figures: TokenDivergence) -> None:
+        self.tokens = figures
+        """The figures by token."""
+        self._values: Floats | None = None
+        """All figures, [F, T]."""
+        self._clipped: Floats | None = None
+        """The same within their ranges, 0 where there is no value."""
+        self._sums: TokenSums | None = None
+
+    @property
+    def sums(self) -> TokenSums:
+        """The sums over all tokens. Raises InvalidArgumentError if a value is below its range, by more than rounding,
+        where none can be."""
+        if self._sums is None:
+            self._sums = self._sums_of(*self._arrays())
+        return self._sums
+
+    def sums_at(self, at: Bools) -> TokenSums:
+        """Returns the sums over the chosen tokens. at: bool [T]. Raises InvalidArgumentError as `sums`."""
+        if at.all():
+            return self.sums
+        values, clipped = self._arrays()
+        return self._sums_of(values[:, at], clipped[:, at])
+
+    def _arrays(self) -> tuple[Floats, Floats]:
+        if self._values is None or self._clipped is None:
+            values = np.empty((len(FIGURES), len(self.tokens.kl_rc)))
+            for at, figure in enumerate(FIGURES.values()):
+                values[at] = figure.values(self.tokens)
+            wrong = (values < _LEAST).any(axis=1)
+            if wrong.any():
+                raise InvalidArgumentError(f"a value of {list(FIGURES)[int(wrong.argmax())]} is below its range")
+            self._values = values
+            self._clipped = np.where(np.isnan(values), 0.0, np.minimum(np.maximum(values, _LO), _CAP))
+        return self._values, self._clipped
+
+    def _sums_of(self, values: Floats, clipped: Floats) -> TokenSums:
+        return TokenSums(
+            tokens=values.shape[1],
+            exact=self.tokens.bound == "exact",
+            total=clipped.sum(axis=1),
+            count=(values == values).sum(axis=1).astype(np.float64),  # noqa: PLR0124  NaN is not equal to itself
+            below=np.where(_MAY_BE_BELOW, (values < _LO).sum(axis=1), 0),
+            above=(values > _CAP).sum(axis=1),
+            infinite=np.isinf(values).sum(axis=1),
+        )
+
 
 def _ends(interval: ConfidenceInterval, *, known: bool) -> list[float | None]:
     """Returns the ends of an interval, JSON-ready; None each if the interval is not known."""
@@ -116,15 +196,21 @@ class StageFigures:
 
     def __init__(self, names: Collection[str] = tuple(FIGURES), cycle: Cycle = NO_CYCLE) -> None:
         self._figures = {name: FIGURES[name] for name in names}
-        self._means = {name: ClippedMean(figure.lo, figure.cap) for name, figure in self._figures.items()}
-        self._by_request = {
-            name: RunningMean(mean.lo, mean.cap) for name, mean in self._means.items() if name in HEADLINE
-        }
+        self._rows = {name: row for row, name in enumerate(self._figures)}
+        """The row of each figure in what is kept for all of them."""
+        self._at = np.array([_AT[name] for name in self._figures])
+        """The place of each row in `TokenSums`."""
+        self._means = MeanTable.of(len(self._at))
+        self._clipped: npt.NDArray[np.int64] = np.zeros(len(self._at), np.int64)
+        """The tokens below and above the range, times the weights of their requests, rounded for each request."""
+        by_request = [name for name in self._figures if name in HEADLINE]
+        self._by_request_rows = {name: row for row, name in enumerate(by_request)}
+        self._by_request_at = np.array([_AT[name] for name in by_request], np.int64)
+        self._by_request = RunningMeanTable.of(_LO[self._by_request_at, 0], _CAP[self._by_request_at, 0])
         self._dependence = Dependence(len(self._figures), cycle)
         self._inflations: dict[str, float] = dict.fromkeys(self._figures, math.inf)
         """The v̂ by figure after as many requests as `_inflations_of` says."""
         self._inflations_of = 0
-        self._below = dict.fromkeys(names, 0)
         self._infinite = {name: 0 for name in INFINITE if name in self._figures}
         self._exact = True
         self._cached: dict[str, Any] = {}
@@ -132,30 +218,32 @@ class StageFigures:
         self.requests = 0
         self.tokens = 0
 
-    def update(self, figures: TokenDivergence, client: bytes = b"", weight: float = 1.0) -> None:
-        """Adds one request. client: the digest of whom it is from. weight: the number of requests that it stands for in
-        means per token; it counts once in `by_request`."""
-        self.requests += 1
-        self.tokens += len(figures.kl_rc)
-        self._exact = self._exact and figures.bound == "exact"
-        x, n = np.zeros((2, len(self._figures)))
-        for at, (name, figure) in enumerate(self._figures.items()):
-            values = np.asarray(figure.values(figures), dtype=np.float64)
-            if figure.lo < 0.0:
-                self._below[name] += round(weight * int((values < figure.lo).sum()))
-                values = np.maximum(values, figure.lo)
-            self._means[name] = self._means[name].update(values, weight)
-            given = np.clip(values[~np.isnan(values)], figure.lo, figure.cap)
-            x[at], n[at] = weight * given.sum(), weight * len(given)
-            if name in self._by_request and len(given):
-                self._by_request[name] = self._by_request[name].update(float(given.mean()))
+    def update(self, figures: TokenDivergence | TokenSums, client: bytes = b"", weight: float = 1.0) -> None:
+        """Adds one request. figures: its figures, or their sums (`RequestFigures`). client: the digest of whom it is
+        from. weight: the number of requests that it stands for in means per token; it counts once in `by_request`."""
+        sums = figures if isinstance(figures, TokenSums) else RequestFigures(figures).sums
+        total, count, at = sums.total, sums.count, self._by_request_at
+        with np.errstate(invalid="ignore"):
+            means = total[at] / count[at]  # NaN where no token has a value
+        by_request = self._by_request.update(means)
+        x, n = weight * total[self._at], weight * count[self._at]
+        self._means, self._by_request = self._means.update(x, n), by_request
         self._dependence.update(x, n, client)
+        self._clipped += np.rint(weight * sums.below[self._at]).astype(np.int64)
+        self._clipped += np.rint(weight * sums.above[self._at]).astype(np.int64)
         for name in self._infinite:
-            self._infinite[name] += int(np.isinf(FIGURES[name].values(figures)).sum())
+            self._infinite[name] += int(sums.infinite[_AT[name]])
+        self.requests += 1
+        self.tokens += sums.tokens
+        self._exact = self._exact and sums.exact
+
+    def _mean(self, name: str) -> ClippedMean:
+        row = self._rows[name]
+        return ClippedMean(FIGURES[name].lo, FIGURES[name].cap, self.sequence(name), int(self._clipped[row]))
 
     def mean(self, name: str) -> float | None:
         """Returns one figure's mean; None if nothing was measured."""
-        return finite(self._means[name].get().mean)
+        return finite(self._mean(name).get().mean)
 
     def inflation(self, name: str) -> float:
         """Returns v̂ of one figure; infinite if it is not known."""
@@ -171,16 +259,16 @@ class StageFigures:
     def has_interval(self, name: str) -> bool:
         """Returns if v̂ of one figure is known, and enough effective requests carry its tokens."""
         v = self.inflation(name)
-        return math.isfinite(v) and not self._means[name].sequence.carried_by_few(v)
+        return math.isfinite(v) and not self.sequence(name).carried_by_few(v)
 
     def interval(self, name: str, alpha: float) -> ConfidenceInterval:
         """Returns one figure's mean with its asymptotic interval of 1 − alpha; its whole range unless
         `has_interval`."""
-        return self._means[name].get(alpha, self.inflation(name))
+        return self._mean(name).get(alpha, self.inflation(name))
 
     def sequence(self, name: str) -> MeanSequence:
         """Returns one figure's mean, for the difference from another group."""
-        return self._means[name].sequence
+        return self._means.row(self._rows[name])
 
     def figure(self, name: str) -> dict[str, Any]:
         """Returns one figure, JSON-ready: `estimate` (the mean), `ci95`, `inflation`, `effective_requests`, `bound`
@@ -188,18 +276,18 @@ class StageFigures:
         also have `ci95_seen` (as `ci95`, but for traffic like in the hours seen, if these are no whole cycle) and
         `by_request`: the mean of the requests' means with its `ci95_finite`.
         """
-        mean, seen, v = self._means[name], self._inflation_seen(name), self.inflation(name)
+        mean, seen, v = self._mean(name), self._inflation_seen(name), self.inflation(name)
         interval = mean.get(inflation=seen)  # v is the same, or not known
         few = math.isfinite(seen) and mean.sequence.carried_by_few(seen)
-        clipped = (mean.clipped + self._below[name]) / mean.tokens if mean.tokens else 0.0
+        clipped = mean.clipped / mean.tokens if mean.tokens else 0.0
         result: dict[str, Any] = {
             "estimate": finite(interval.mean),
             "ci95": _ends(interval, known=math.isfinite(v) and not few),
             **told_of_mean(mean.requests, v, carried_by_few=few),
         }
-        if name in self._by_request:
+        if name in self._by_request_rows:
             result["ci95_seen"] = _ends(interval, known=math.isfinite(seen) and not few)
-            by_request = self._by_request[name]
+            by_request = self._by_request.row(self._by_request_rows[name])
             result["by_request"] = {
                 "estimate": finite(by_request.mean),
                 "ci95_finite": ends_or_none(by_request.get(), by_request.lo, by_request.hi),

@@ -18,7 +18,7 @@ from hemostat.measurement.by_kind import ByKind
 from hemostat.measurement.by_place import ByPlace
 from hemostat.measurement.conditional import ConditionalFigures
 from hemostat.measurement.dependence import ALL, NO_CYCLE, Cycle, Dependence, inflation_samples
-from hemostat.measurement.figures import HEADLINE, MAX_TOKENS, MODELS, StageFigures
+from hemostat.measurement.figures import HEADLINE, MAX_TOKENS, MODELS, RequestFigures, StageFigures
 from hemostat.measurement.gains import DistanceGains, GainFigures, difference, interval
 from hemostat.measurement.survival import SurvivalFigures
 from hemostat.measurement.thinking import ThinkingFigures
@@ -195,6 +195,9 @@ class Measurements:
             gained = gain(record, profile) if gain_of is None else gain_of(profile)
         decoded = strategy(record)
         drawn = None if decoded == UNKNOWN else decoded_divergence(record, raw.bounds)
+        of_raw = RequestFigures(raw)
+        of_after = of_raw if after is raw else RequestFigures(after)
+        sums = of_raw.sums
         # All is computed before anything is added, so that a record counts in every figure or in none.
         arm, decoding = str(record.arm), "greedy" if record.sampling.greedy else "sampled"
         self.tokens += record.tokens
@@ -207,21 +210,21 @@ class Measurements:
         if not adapted:
             self._expose("calibrated", arm, decoding, after)
         # What the client was served: for a treated request, the calibrated distribution.
-        served_figures = raw if record.applied is None else after
-        self.by_kind.update_totals(record, served_figures)
-        self.by_place.update(record, raw, fresh=fresh)
+        served_figures = of_raw if record.applied is None else of_after
+        self.by_kind.update_totals(record, served_figures.tokens)
+        self.by_place.update(record, of_raw, fresh=fresh)
         if not fresh:
             return raw
-        self._raw.update(raw, record.client, weight)
+        self._raw.update(sums, record.client, weight)
         self.survival.update(record, raw)
-        self.by_decoding.update(decoded, raw, drawn, record.client)
-        self._where.setdefault((record.route, record.label), self._figures()).update(raw, record.client, weight)
-        self._served[arm].update(served_figures, record.client)
-        self.by_kind.update(record, raw, served_figures, profile, gained, weight)
+        self.by_decoding.update(decoded, sums, drawn, record.client)
+        self._where.setdefault((record.route, record.label), self._figures()).update(sums, record.client, weight)
+        self._served[arm].update(served_figures.sums, record.client)
+        self.by_kind.update(record, of_raw, served_figures, profile, gained, weight)
         if profile is not None:
             stage = self._after.pop(profile.version, None) or self._begin(profile)
-            stage.after.update(after, record.client)
-            stage.before.update(raw, record.client)
+            stage.after.update(of_after.sums, record.client)
+            stage.before.update(sums, record.client)
             stage.top1[decoding].update(raw, after, record.client)
             if gained is not None and isinstance(stage.gain, GainFigures):
                 stage.gain.update(gained, raw, record.client)
@@ -231,7 +234,7 @@ class Measurements:
     def update_part(self, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
         """Observes a record of the last tokens of an output: it counts by place alone, see `by_place`."""
         if record.adapter is None:
-            self.by_place.update(record, figures, fresh=fresh)
+            self.by_place.update(record, RequestFigures(figures), fresh=fresh)
 
     def _update_adapted(self, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
         """Observes a record of an adapter: what was served, and nothing of the compressed model itself."""
@@ -241,8 +244,9 @@ class Measurements:
         self._expose("calibrated", arm, decoding, figures)
         self.by_kind.update_totals(record, figures)
         if fresh:
-            self._served[arm].update(figures, record.client)
-            self.by_kind.update(record, None, figures, None, None)
+            served = RequestFigures(figures)
+            self._served[arm].update(served.sums, record.client)
+            self.by_kind.update(record, None, served, None, None)
 
     def update_distances(self, record: TokenRecord, profile: CalibrationProfile | None, *, fresh: bool) -> None:
         """Observes a held-out record whose exact distances are there. profile: what serves its kind, or would; only

@@ -1,7 +1,5 @@
 """What taking in tokens costs the contextual learner at the width of a large model, on one core, and what it holds.
 
-Each measurement runs in a process of its own, since numpy's threads are counted once: at its start.
-
     python -m tests.bench.recovery.update_cost --beside FOLDER --rounds 5
 
 compares it with the revision whose tree is in FOLDER, in alternating processes.
@@ -12,20 +10,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.bench import beside
+
 if TYPE_CHECKING:
     from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
     from hemostat_calibration.records import TokenRecord
 
-ROOT = Path(__file__).resolve().parents[3]
+MODULE = "tests.bench.recovery.update_cost"
 WIDTH, FEATURES, ANCHORS, VOCABULARY = 4096, 512, 4608, 8192
 """The anchors show all of the hidden state, as the learner asks; the vocabulary plays no part in taking in."""
 RECORD_TOKENS = 100
@@ -44,17 +41,9 @@ TIMES = {
 }
 
 
-def update_cost(tree: Path = ROOT) -> dict[str, Any]:
-    """Milliseconds per 100 tokens, amortized over batches of records, and the state's bytes after half and all.
-
-    tree: of the revision that is measured."""
-    one_core = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    path = os.pathsep.join(str(part) for part in (tree / "middleware", tree / "calibration", ROOT))
-    command = [sys.executable, "-m", "tests.bench.recovery.update_cost", "--child"]
-    environment = os.environ | one_core | {"PYTHONPATH": path}
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+def update_cost() -> dict[str, Any]:
+    """Milliseconds per 100 tokens, amortized over batches of records, and the state's bytes after half and all."""
+    return beside.measured(MODULE)
 
 
 def made_records(family: ContextualLearner) -> Iterator[TokenRecord]:
@@ -192,7 +181,7 @@ async def handed_over(family: ContextualLearner) -> dict[str, float]:
     return {"loop_ms": 1e5 * spent[0] / tokens, "control_ms": 1e5 * spent[1] / tokens}
 
 
-def measured() -> None:
+def told() -> None:
     import numpy as np
     import uvloop
 
@@ -207,27 +196,16 @@ def measured() -> None:
     print(json.dumps(said | in_batches(family) | in_the_process(family) | over))
 
 
-def compared(beside: Path, rounds: int) -> None:
-    """Prints the medians of both revisions, and the ratios with the range of the rounds."""
-    pairs = [(update_cost(beside), update_cost()) for _ in range(rounds)]
-    print(f"{'ms for 100 tokens':<62} {'before':>7} {'now':>7}  now/before [least, most]")
-    for key, text in TIMES.items():
-        before, now = (statistics.median(pair[n][key] for pair in pairs) for n in (0, 1))
-        ratios = sorted(pair[1][key] / pair[0][key] for pair in pairs)
-        middle = statistics.median(ratios)
-        print(f"{text:<62} {before:>7.2f} {now:>7.2f}  {middle:.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--beside", type=Path, help="the tree of another revision")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(beside.CHILD, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        measured()
+        told()
     elif options.beside is not None:
-        compared(options.beside, options.rounds)
+        beside.compared(MODULE, options.beside, options.rounds, TIMES, "ms for 100 tokens")
     else:
         print(json.dumps(update_cost(), indent=1))
 
