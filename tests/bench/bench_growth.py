@@ -53,6 +53,7 @@ def measured(make: Callable[[int], Callable[[], Any]], size: int, pipe: Any) -> 
         call()
         times.append(time.process_time() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    getattr(call, "close", lambda: None)()
     pipe.send((min(times), max(peak - before, 1)))
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,10 @@ from hemostat_calibration.adapters.gram import FullGram
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_engine.transform import HeldProfile, apply_to_rows
 from hemostat_lab.compression.error_compensation import GptqFactor, Grid, damped, gptq
+from hemostat_lab.models.checkpoint import Checkpoint
+from hemostat_lab.models.parts import Parts
+from hemostat_lab.models.skeleton import Skeleton
+from hemostat_lab.models.walk import LayerWalk
 
 Call = Callable[[], Any]
 RNG = np.random.default_rng(0)
@@ -28,7 +35,8 @@ SHAPES = {"1B": (2048, 8192, 32, 8), "8B": (4096, 14_336, 32, 8), "70B": (8192, 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """name: of what is measured. grows: the size that changes. sizes: its values, ascending. fixed: what stays."""
+    """name: of what is measured. grows: the size that changes. sizes: its values, ascending. make: makes what is called
+    for a size; if that has `close`, it is called at the end. fixed: what stays."""
 
     name: str
     grows: str
@@ -110,6 +118,58 @@ def parameters_of(name: str) -> int:
     return 2 * width * width + 2 * width * keys * (width // heads) + 3 * width * inner
 
 
+class _Walk:
+    """Texts forwards and backwards through a model of so many layers of 1B's shape, one of which is loaded at a time.
+
+    The checkpoint, of random weights in bfloat16, is on disk until `close`.
+    """
+
+    def __init__(self, layers: int) -> None:
+        from transformers import LlamaConfig
+
+        width, inner, heads, keys = SHAPES["1B"]
+        self._config = LlamaConfig(
+            vocab_size=1024, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=keys, tie_word_embeddings=True, dtype="bfloat16",
+        )  # fmt: skip
+        self._folder = tempfile.TemporaryDirectory()
+        self._write(Path(self._folder.name))
+
+    def _write(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+        from transformers import LlamaForCausalLM
+
+        torch.manual_seed(0)
+        self._config.save_pretrained(folder)
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(self._config).named_parameters()}
+        shards: dict[str, dict[str, torch.Size]] = {}
+        for name, shape in shapes.items():
+            shards.setdefault(".".join(name.split(".")[:3]), {})[name] = shape
+        files = {}
+        for number, (_, names) in enumerate(shards.items()):
+            # One layer at a time: this process's memory is measured.
+            tensors = {
+                name: (0.02 * torch.randn(shape)).to(torch.bfloat16) if len(shape) > 1 else torch.ones(shape).bfloat16()
+                for name, shape in names.items()
+            }
+            save_file(tensors, folder / f"{number}.safetensors", {"format": "pt"})
+            files |= dict.fromkeys(names, f"{number}.safetensors")
+        index = {"metadata": {}, "weight_map": files}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    def __call__(self) -> None:
+        checkpoint = Checkpoint(Path(self._folder.name), "GROWTH")
+        skeleton = Skeleton(checkpoint.config, torch.float32, torch.device("cpu"), "GROWTH")
+        texts = [RNG.integers(0, 1024, 128).astype(np.int32)]
+        walk = LayerWalk(skeleton, checkpoint.tensor, texts, Parts(None), seed=0)
+        walk.gradient(0)
+        assert skeleton.most_loaded == 1
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+
 def _gram(width: int, rows: int = 0) -> FullGram:
     return FullGram.init(width).update(RNG.standard_normal((rows or 2 * width, width)))
 
@@ -172,6 +232,7 @@ def parts(largest: int) -> list[Part]:
             "a decoder layer, forwards", "parameters", [parameters_of(name) for name in names],
             lambda p: _decoder_layer(next(n for n in names if parameters_of(n) == p), 16), "16 tokens: 1B, 8B, 70B",
         ),
+        Part("forwards and backwards, from disk", "layers", (1, 2, 4, 8, 16), _Walk, "of 1B, 128 tokens"),
         Part("a decoder layer, forwards", "tokens", (16, 64, 256), lambda n: _decoder_layer("1B", n), "of 1B"),
         Part(
             "statistics of a layer's inputs", "width", (1024, 2048, 4096, 8192), lambda d: _statistics(d, 128),
