@@ -91,9 +91,13 @@ class ByDecoding:
         self, name: str, figures: TokenDivergence | TokenSums, drawn: DecodedDivergence | None, client: bytes = b""
     ) -> None:
         """Adds a request. drawn: None if the decoding is not known. client: the digest of whom the request is from."""
-        self._figures.setdefault(name, StageFigures(cycle=self._cycle)).update(figures, client)
+        if name not in self._figures:
+            self._figures[name] = StageFigures(cycle=self._cycle)
+        self._figures[name].update(figures, client)
         if drawn is not None:
-            self._drawn.setdefault(name, _Drawn(self._cycle)).update(drawn, client)
+            if name not in self._drawn:
+                self._drawn[name] = _Drawn(self._cycle)
+            self._drawn[name].update(drawn, client)
 
     def report(self) -> list[dict[str, Any]]:
         """Returns the figures of the strategies with a request, in the order of `STRATEGIES`. JSON-ready."""

@@ -218,7 +218,9 @@ class Measurements:
         self._raw.update(sums, record.client, weight)
         self.survival.update(record, raw)
         self.by_decoding.update(decoded, sums, drawn, record.client)
-        self._where.setdefault((record.route, record.label), self._figures()).update(sums, record.client, weight)
+        if (at := (record.route, record.label)) not in self._where:
+            self._where[at] = self._figures()
+        self._where[at].update(sums, record.client, weight)
         self._served[arm].update(served_figures.sums, record.client)
         self.by_kind.update(record, of_raw, served_figures, profile, gained, weight)
         if profile is not None:
