@@ -8,6 +8,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 ARGS ?=
 
+# Some machines forbid byte code on disk. Then each process compiles all of its modules again: vLLM's server takes 13 s of
+# processor time to import in place of 6, and the demo starts several such processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-versions test-newest test-oldest passed lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-gate bench-coverage bench-faults bench-load bench-spool bench-canaries bench-compress bench-growth bench-demo bench-mutants bench-gpu chart dist docs site screenshot clean
 
@@ -31,13 +35,12 @@ lint: setup ## run ruff, mypy (strict), the import contracts and the check of th
 # One thread per process: with more threads than processors, the threads wait for each other in every small
 # matrix product (a test of five seconds took two minutes). Three processes on two processors: a third of the time of
 # tests that start processes is spent waiting for them.
-# Without byte code on disk, each of the some hundred processes that tests start would compile all of its modules again.
 test: lint ## lint, then all tests but the slow ones, also on a real vLLM; ARGS="...": options of pytest (-n 0: not in parallel)
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 3 --no-loadscope-reorder $(ARGS) || \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 3 --no-loadscope-reorder $(ARGS) || \
 		{ code=$$?; $(BIN)/python deploy/setup/passed.py; exit $$code; }
 
 test-slow: setup ## only the tests that take minutes each (a promotion on a real vLLM, ...); run them before a release
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 0 --slow $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 0 --slow $(ARGS)
 
 test-versions: setup ## the tests that use vLLM, with other versions of it (up to an hour each); writes build/versions.json
 	@exec $(BIN)/python deploy/setup/versions.py $(ARGS)
