@@ -26,6 +26,34 @@ def test_queue_is_bounded_in_bytes_and_gives_them_back() -> None:
     assert queue.offer(sized_capture(size=8))
 
 
+def test_captures_that_may_pass_come_every_second_time_and_only_if_they_are_ready() -> None:
+    queue = ShadowQueue(limit=10)
+    for n in range(8):
+        assert queue.offer(sized_capture(str(n)))
+    order = []
+    while capture := queue.take(lambda c: c.request_id != "4" or len(queue) == 1, lambda c: c.request_id in "4567"):
+        order.append(capture.request_id)
+    assert order == ["5", "0", "6", "1", "7", "2", "3", "4"]
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_no_capture_waits_for_more_than_twice_those_before_it(traffic: list[tuple[bool, bool]]) -> None:
+    """traffic: whether a capture may pass, and whether one is taken after it came."""
+    queue, before, taken = ShadowQueue(limit=100), dict[str, int](), list[str]()
+    came = dict[str, int]()
+    passing = {str(n) for n, (may_pass, _) in enumerate(traffic) if may_pass}
+    for n, (_, take) in enumerate(traffic):
+        before[str(n)], came[str(n)] = len(queue), len(taken)
+        assert queue.offer(sized_capture(str(n)))
+        if take and (capture := queue.take(may_pass=lambda c: c.request_id in passing)):
+            taken.append(capture.request_id)
+    while capture := queue.take(may_pass=lambda c: c.request_id in passing):
+        taken.append(capture.request_id)
+    assert sorted(taken) == sorted(before)
+    for at, name in enumerate(taken):
+        assert at - came[name] <= 2 * before[name] + 1
+
+
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=60))
 def test_budget_never_spends_more_than_rate_allows(requests: list[int]) -> None:
     budget = TokenBudget(rate=1000.0, burst=2000.0)

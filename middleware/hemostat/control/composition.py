@@ -59,6 +59,7 @@ from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.references import make_compressed_scorer, make_references
 from hemostat.scored_record import RecordConsumer
 from hemostat.scoring import prompt_templates
+from hemostat.scoring.awaited_evidence import AwaitedEvidence
 from hemostat.scoring.consumers import Calibration, NoiseFloorOffers, Texts, Traces
 from hemostat.scoring.distances import DistanceWaits
 from hemostat.scoring.engine_scores import EngineScorer
@@ -241,6 +242,7 @@ class Control:
             clock,
             spool=self.spool,
             decides=lambda: self.ownership.active,
+            is_awaited=AwaitedEvidence(self.profile_manager, self.templates.assign).is_awaited,
         )
         self.later = self._scoring_in_window(settings, stages)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from hemostat.config.schema import Adapter, Calibration, Evidence
-from hemostat.ipc.messages import REST_KIND
+from hemostat.ipc.messages import REST_KIND, rest_of
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.begun_tests import BegunTests
 from hemostat.profiles.candidates import Origin
@@ -187,6 +187,21 @@ class ProfileManager:
         return self.trials.distance_versions(
             record.kind if record.kind in self.serving.kinds else REST_KIND, record.unit
         )
+
+    @property
+    def is_testing(self) -> bool:
+        """It is True if a candidate is tested: see `awaits`."""
+        return bool(self.trials.tested)
+
+    def awaits(self, model: str, kind: str, unit: bytes) -> bool:
+        """Returns True if a candidate's test can count a request of this served model, kind and unit, so that its score
+        brings a decision nearer.
+        """
+        serving = self.serving
+        if not serving.active or (serving.names is not None and model not in serving.names):
+            return False
+        place = kind if kind in serving.kinds else rest_of(kind)
+        return held_out(unit, self._held_out_fraction) and self.trials.awaits(place, unit)
 
     def may_need_distances(self, unit: bytes) -> bool:
         """Returns True if a record of this unit may take distances: it is held out, and an adapter serves or is

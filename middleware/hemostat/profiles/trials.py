@@ -380,6 +380,10 @@ class Trials:
         # Identity is wanted in any case: what an adapter gains is shown against it.
         return (IDENTITY, *(version for version in needed if version != IDENTITY)) if needed else ()
 
+    def awaits(self, kind: str, unit: bytes) -> bool:
+        """Returns True if the test of a candidate can count a held-out unit of this kind. The call changes nothing."""
+        return any(not self.guard.has_counted(candidate.test, kind, unit) for candidate in self.tested)
+
     def promotes(self, candidate: Candidate, kind: str) -> bool:
         """Returns True if its test proves it in this kind. None does before its number is stored: a process that is
         killed meanwhile has not spent the test's alpha."""

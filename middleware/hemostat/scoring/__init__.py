@@ -4,6 +4,7 @@
     pipeline                from a capture to all users of the scored record
     limits                  back-pressure: queue, token budget, circuit breaker
     intake                  the captures that wait for the engine's answers, in the queue, or for the engine's tap
+    awaited_evidence        the captures that tests of candidates wait for, which are scored before others
     answer_losses           how many of the engine's answers get lost, and what is then asked instead
     scorer                  has captures scored by the stages, and counts how they end
     stages                  the stages of a capture on its way to a `TokenRecord`

@@ -141,6 +141,7 @@ class CaptureIntake:
     whose answers cannot be used, ends here.
 
     max_tokens: the limit for prompt and output, where only the engine's plugin reports them. clock: monotonic seconds.
+    may_pass: of a capture that may be taken before those that came earlier.
     """
 
     def __init__(
@@ -152,8 +153,10 @@ class CaptureIntake:
         *,
         max_tokens: int,
         clock: Callable[[], float],
+        may_pass: Callable[[Capture], bool] = lambda _: False,
     ) -> None:
         self._queue = queue
+        self._may_pass = may_pass
         self._taps = engines.taps
         self._awaited = AwaitedAnswers(engines.answers, queue.limit, MAX_TAP_SECONDS)
         self._endings = endings
@@ -174,8 +177,8 @@ class CaptureIntake:
         (self._answer_awaited if capture.from_tap else self._wake).set()
 
     async def take(self) -> Capture:
-        """Removes and returns the first capture whose tap is complete; waits until there is one."""
-        while (capture := self._queue.take(self._tap_is_complete)) is None:
+        """Removes and returns the next capture whose tap is complete (`ShadowQueue.take`); waits until there is one."""
+        while (capture := self._queue.take(self._tap_is_complete, self._may_pass)) is None:
             await self._wait_for_work()
         return capture
 

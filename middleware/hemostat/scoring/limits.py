@@ -29,13 +29,19 @@ _CHANGE: Final = 1.25
 
 
 class ShadowQueue:
-    """First in, first out, at most `limit` captures and `limit_bytes` bytes; a capture that does not fit is refused."""
+    """First in, first out, at most `limit` captures and `limit_bytes` bytes; a capture that does not fit is refused.
+
+    A capture may pass the ones before it (`take`), but no two in a row do: with c captures before it, each waits for at
+    most 2 c + 1 others.
+    """
 
     def __init__(self, limit: int, limit_bytes: int = MAX_QUEUED_BYTES) -> None:
         self._items: deque[Capture] = deque()
         self.limit = limit
         self._limit_bytes = limit_bytes
         self._bytes = 0
+        self._passed = False
+        """It is True if the last capture that was taken had passed others."""
 
     def __len__(self) -> int:
         return len(self._items)
@@ -49,14 +55,32 @@ class ShadowQueue:
         self._bytes += size
         return True
 
-    def take(self, is_ready: Callable[[Capture], bool] = lambda _: True) -> Capture | None:
-        """Removes and returns the first capture that is ready; returns None if none is."""
+    def take(
+        self,
+        is_ready: Callable[[Capture], bool] = lambda _: True,
+        may_pass: Callable[[Capture], bool] = lambda _: False,
+    ) -> Capture | None:
+        """Removes and returns the first capture that is ready; returns None if none is. Every second time, it is the
+        first of those that are ready and may pass others, if there is one.
+        """
+        first = None
         for n, capture in enumerate(self._items):
-            if is_ready(capture):
-                del self._items[n]
-                self._bytes -= _size(capture)
-                return capture
-        return None
+            if not is_ready(capture):
+                continue
+            if first is None:
+                first = n
+                if self._passed:
+                    break
+            if may_pass(capture):
+                return self._remove(n, passed=n > first)
+        return None if first is None else self._remove(first, passed=False)
+
+    def _remove(self, n: int, *, passed: bool) -> Capture:
+        capture = self._items[n]
+        del self._items[n]
+        self._bytes -= _size(capture)
+        self._passed = passed
+        return capture
 
     @property
     def fill(self) -> float:

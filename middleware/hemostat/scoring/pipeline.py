@@ -55,6 +55,7 @@ class ScoringPipeline:
     stages: None with `reference.backend: none`; then every capture is dropped that no spool takes. spool:
         `spool.path`; None without it. With another `spool.score` than now, captures only go there.
     users: gets every record that was scored. decides: False while what records say is to change nothing.
+    is_awaited: of a capture that a test waits for, and which is scored before others.
     clock: monotonic seconds.
     """
 
@@ -69,6 +70,7 @@ class ScoringPipeline:
         *,
         spool: CaptureSpool | None = None,
         decides: Callable[[], bool] = lambda: True,
+        is_awaited: Callable[[Capture], bool] = lambda _: False,
     ) -> None:
         shadow = settings.shadow
         self._monitor = monitor
@@ -90,7 +92,9 @@ class ScoringPipeline:
         self.scorer: Scorer | None = None
         if stages is not None or spool is not None:
             losses, most = self.answer_losses, shadow.max_tokens
-            intake = CaptureIntake(self.queue, engines, self.endings, losses, max_tokens=most, clock=clock)
+            intake = CaptureIntake(
+                self.queue, engines, self.endings, losses, max_tokens=most, clock=clock, may_pass=is_awaited
+            )
             emit, taken = self.update, self.sampling.taken
             at_once = stages if settings.spool.score == "now" else None
             self.scorer = Scorer(intake, at_once, self.endings, spool=spool, emit=emit, clock=clock, taken=taken)

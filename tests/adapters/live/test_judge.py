@@ -166,10 +166,9 @@ def pid() -> int | None:
 
 
 async def ready(adapter_judge: AdapterJudge) -> None:
-    """It is started by what is asked first, which is refused."""
     assert pid() is None
     assert adapter_judge.state == "idle"
-    assert not adapter_judge.offer(record_of(0), prompt_of(0), (IDENTITY,), lambda _: None)
+    adapter_judge.need()
     await until(lambda: adapter_judge.state == "ready")
 
 
@@ -296,7 +295,7 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
         ):
             offers += 1
         assert offers == judge_requests.MAX_WAITING
-        assert live_judge.dropped == {"not_ready": 1, "busy": 1}
+        assert live_judge.dropped == {"busy": 1}
         asking = asyncio.create_task(live_judge.logprobs(np.arange(4, dtype=np.int32), None))
         await asyncio.sleep(0.05)
         assert order == []
@@ -329,6 +328,33 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
         assert "did not answer" in live_judge.detail
         # The next one has to be shorter.
         assert live_judge.status()["max_tokens"] is not None
+
+
+@pytest.mark.usefixtures("fake")
+async def test_what_is_asked_first_starts_it_and_what_comes_while_it_starts_waits(
+    folders: CheckpointFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "BACKOFF", (60.0,))
+    async with judge(JudgeTarget(folders, V, 0), {}) as live_judge:
+        order: list[tuple[int, bool]] = []
+
+        def offer(n: int) -> bool:
+            done = lambda judged: order.append((n, bool(judged)))  # noqa: E731
+            return live_judge.offer(record_of(n), prompt_of(n), (IDENTITY,), done)
+
+        assert live_judge.state == "idle"
+        assert offer(0)
+        await until(lambda: live_judge.state == "starting")
+        assert offer(1)
+        await until(lambda: len(order) == 2)
+        assert order == [(0, True), (1, True)]
+        assert live_judge.judged == 2
+        running = pid()
+        assert running is not None
+        os.kill(running, signal.SIGKILL)
+        await until(lambda: live_judge.state == "down")
+        assert not offer(2), "it is started again after a minute"
+        assert live_judge.dropped == {"not_ready": 1}
 
 
 @pytest.mark.usefixtures("fake")
@@ -395,7 +421,7 @@ async def test_they_come_back_in_the_order_of_the_offers_and_one_that_fails_keep
         assert not live_judge.offer(record_of(9), prompt_of(9), (IDENTITY,), lambda _: None), "without hidden states"
         await until(lambda: len(order) == 6)
         assert order == [(0, 1), (1, 2), (2, 2), (3, 0), (4, 2), (5, 2)]
-        assert live_judge.dropped == {"not_ready": 1, "failed": 1, "no_hidden_states": 1}
+        assert live_judge.dropped == {"failed": 1, "no_hidden_states": 1}
         assert live_judge.judged == 5
         assert live_judge.status()["bytes"] > 1000
         # What the process holds is bounded, and sent again where it is needed again.

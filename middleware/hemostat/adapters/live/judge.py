@@ -57,11 +57,16 @@ class JudgeState(StrEnum):
     """The process has ended, and is started again after a pause."""
 
 
+ANSWERS_SOON = (JudgeState.IDLE, JudgeState.STARTING, JudgeState.READY)
+"""The states in which records wait for the judge. To load its copies takes half a minute or more, in which a test would
+lose as many conversations as often suffice for a proof."""
+
+
 class JudgeDropReason(StrEnum):
     """The reason why a record got no distances: a value of the label `outcome` of `hemostat_adapter_judged_total`."""
 
     NOT_READY = "not_ready"
-    """It is starting, or has ended."""
+    """It cannot start, or has ended."""
     BUSY = "busy"
     """The queue is full."""
     ENDED = "ended"
@@ -160,7 +165,7 @@ class AdapterJudge:
 
     def _refusal(self, record: TokenRecord, tokens: int) -> JudgeDropReason | None:
         self.need()
-        if self.state is not JudgeState.READY:
+        if self.state not in ANSWERS_SOON:
             return JudgeDropReason.NOT_READY
         if self.wants_hidden_states and record.reference_hidden is None:
             return JudgeDropReason.NO_HIDDEN_STATES
