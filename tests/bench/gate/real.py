@@ -1,0 +1,158 @@
+"""A row of the gate on real vLLM servers with SmolLM2-135M-Instruct (docs/results.md, "The gate").
+
+`python -m tests.bench.gate.real descent` makes the checkpoints that the row names, writes the prompts, starts both
+servers, runs `hemostat gate`, and prints its verdict with the mean of each question. All of it is in the folder `gate`
+of Hemostat's cache folder, with the evidence so far, so that the same command goes on after `--within` or a kill.
+
+The prompts are docstrings of Python's standard library, each with a question after it. Text that people wrote for
+different functions has little in common, so that the gate asks nearly all of them; it asks one of the variants of a
+template. The docstring comes first since the gate compares the beginnings of prompts. Another version of Python has
+other docstrings: the digest of the file is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import platform
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from hemostat.cli import main as hemostat
+from hemostat.gate.asked import Prompt
+from hemostat_lab.demo.checkpoints import cached_checkpoints
+from hemostat_lab.demo.vllm_server import VllmServer, dtype
+from hemostat_lab.models.checkpoint_folders import cache_folder
+
+PROMPTS, MAX_TOKENS = 800, 16
+CHARACTERS = 200, 500
+"""The least and the largest length of a docstring that is asked about."""
+QUESTIONS = {
+    "summary": "In one sentence, for whom is this useful?",
+    "example": "Write a short example that uses it.",
+    "mistake": "Name a mistake that people make with it.",
+}
+"""The question after the docstring, by the kind of the prompt."""
+_NO_LIBRARY = frozenset({"site-packages", "test", "tests", "idlelib", "lib2to3"})
+"""Folders in which no docstring of the library itself is."""
+READY_SECONDS = 900.0
+ARGUMENTS = ("--enforce-eager", "--max-model-len", "2048", "--dtype")
+
+CHECKPOINTS: Mapping[str, Sequence[str]] = {
+    "nearest": ("--scheme", "w4a16", "--calibrate", "none"),
+    "gptq": ("--scheme", "w4a16", "--calibrate", "gptq"),
+    "descent": ("--scheme", "w4a16", "--calibrate", "descent"),
+}
+"""The options with which `hemostat compress` makes each checkpoint from the original."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The two checkpoints, and what is expected. arguments: of vLLM, for the candidate. gate: of `hemostat gate`."""
+
+    stable: str
+    candidate: str
+    expect: str
+    arguments: tuple[str, ...] = ()
+    gate: tuple[str, ...] = ()
+
+
+ROWS = {
+    "descent": Row("nearest", "descent", "other"),
+    "nearest": Row("descent", "nearest", "other"),
+    "gptq": Row("nearest", "gptq", "other"),
+    "fp8-kv": Row("gptq", "gptq", "other", ("--kv-cache-dtype", "fp8")),
+    "fp8-kv-same": Row("gptq", "gptq", "same", ("--kv-cache-dtype", "fp8")),
+    "restarted": Row("gptq", "gptq", "same", ("--max-num-seqs", "4", "--block-size", "64")),
+}
+
+
+def docstrings() -> Iterator[str]:
+    """Yields the docstrings of all functions and classes of the standard library's modules."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.rglob("*.py")):
+        if _NO_LIBRARY.intersection(path.relative_to(library).parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                yield ast.get_docstring(node) or ""
+
+
+def prompts(texts: Iterable[str], count: int = PROMPTS) -> list[Prompt]:
+    """Returns prompts of all kinds by turns. Which texts they ask about follows from the texts' digests, whatever their
+    order is."""
+    least, most = CHARACTERS
+    fitting = {text for text in texts if least <= len(text) <= most}
+    chosen = sorted(fitting, key=lambda text: hashlib.sha256(text.encode()).digest())[:count]
+    kinds = list(QUESTIONS)
+    return [_prompt(text, kinds[number % len(kinds)]) for number, text in enumerate(chosen)]
+
+
+def _prompt(text: str, kind: str) -> Prompt:
+    line = {"messages": [{"role": "user", "content": f"{text}\n\n{QUESTIONS[kind]}"}], "kind": kind}
+    return msgspec.convert(line | {"max_tokens": MAX_TOKENS}, Prompt)
+
+
+def checkpoint(name: str, original: Path, folder: Path) -> Path:
+    """Returns the folder of the checkpoint, which is made if it is not there."""
+    made = folder / f"w4a16-{name}"
+    if not (made / "config.json").is_file():
+        hemostat(["compress", str(original), str(made), *CHECKPOINTS[name]])
+    return made
+
+
+@contextmanager
+def serving(name: str, model: Path, folder: Path, arguments: Sequence[str] = ()) -> Iterator[str]:
+    """Yields the URL of a vLLM server with the checkpoint."""
+    server = VllmServer(model, name, folder / f"vllm-{name}.log", [*ARGUMENTS, dtype(), *arguments])
+    try:
+        server.start()
+        server.wait_ready(READY_SECONDS, progress=print)
+        yield server.url
+    finally:
+        server.stop()
+
+
+def run(name: str, within: str) -> int:
+    """Returns the exit code of `hemostat gate`."""
+    row, folder = ROWS[name], cache_folder() / "gate"
+    folder.mkdir(parents=True, exist_ok=True)
+    original = cached_checkpoints(progress=print).reference
+    asked, result = folder / "prompts.jsonl", folder / f"{name}.json"
+    asked.write_bytes(msgspec.json.Encoder().encode_lines(prompts(docstrings())))
+    digest = hashlib.sha256(asked.read_bytes()).hexdigest()[:12]
+    print(f"{PROMPTS} prompts from Python {platform.python_version()}, digest {digest}")
+    reference = ("--reference", str(original)) if row.expect == "other" else ()
+    with ExitStack() as opened:
+        urls = [
+            opened.enter_context(serving(role, checkpoint(model, original, folder), folder, arguments))
+            for role, model, arguments in (("stable", row.stable, ()), ("candidate", row.candidate, row.arguments))
+        ]
+        where = ("--stable", urls[0], "--candidate", urls[1], "--expect", row.expect, *reference)
+        kept = ("--prompts", str(asked), "--state", str(folder / f"{name}.state"), "--json", str(result))
+        code = hemostat(["gate", *where, *kept, "--within", within, *row.gate])
+    print(json.dumps(json.loads(result.read_text()), indent=1))
+    return code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("row", choices=ROWS)
+    parser.add_argument("--within", default="1h", help="as of `hemostat gate`")
+    options = parser.parse_args()
+    return run(options.row, options.within)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
