@@ -178,7 +178,7 @@ def test_serving_profile_is_shown_with_its_gain_and_the_reason(scene: view.Scene
     assert "gain of the total variation 0.200 by request, 0.190 by token, of the KL 0.400 nats, on 9 held-out" in line
     assert "0.412" not in text, "what is compared is of the same requests"
     assert "of sampled requests" not in text, "there was none"
-    assert "recovered 24.1 % [20.0, 28.0] of KL, 0.123 [0.103, 0.143] nats" in view.status_line(scene)
+    assert "recovered of KL: 24.1 % [20.0, 28.0], 0.123 nats [0.103, 0.143]" in view.status_line(scene)
     report = view.report(scene)
     assert report["decisions"] == scene.decisions
     assert report["arms"]["treated_minus_control"]["kl_nats_estimate"]["estimate"] == -0.119
@@ -221,7 +221,7 @@ def test_status_line_has_the_figures(scene: view.Scene) -> None:
     for expected in (
         "sent 12, ok 11, failed 1",
         "scored 7 choices (1234 tokens)",
-        "KL 0.412 [0.390, 0.430] nats",
+        "KL 0.412 nats [0.390, 0.430]",
         "57.6 %",
     ):
         assert expected in line
@@ -281,12 +281,15 @@ def test_what_is_made_of_adapters_and_what_the_arms_received_are_one_line_each()
     difference = {"kl_nats_estimate": {"estimate": -0.45, "ci95": [-0.6, -0.3]}}
     arms = {"control": arm(0.6), "treated": arm(0.15), "treated_minus_control": difference}
     assert view.arms_line({"arms": arms}) == (
-        "what clients received: KL 0.600 [0.500, 0.700] nats (30 requests) in the control arm, 0.150 [0.050, 0.250] "
-        "nats (30 requests) in the treated one: 0.25 times it; treated minus control: -0.450 [-0.600, -0.300] nats"
+        "what clients received: KL 0.600 nats [0.500, 0.700] (30 requests) in the control arm, 0.150 nats [0.050, "
+        "0.250] (30 requests) in the treated one: 0.25 times it; treated minus control: -0.450 nats [-0.600, -0.300]"
     )
+    arms["treated_minus_control"] = {"kl_nats_estimate": {"estimate": -0.45, "ci95": [None, None]}}
+    assert view.arms_line({"arms": arms}).endswith("treated minus control: -0.450 nats, interval not known yet")
+    assert view.arms_line({"arms": arms | {"treated_minus_control": {}}}).endswith(f"control: {view.UNKNOWN}")
 
 
-def test_enough_requests_were_sent_60_after_the_first_promotion() -> None:
+def test_enough_requests_were_sent_60_after_the_first_promotion_or_when_the_arms_have_an_interval() -> None:
     scene = view.Scene("m", "", "", "", Traffic(sent=200, began_at=1000.0))
     proposal = {"decision": "propose", "at": 1100.0}
     scene.update_decisions([proposal])
@@ -300,6 +303,12 @@ def test_enough_requests_were_sent_60_after_the_first_promotion() -> None:
         "the first profile was promoted after 200 requests, 190 s after the first one"
     )
     scene.traffic.sent = 260
+    assert not scene.finished, "the difference of the arms has no interval yet"
+    scene.status = {"arms": {"treated_minus_control": {"kl_nats_estimate": {"ci95": [-0.6, -0.3]}}}}
+    assert scene.finished
+    scene.traffic.sent = 259
+    assert not scene.finished
+    scene.traffic.sent, scene.status = 440, {}
     assert scene.finished
 
 
@@ -323,7 +332,7 @@ def test_a_reason_that_the_status_gives_is_shown(scene: view.Scene) -> None:
     assert view.interval({"estimate": 0.41234, "cap": 20.0, **few}) == f"0.412 {CARRIED_BY_FEW}"
     assert view.share({"estimate": 0.722, **few}) == f"72.2 % {CARRIED_BY_FEW}"
     scene.status = {**scene.status, "recovered": {"ratio": 0.722, "gain_nats": {"estimate": 0.1, **few}, **few}}
-    assert f"recovered 72.2 % {CARRIED_BY_FEW} of KL, 0.100 {CARRIED_BY_FEW} nats" in view.status_line(scene)
+    assert f"recovered of KL: 72.2 % {CARRIED_BY_FEW}, 0.100 nats, {CARRIED_BY_FEW}" in view.status_line(scene)
 
 
 def test_a_share_without_an_interval_says_so() -> None:

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--requests",
         type=positive_integer,
         metavar="N",
-        help="End after N requests (default: 60 requests after a promotion).",
+        help="End after N requests (default: 60 to 240 requests after a promotion, when the figures have intervals).",
     )
     parser.add_argument(
         "--prompts",

@@ -171,7 +171,7 @@ def _next_steps(scene: view.Scene, checkpoints: Checkpoints) -> Iterator[str]:
     else:
         yield (
             "Nothing is proven yet: let the demo run longer (leave out --requests). It ends "
-            f"{view.REQUESTS_AFTER_PROMOTION} requests after a promotion."
+            f"{view.REQUESTS_AFTER_PROMOTION} to {view.MOST_AFTER_PROMOTION} requests after a promotion."
         )
     if worst := _worst_kind(status):
         yield worst

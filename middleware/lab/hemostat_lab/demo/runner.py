@@ -200,8 +200,9 @@ class _Demo:
     def _plan(self) -> list[str]:
         """Returns what the demo does, and how it differs from production, in lines."""
         requests = self._options.requests
-        after = view.REQUESTS_AFTER_PROMOTION
-        end = f"after {requests} requests" if requests else f"{after} requests after a promotion"
+        least, most = view.REQUESTS_AFTER_PROMOTION, view.MOST_AFTER_PROMOTION
+        after = f"{least} to {most} requests after a promotion, when the difference of the arms has an interval"
+        end = f"after {requests} requests" if requests else after
         return [
             "every request is scored by the reference; an adapter is made of 30 % of the prompts and tested on the "
             f"others; the demo ends {end}, or at Ctrl-C",

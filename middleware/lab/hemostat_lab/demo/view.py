@@ -22,7 +22,10 @@ UNKNOWN_INTERVAL = "interval not known yet"
 DECISION_WORDS = {"drop": "end the tests of", "roll_back": "roll back"}
 """Of decisions whose names do not say to a reader what happens."""
 REQUESTS_AFTER_PROMOTION = 60
-"""The demo sends so many more requests after a promotion, and ends, unless `--requests` says when."""
+"""The demo sends at least so many more requests after a promotion, unless `--requests` says when it ends. Then it ends
+as soon as the difference of the arms has an interval."""
+MOST_AFTER_PROMOTION = 240
+"""The demo ends after so many more requests also if the difference has no interval yet."""
 MAX_DECISIONS_SHOWN = 3
 MAX_KINDS_SHOWN = 6
 """In the live view, the most frequent ones; the last lines have all."""
@@ -62,8 +65,12 @@ class Scene:
     @property
     def finished(self) -> bool:
         """It is True if enough requests were sent since the promotion to compare the arms."""
-        first = self.first_promotion
-        return first is not None and self.traffic.sent >= first.requests + REQUESTS_AFTER_PROMOTION
+        if self.first_promotion is None:
+            return False
+        since = self.traffic.sent - self.first_promotion.requests
+        low, high = (_difference(self.status) or {}).get("ci95", (None, None))
+        least = REQUESTS_AFTER_PROMOTION if None not in (low, high) else MOST_AFTER_PROMOTION
+        return since >= least
 
 
 def report(scene: Scene) -> dict[str, Any]:
@@ -100,6 +107,12 @@ def interval(figure: Mapping[str, Any] | None) -> str:
     if high is not None and high >= figure.get("cap", math.inf):
         low = high = None  # all that the figure can be, as after very few requests
     return f"{number(figure['estimate'])} {_ends(low, high, number, figure.get('no_interval'))}"
+
+
+def in_nats(figure: Mapping[str, Any] | None) -> str:
+    """The estimate in nats and its interval, such as `0.412 nats [0.397, 0.428]`."""
+    estimate, _, ends = interval(figure).partition(" ")
+    return f"{estimate} nats {ends}" if ends.startswith("[") else f"{estimate} nats, {ends}" if ends else estimate
 
 
 def _ends(low: float | None, high: float | None, show: Callable[[float], str], why: str | None = None) -> str:
@@ -145,7 +158,7 @@ def status_line(scene: Scene) -> str:
         f"sent {scene.traffic.sent}, ok {scene.traffic.ok}, failed {scene.traffic.failed}; "
         f"shadowed {requests.get('shadowed', 0)}, scored {requests.get('scored', 0)} choices "
         f"({scene.status.get('tokens_scored', 0)} tokens); "
-        f"KL {interval(raw.get('kl_nats'))} nats, calibrated {interval(calibrated.get('kl_nats'))}; "
+        f"KL {in_nats(raw.get('kl_nats'))}, calibrated {in_nats(calibrated.get('kl_nats'))}; "
         f"total variation {number(raw.get('total_variation'))}; same top-1 {percent(raw.get('top1_agreement'))}; "
         f"{_served(profile)}{_recovered(scene.status)}"
     )
@@ -202,15 +215,20 @@ def arms_line(status: Mapping[str, Any]) -> str:
     kl = {name: figure["estimate"] for name, figure in figures.items()}
     if not kl["control"] or kl["treated"] is None:
         return ""
-    control, treated = (
-        f"{interval(figure)} nats ({arms[name]['requests']:,} requests)" for name, figure in figures.items()
-    )
+    control, treated = (f"{in_nats(figure)} ({arms[name]['requests']:,} requests)" for name, figure in figures.items())
     times = kl["treated"] / kl["control"]
-    difference = interval(arms.get("treated_minus_control", {}).get("kl_nats_estimate"))
     return (
         f"what clients received: KL {control} in the control arm, {treated} in the treated one: {times:.2f} times it; "
-        f"treated minus control: {difference} nats"
+        f"treated minus control: {in_nats(_difference(status))}"
     )
+
+
+def _difference(status: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Returns the difference of the arms in KL; None if it is not known."""
+    figure: Mapping[str, Any] | None = (
+        (status.get("arms") or {}).get("treated_minus_control", {}).get("kl_nats_estimate")
+    )
+    return figure
 
 
 def promotion_line(scene: Scene) -> str:
@@ -240,7 +258,7 @@ def _recovered(status: Mapping[str, Any]) -> str:
     if recovered.get("ratio") is None:
         return ""
     ratio = {**recovered, "estimate": recovered["ratio"]}
-    return f"; recovered {share(ratio)} of KL, {interval(recovered['gain_nats'])} nats"
+    return f"; recovered of KL: {share(ratio)}, {in_nats(recovered['gain_nats'])}"
 
 
 def render(scene: Scene) -> RenderableType:
