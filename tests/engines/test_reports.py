@@ -437,17 +437,34 @@ def test_an_older_plugins_runs_belong_to_the_one_choice() -> None:
     assert taken.log_normalizer[A].tolist() == [1.0, 2.0]
 
 
-def test_choices_that_are_not_taken_expire_and_their_features_are_freed() -> None:
+def test_choices_that_are_not_taken_expire_and_their_features_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taps_module, "MAX_WAITING_FEATURE_BYTES", 24)
     registry = PluginReports()
     features = np.zeros((2, 3), "<f2").tobytes()
-    runs = [msgspec.structs.replace(child_run(child, [child, 5]), anchors=D, features=features) for child in range(2)]
-    registry.taps.update(TapMessage("boot", runs), 0.0)
-    assert registry.taps._feature_bytes == 24
-    assert registry.taps.take("n", 99, ids(1, 5)) is not None
-    assert registry.taps._feature_bytes == 12
+    assert len(features) == 12
+
+    def update(*children: int, nonce: str = "n") -> None:
+        runs = [
+            msgspec.structs.replace(child_run(child, [child, 5]), nonce=nonce, anchors=D, features=features)
+            for child in children
+        ]
+        registry.taps.update(TapMessage("boot", runs), 0.0)
+
+    def with_features(child: int, nonce: str = "n") -> bool:
+        taken = registry.taps.take(nonce, 99, ids(child, 5))
+        assert taken is not None
+        return taken.features is not None
+
+    update(0, 1, 2)
+    assert not with_features(2), "there is room for two"
+    assert with_features(1)
+    update(3, 4)
+    assert not with_features(4), "one was taken, and the next one has its room"
     registry.taps.expire(1000.0)
-    assert (registry.taps._feature_bytes, registry.taps.runs_dropped) == (0, 0)
-    assert registry.taps.covered("n", ids(0, 5)) == 0
+    assert registry.taps.covered("n", ids(0, 5)) == registry.taps.runs_dropped == 0
+    update(0, 1, nonce="m")
+    assert with_features(0, "m")
+    assert with_features(1, "m"), "all of the room is free again"
 
 
 def answer(nonce: str = "n", choice: int = 0, choices: int = 1, tokens: int = 2, call: int = 0) -> TapAnswer:
@@ -468,7 +485,6 @@ def test_answers_wait_until_they_are_taken_and_are_bounded(monkeypatch: pytest.M
     assert buffer.complete("n", 2)
     assert [taken.choice for taken in buffer.take("n")] == [0, 1]
     assert buffer.take("n") == []
-    assert buffer._bytes == 0
     buffer.update(AnswerMessage("boot", [answer("old")], 4), 0.0)
     buffer.update(AnswerMessage("other", [answer("young")], 1), 100.0)
     buffer.expire(121.0)
@@ -476,7 +492,7 @@ def test_answers_wait_until_they_are_taken_and_are_bounded(monkeypatch: pytest.M
     monkeypatch.setattr(answers_module, "MAX_WAITING_REQUESTS", 3)
     buffer.update(AnswerMessage("boot", [answer(f"n{i}") for i in range(5)], 4), 121.0)
     assert [buffer.complete(f"n{i}", 1) for i in range(5)] == [False, False, True, True, True]
-    monkeypatch.setattr(answers_module, "MAX_WAITING_BYTES", buffer._bytes)
+    monkeypatch.setattr(answers_module, "MAX_WAITING_BYTES", sum(answer(f"n{i}").size for i in (2, 3, 4)))
     buffer.update(AnswerMessage("boot", [answer("more")], 4), 121.0)
     # The one that has waited longest makes room.
     assert [buffer.complete(name, 1) for name in ("n2", "n3", "n4", "more")] == [False, True, True, True]
@@ -484,25 +500,32 @@ def test_answers_wait_until_they_are_taken_and_are_bounded(monkeypatch: pytest.M
     assert counts == {"received": 10, "dropped": 5, "dropped_at_engine": 5}
     for name in ("n3", "n4", "more"):
         buffer.take(name)
-    assert buffer._bytes == 0
+    # Nothing that was taken, has expired or was dropped takes room any more.
+    buffer.update(AnswerMessage("boot", [answer(f"m{i}") for i in range(3)], 4), 121.0)
+    assert [buffer.complete(f"m{i}", 1) for i in range(3)] == [True, True, True]
 
 
 def test_a_nonce_that_a_client_uses_for_all_its_requests_takes_bounded_room_and_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(answers_module, "MAX_ANSWERS_PER_REQUEST", 2)
+    room = answer().size + answer(tokens=3).size
+    monkeypatch.setattr(answers_module, "MAX_WAITING_BYTES", 2 * room)
     buffer = AnswerBuffer()
     for second in (0, 50, 100, 119):
         buffer.update(AnswerMessage("boot", [answer(call=second)], 0), float(second))
         buffer.update(AnswerMessage("boot", [answer(call=0, tokens=3)], 0), float(second))
-    assert buffer._bytes == answer().size + answer(tokens=3).size
     assert buffer.complete("n", 2)
     assert not buffer.complete("n", 3)
     buffer.expire(170.0)
     assert buffer.complete("n", 2)
     # 120 s after the last answer that was kept and not only replaced.
     buffer.expire(170.1)
-    assert (buffer._bytes, buffer.take("n"), buffer.dropped) == (0, [], 4)
+    assert (buffer.take("n"), buffer.dropped) == ([], 4)
+    for name in ("x", "y"):
+        buffer.update(AnswerMessage("boot", [answer(name), answer(name, call=1, tokens=3)], 0), 170.1)
+    assert buffer.complete("x", 2)
+    assert buffer.complete("y", 2), "the first one's answers take no room any more"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -230,20 +231,22 @@ async def test_a_standby_refuses_until_it_is_active(caplog: pytest.LogCaptureFix
     assert warnings == ["relay 0: no control process"]
 
 
-async def test_a_relay_says_once_why_it_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_relay_says_once_why_it_is_refused(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = 0
+    connect = relay_end.connect
+
+    async def counted(*given: Any) -> None:
+        nonlocal tries
+        tries += 1
+        await connect(*given)
+
+    monkeypatch.setattr(relay_end, "connect", counted)
     async with end() as listening:
-        tries = 0
-        refuse = listening.listener._greeted
-
-        def counted(body: bytes, *, local: bool) -> Hello | Refused:
-            nonlocal tries
-            tries += 1
-            return refuse(body, local=local)
-
-        listening.listener._greeted = counted  # type: ignore[method-assign]
         relay = Relay(replace(listening.addresses(None), token="old"))
         async with relay.running():
-            await until(lambda: tries >= 3)
+            await until(lambda: tries >= 4)  # it begins after three refusals
     lines = [record.message for record in caplog.records if record.name == "hemostat.relay"]
     at = f"127.0.0.1:{listening.port}"
     why = "wrong token; control.token has to be the same on both sides"
@@ -294,16 +297,18 @@ async def test_a_control_process_that_is_silent_is_left(monkeypatch: pytest.Monk
     monkeypatch.setattr(relay_end, "SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(relay_end, "STATS_SECONDS", 0.05)
     async with end() as listening:
-        hold = asyncio.Event()
+        hold, stopped_in_use = asyncio.Event(), asyncio.Event()
 
         async def stopped(_: Hello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             writer.write(encode(Alive()))
+            await read_frame(reader)  # a relay sends its figures once it uses the connection
+            stopped_in_use.set()
             await hold.wait()
 
         listening.listener.admit = stopped
         relay = Relay(listening.addresses(None))
         async with relay.running():
-            await until(lambda: relay.link._transport is not None)
+            await asyncio.wait_for(stopped_in_use.wait(), HANG_SECONDS)
             listening.listener.admit = listening.link.serve
             await until(lambda: relay.policies == [policy()])
         hold.set()
@@ -384,9 +389,13 @@ class Clock:
 
 
 @asynccontextmanager
-async def with_policy(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[End, Relay, Clock]]:
-    """A relay that looks at its clock all the time and has the first policy of its control process."""
-    monkeypatch.setattr(relay_end, "STATS_SECONDS", 0.01)
+async def with_policy(
+    monkeypatch: pytest.MonkeyPatch, looks_every: float = 0.01
+) -> AsyncIterator[tuple[End, Relay, Clock]]:
+    """A relay that looks at its clock so often and has the first policy of its control process, which says all the time
+    that it is there."""
+    monkeypatch.setattr(relay_end, "STATS_SECONDS", looks_every)
+    monkeypatch.setattr(control_end, "ALIVE_SECONDS", 0.01)
     clock = Clock()
     async with end() as listening:
         relay = Relay(listening.addresses(None), clock)
@@ -398,7 +407,7 @@ async def with_policy(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[En
 async def test_a_relay_without_a_control_process_drops_its_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     async with with_policy(monkeypatch) as (listening, relay, clock):
         await listening.listener.close()
-        await until(lambda: relay.link._transport is None)
+        await until(lambda: not relay.link.emit(sized_capture()))  # it has noticed
         clock.now += POLICY_SECONDS
         await until(lambda: relay.policies == [policy(), None])
 
@@ -407,25 +416,26 @@ async def test_a_new_control_process_that_has_no_policy_yet_does_not_revive_an_e
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with with_policy(monkeypatch) as (listening, relay, clock):
-        listening.link._policy = None  # as of a new control process: who connects is told Alive
+        new = RelayLink()  # who connects is told Alive, and every ALIVE_SECONDS again
+        listening.listener.dismiss()
+        await until(lambda: listening.link.relays == 0)
         clock.now += 7200.0
-        await until(lambda: relay.policies == [policy(), None] and relay.link._transport is None)
-        await until(lambda: relay.link._transport is not None)
-        await until(lambda: listening.link.relays == 1)
-        clock.now += 1.0
-        for writer in tuple(listening.link._writers):
-            writer.write(encode(Alive()))
-        await until(lambda: relay.link._policy.heard_at == clock.now)
-        assert relay.policies == [policy(), None]
-        listening.link.set_policy(policy(generation=2))
-        await until(lambda: relay.policies == [policy(), None, policy(generation=2)])
+        await until(lambda: relay.policies == [policy(), None])
+        listening.listener.admit = new.serve
+        async with looping(new.run()):
+            await until(lambda: new.reporting == 1)
+            clock.now += 1.0
+            await asyncio.sleep(0.05)
+            new.set_policy(policy(generation=2))  # it is read after each Alive before it
+            await until(lambda: relay.policies[2:])
+        assert relay.policies == [policy(), None, policy(generation=2)]
 
 
 async def test_a_relay_whose_policy_expired_asks_for_one_on_a_new_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with with_policy(monkeypatch) as (_, relay, clock):
-        clock.now += 7200.0
-        relay.link._policy.heard()  # Alive arrives before the relay looks at its clock
+    async with with_policy(monkeypatch, looks_every=0.5) as (listening, relay, clock):
+        clock.now += 7200.0  # Alive arrives before the relay looks at its clock
         await until(lambda: relay.policies == [policy(), None, policy()])
+        await until(lambda: listening.link.relays == 1)
 
 
 # --- peers without the token ------------------------------------------------------------------------------------------
@@ -450,19 +460,22 @@ async def test_slow_peers_are_left(monkeypatch: pytest.MonkeyPatch, made: Certif
             assert await said(listening.port, b"\0\0") == []
 
 
-async def test_many_peers_without_a_hello_do_not_keep_a_relay_out(made: Certificate) -> None:
+async def test_many_peers_without_a_hello_do_not_keep_a_relay_out(
+    made: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a limit each of them would hold the buffers of a TLS connection for five seconds."""
+    monkeypatch.setattr(relay_listener, "HANDSHAKE_SECONDS", 10 * HANG_SECONDS)  # none is closed for its time
     async with end(made) as listening:
         idle = [await asyncio.open_connection("127.0.0.1", listening.port) for _ in range(2 * MAX_HANDSHAKES)]
-        await until(lambda: listening.listener._handshakes)
+
+        def closed() -> int:
+            return sum(reader.at_eof() or reader.exception() is not None for reader, _ in idle)
+
+        await until(lambda: closed() >= MAX_HANDSHAKES)
         relay = Relay(listening.addresses(made))
         async with relay.running():
             await until(lambda: relay.policies == [policy()])
-        assert len(listening.listener._handshakes) <= MAX_HANDSHAKES
-        await until(lambda: len(listening.listener._connections) <= MAX_HANDSHAKES + 1)  # the listener's own, too
-        await until(
-            lambda: sum(reader.at_eof() or reader.exception() is not None for reader, _ in idle) >= MAX_HANDSHAKES
-        )
+        await until(lambda: closed() == MAX_HANDSHAKES + 1)  # the oldest one for the relay
         for _, writer in idle:
             writer.close()
 

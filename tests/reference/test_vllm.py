@@ -10,7 +10,6 @@ from pydantic import SecretStr
 from tests.support.fake_vllm import FakeVllm, running
 
 from hemostat.config.models import Upstream
-from hemostat.reference import server as server_module
 from hemostat.reference import vllm as vllm_module
 from hemostat.reference.hidden.pooling import find_offer
 from hemostat.reference.match import compare, same_weights
@@ -78,7 +77,8 @@ async def test_failures_have_names(change: dict[str, Any], reason: str, monkeypa
     async with running(FakeVllm(api_key="k")) as fake:
         reference = VllmReference(fake.url, SecretStr("k"), top_k=5)
         await reference.start()
-        reference._server._client.timeout = server_module.httpx.Timeout(0.5)
+        impatient = VllmServer(fake.url, SecretStr("k"), timeout=0.5)
+        reference.set_server(impatient)
         for name, value in change.items():
             setattr(fake, name, value)
         prompt, output, ids = request_of(0, fake, 2, 3, 2)
@@ -86,6 +86,7 @@ async def test_failures_have_names(change: dict[str, Any], reason: str, monkeypa
             await reference.score(ScoreRequest(prompt, output, ids))
         assert failure.value.reason == reason
         assert "\n" not in str(failure.value)
+        await impatient.close()
         await reference.close()
 
 

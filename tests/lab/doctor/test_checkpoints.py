@@ -44,6 +44,11 @@ def jobs(tiny: TinyPair, pair: module.CheckpointPair) -> list[Job]:
     return encode(pair, load(tiny.prompts, None), tiny.options())
 
 
+def outputs(pair: module.CheckpointPair, jobs: list[Job], seed: int) -> list[Any]:
+    """The texts of these jobs alone, without their figures."""
+    return module.scored_ids(pair.compressed_model, jobs, [seed], False, pair.end_ids())
+
+
 @pytest.mark.parametrize("piece", [1 << 26, 3 * 320])
 def test_every_figure_at_full_vocabulary(
     tiny: TinyPair, pair: module.CheckpointPair, jobs: list[Job], piece: int, monkeypatch: pytest.MonkeyPatch
@@ -90,7 +95,7 @@ def test_sampled_text_follows_the_model(tiny: TinyPair, pair: module.CheckpointP
     written: list[int] = []
     for begin in range(0, draws, 500):
         batch = [Job(begin + n, prompt, None, 1) for n in range(500)]
-        written += [int(text[0]) for text in pair._outputs(batch, 5, False)]
+        written += [int(text[0]) for text in outputs(pair, batch, 5)]
     probability = np.exp(logprobs(tiny.compressed, prompt.tolist(), [0])[0])
     likely = probability * draws >= 8
     counts = np.bincount(written, minlength=len(probability))
@@ -105,17 +110,17 @@ def test_sampled_text_follows_the_model(tiny: TinyPair, pair: module.CheckpointP
 
 def test_generated_text_does_not_depend_on_other_prompts(pair: module.CheckpointPair, jobs: list[Job]) -> None:
     own = [job for job in jobs if job.output is None]
-    in_one_batch = pair._outputs(own, 3, False)
-    alone = [pair._outputs([job], 3, False)[0] for job in own]
+    in_one_batch = outputs(pair, own, 3)
+    alone = [outputs(pair, [job], 3)[0] for job in own]
     assert [text.tolist() for text in in_one_batch] == [text.tolist() for text in alone]
-    assert [text.tolist() for text in pair._outputs(own, 4, False)] != [text.tolist() for text in in_one_batch]
+    assert [text.tolist() for text in outputs(pair, own, 4)] != [text.tolist() for text in in_one_batch]
 
 
 def test_generation_stops_at_an_end_token(pair: module.CheckpointPair, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = np.array(pair.tokenize_completion("Hello"), np.int32)
-    (long,) = pair._outputs([Job(0, prompt, None, 8)], 0, False)
+    (long,) = outputs(pair, [Job(0, prompt, None, 8)], 0)
     monkeypatch.setattr(pair, "end_ids", lambda: frozenset({int(long[2])}))
-    (short,) = pair._outputs([Job(0, prompt, None, 8)], 0, False)
+    (short,) = outputs(pair, [Job(0, prompt, None, 8)], 0)
     end = long.tolist().index(int(long[2])) + 1
     assert short.tolist() == long[:end].tolist()
 

@@ -23,6 +23,7 @@ from hemostat.reference.hidden import reference as hidden_reference
 from hemostat.reference.hidden.probe import TEXT
 from hemostat.reference.on_server import ServerReference
 from hemostat.reference.protocol import FailureReason, Offer, ReferenceFailure, ScoreRequest
+from hemostat.reference.server import VllmServer
 from hemostat_calibration.allowed_sets import AllowedSets
 
 MIB = 1 << 20
@@ -46,13 +47,27 @@ def without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Temp
 
 
 @asynccontextmanager
-async def started(folder: Path, fake: FakeVllm, **change: Any) -> AsyncIterator[tuple[FakeVllm, ServerReference]]:
-    async with running(fake) as server:
-        reference = ServerReference(server.url, top_k=5, folder=folder, threads=1, **change)
-        try:
-            yield server, reference
-        finally:
-            await reference.close()
+async def reference_on(server: FakeVllm, folder: Path | None, **change: Any) -> AsyncIterator[ServerReference]:
+    reference = ServerReference(server.url, top_k=5, folder=folder, threads=1, **change)
+    try:
+        yield reference
+    finally:
+        await reference.close()
+
+
+@asynccontextmanager
+async def started(
+    folder: Path | None, fake: FakeVllm, **change: Any
+) -> AsyncIterator[tuple[FakeVllm, ServerReference]]:
+    async with running(fake) as server, reference_on(server, folder, **change) as reference:
+        yield server, reference
+
+
+def point(link: Path, folder: Path) -> Path:
+    """Has the link name another folder, as whoever corrects reference.folder does. Returns the link."""
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder)
+    return link
 
 
 def pooling_server(**change: Any) -> FakeVllm:
@@ -158,8 +173,7 @@ async def test_what_a_server_offers_may_change_with_a_restart(folder: Path) -> N
 
 
 async def test_the_folder_that_the_server_names_is_used_where_it_is_here(folder: Path) -> None:
-    async with started(folder, pooling_server()) as (fake, reference):
-        reference._folder = None
+    async with started(None, pooling_server()) as (fake, reference):
         with pytest.raises(ReferenceFailure, match=r"reference\.folder") as failure:
             await reference.start()
         assert failure.value.reason == "head"
@@ -179,11 +193,11 @@ async def test_a_hub_cache_is_enough(folder: Path, tmp_path: Path) -> None:
         (model / "snapshots").mkdir()
         (model / "snapshots" / "abc").symlink_to(folder)
         assert (await reference.start()).folder == model / "snapshots" / "abc"
-        reference._folder = model
-        assert (await reference.start()).folder == model / "snapshots" / "abc"
-        reference._folder = tmp_path / "gone"
-        with pytest.raises(ReferenceFailure, match="gone is no folder"):
-            await reference.start()
+        async with reference_on(fake, model) as of_the_model:
+            assert (await of_the_model.start()).folder == model / "snapshots" / "abc"
+        async with reference_on(fake, tmp_path / "gone") as without:
+            with pytest.raises(ReferenceFailure, match="gone is no folder"):
+                await without.start()
 
 
 @pytest.mark.parametrize(
@@ -224,16 +238,17 @@ async def test_another_checkpoint_is_refused_at_the_start(tmp_path: Path, folder
     }
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text('{"vocab_size": 512}')
-    async with started(folder, pooling_server()) as (_, reference):
+    link = tmp_path / "link"
+    async with started(link, pooling_server()) as (_, reference):
         for words, wrong in folders.items():
-            reference._folder = wrong
+            point(link, wrong)
             with pytest.raises(ReferenceFailure, match=words) as failure:
                 await reference.start()
             assert failure.value.reason == "head"
             assert "\n" not in str(failure.value)
             with pytest.raises(ReferenceFailure, match="not been started"):
                 await reference.score(ScoreRequest(*request_of(0, 3, 4, 2)))
-        reference._folder = folder
+        point(link, folder)
         assert (await reference.start()).offer is Offer.STATES
 
 
@@ -244,7 +259,8 @@ async def test_without_the_head_lists_are_used_where_the_address_generates_too(
     other = FakePooling(TEXT)
     other.weight = np.ascontiguousarray(other.weight[:, ::-1])
     wrong = other.save(tmp_path / "other")
-    async with started(wrong, pooling_server()) as (fake, reference):
+    link = point(tmp_path / "link", wrong)
+    async with started(link, pooling_server()) as (fake, reference):
         with pytest.raises(ReferenceFailure, match=r"another model.*only pools gives no lists") as failure:
             await reference.start()
         assert failure.value.reason == "head"
@@ -265,7 +281,7 @@ async def test_without_the_head_lists_are_used_where_the_address_generates_too(
             await reference.start()
         assert failure.value.reason == "busy", "a server that is busy has not lost its hidden states"
         fake.pooling.status = None
-        reference._folder = folder
+        point(link, folder)
         info = await reference.start()
         assert (info.offer, info.exact_with) == (Offer.STATES, "")
 
@@ -303,14 +319,14 @@ async def test_a_model_whose_tokenizer_gives_other_ids_is_checked_anew(
 ) -> None:
     async with started(folder, pooling_server()) as (fake, reference):
         await reference.start()
-        before = reference._server.tokenize
+        before = VllmServer.tokenize
 
-        async def fewer(model: str, text: str) -> list[int]:
-            return (await before(model, text))[:-1]
+        async def fewer(server: VllmServer, model: str, text: str) -> list[int]:
+            return (await before(server, model, text))[:-1]
 
-        monkeypatch.setattr(reference._server, "tokenize", fewer)
+        monkeypatch.setattr(VllmServer, "tokenize", fewer)
         assert (await reference.start()).offer is Offer.STATES
-        monkeypatch.setattr(reference._server, "tokenize", before)
+        monkeypatch.setattr(VllmServer, "tokenize", before)
         states = fake.pooling.states
         monkeypatch.setattr(fake.pooling, "states", lambda ids: np.ascontiguousarray(states(ids)[:, ::-1]))
         with pytest.raises(ReferenceFailure, match="another model") as failure:
