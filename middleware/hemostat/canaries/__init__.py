@@ -1,6 +1,7 @@
 """Canaries: the same token sequences on every engine again; `control` hourly, `hemostat canaries` by hand.
 
 client    canaries at one vLLM server: takes a set of them, and replays it
+endpoint  first tokens of answers of any server with the OpenAI API
 engine    one engine's canaries: which models it serves, when it is asked, and what its last replays say
 judge     judges replays: how far an engine is from its baseline and from the other engines, and the cause
 keeper    the canaries of the engines behind the relays

@@ -132,13 +132,14 @@ SERVER = "URL[#NAME] of a vLLM server, and the name of the served model or adapt
 
 
 def vllm_server(
-    option: str, address: str, seconds: float, fields: Mapping[str, str] | None = None
+    option: str, address: str, seconds: float, fields: Mapping[str, str] | None = None, *, path: bool = False
 ) -> tuple[VllmServer, str | None]:
     """Returns a client of the server, and the name that the address gives. option: the name of the argument, for the
-    error. seconds: the longest time of an answer. fields: further header fields. Raises UsageError."""
+    error. seconds: the longest time of an answer. fields: further header fields. path: the address may have a path, as
+    a vendor's has. Raises UsageError."""
     from pydantic import SecretStr  # noqa: PLC0415
 
-    from hemostat.config.fields import server_url  # noqa: PLC0415
+    from hemostat.config.fields import base_url, server_url  # noqa: PLC0415
     from hemostat.reference.server import VllmServer  # noqa: PLC0415
 
     # A password, which is refused, may have a #.
@@ -146,6 +147,6 @@ def vllm_server(
     key = os.environ.get(API_KEY)
     try:
         secret = SecretStr(key) if key else None
-        return VllmServer(server_url(url), secret, timeout=seconds, fields=fields), name or None
+        return VllmServer((base_url if path else server_url)(url), secret, timeout=seconds, fields=fields), name or None
     except ValueError as error:
         raise UsageError(f"{option}: {str(error).replace('use api_key', f'set {API_KEY}')}") from None

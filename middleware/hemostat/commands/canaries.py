@@ -1,4 +1,5 @@
-"""`hemostat canaries …`: the same token sequences on a vLLM server again, by hand. Nothing else of Hemostat has to run.
+"""`hemostat canaries …`: the same token sequences on a vLLM server again, by hand, or the first tokens of answers
+of any server with the OpenAI API. Nothing else of Hemostat has to run.
 
 Exit codes: 0 equal, 1 changed, 2 could not tell.
 """
@@ -9,7 +10,7 @@ import argparse
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -20,9 +21,11 @@ from hemostat_calibration.errors import HemostatError
 
 if TYPE_CHECKING:
     from hemostat.canaries.client import CanaryClient
+    from hemostat.canaries.endpoint import EndpointClient
     from hemostat.canaries.through import RouteFindings
     from hemostat.reference.server import VllmServer
     from hemostat_calibration.canaries import CanarySet, Comparison, Origin
+    from hemostat_calibration.canary_endpoint import EndpointSet, EndpointVerdict
     from hemostat_calibration.canary_texts import TextComparison
 
 T = TypeVar("T")
@@ -63,9 +66,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"{TOLERANCE}).",
         )
 
+    def first_token(child: argparse.ArgumentParser) -> None:
+        child.add_argument(
+            "--first-token",
+            action="store_true",
+            help="URL is any server with the OpenAI API, such as a vendor's, and may have a path. Only the "
+            "log-probabilities of each answer's first token are compared.",
+        )
+
     take = action("take", "Have the server write and score a set of sequences, and store it.", _take)
     take.add_argument("file", type=Path, metavar="FILE", help="The file that the set is written to.")
     take.add_argument("--overwrite", action="store_true", help="Replace FILE if it exists.")
+    first_token(take)
     prompts(take)
     replay = action(
         "replay",
@@ -97,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "compare", "Compare two servers on the same sequences. The exit codes are the same as with replay.", _compare
     )
     compare.add_argument("other", metavar="URL", help="The server that is compared with the first one.")
+    first_token(compare)
     prompts(compare)
     tolerance(compare)
 
@@ -114,6 +127,11 @@ class _Found:
 def _take(options: argparse.Namespace) -> int:
     if options.file.exists() and not options.overwrite:
         raise UsageError(f"{options.file} exists; name another file, or add --overwrite")
+    if options.first_token:
+        endpoint = _run(_take_endpoint(options.server, options.prompts))
+        _write(options.file, endpoint)
+        print(f"taken: first tokens of {_endpoint_described(endpoint)}, in {options.file}")  # noqa: T201
+        return EQUAL
     taken = _run(_take_at(options.server, options.prompts))
     _write(options.file, taken)
     print(f"taken: {len(taken.canaries)} sequences of {_described(taken.origin)}, in {options.file}")  # noqa: T201
@@ -121,16 +139,25 @@ def _take(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
+    from hemostat_calibration.canaries import CanarySet  # noqa: PLC0415
+
     taken = _read(options.file)
+    if not isinstance(taken, CanarySet):
+        if options.through:
+            raise UsageError(f"{options.file} has first tokens only; leave out --through")
+        return _say_endpoint(_run(_judge_endpoint(options.server, taken.taken.origin.model, taken, options.tolerance)))
     if options.through:
         return _say_through(_run(_replay_through(options, taken)))
     return _say(*_run(_compare_at(options.server, taken.origin.model, taken, options.tolerance)), taken.origin)
 
 
 def _cause(options: argparse.Namespace) -> int:
+    from hemostat_calibration.canaries import CanarySet  # noqa: PLC0415
     from hemostat_calibration.canary_cause import Cause, Verdict, of_engines  # noqa: PLC0415
 
     taken = _read(options.file)
+    if not isinstance(taken, CanarySet):
+        raise UsageError(f"{options.file} has first tokens only, which show no cause")
     if taken.cause is None:
         raise UsageError(f"{options.file} has no variants: the model's context, or the set, is too short for them")
     baseline = taken.cause
@@ -153,6 +180,10 @@ def _cause(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    if options.first_token:
+        endpoint = _run(_take_endpoint(options.server, options.prompts))
+        return _say_endpoint(_run(_judge_endpoint(options.other, None, endpoint, options.tolerance)))
+
     async def compare() -> tuple[_Found, Origin, Origin]:
         taken = await _take_at(options.server, options.prompts)
         return *await _compare_at(options.other, None, taken, options.tolerance), taken.origin
@@ -170,6 +201,13 @@ def _say(found: _Found, now: Origin, then: Origin) -> int:
         print(f"  {texts.summary}")  # noqa: T201
     for change in then.changes(now):
         print(f"  {change}")  # noqa: T201
+    return exit_code
+
+
+def _say_endpoint(found: EndpointVerdict) -> int:
+    """Prints the verdict and what limits it. Returns the exit code."""
+    exit_code = {text: code for code, text in _VERDICTS.items()}[found.outcome.value]
+    print("\n  ".join([f"{found.outcome.value}: {found.comparison.summary}", *found.reasons]))  # noqa: T201
     return exit_code
 
 
@@ -215,6 +253,12 @@ def _described(origin: Origin) -> str:
     return f"{origin.model} on vLLM {origin.version or 'of an unknown version'} at {at}"
 
 
+def _endpoint_described(taken: EndpointSet) -> str:
+    origin = taken.taken.origin
+    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(origin.at))
+    return f"{len(taken.prompts)} prompts of {origin.model} at {at}"
+
+
 @asynccontextmanager
 async def _client(server: str, default: str | None) -> AsyncIterator[CanaryClient]:
     """Yields a client of URL[#NAME], whose progress is shown. default: the model if none is named."""
@@ -227,6 +271,34 @@ async def _client(server: str, default: str | None) -> AsyncIterator[CanaryClien
             yield await CanaryClient.of(vllm, name or default, reporter.step)
     finally:
         await vllm.close()
+
+
+@asynccontextmanager
+async def _endpoint(server: str, default: str | None) -> AsyncIterator[EndpointClient]:
+    """Yields a client of URL[#NAME], which may have a path. default: the model if none is named."""
+    from hemostat.canaries.endpoint import EndpointClient  # noqa: PLC0415
+    from hemostat.report.progress import Reporter  # noqa: PLC0415
+
+    vllm, name = vllm_server("URL", server, ANSWER_SECONDS, path=True)
+    try:
+        with Reporter() as reporter:
+            model = name or default or (await vllm.model(None)).id
+            yield EndpointClient(vllm, model, reporter.step)
+    finally:
+        await vllm.close()
+
+
+async def _take_endpoint(server: str, prompts: Path | None) -> EndpointSet:
+    from hemostat.canaries.prompts import load  # noqa: PLC0415
+
+    loaded = load(prompts)
+    async with _endpoint(server, None) as client:
+        return await client.take([prompt.prompt for prompt in loaded.prompts])
+
+
+async def _judge_endpoint(server: str, default: str | None, taken: EndpointSet, tolerance: float) -> EndpointVerdict:
+    async with _endpoint(server, default) as client:
+        return await client.judge(taken, tolerance)
 
 
 async def _take_at(server: str, prompts: Path | None) -> CanarySet:
@@ -261,18 +333,22 @@ def _run(work: Coroutine[None, None, T]) -> T:
         raise UsageError(f"could not tell: {failure}") from None
 
 
-def _read(path: Path) -> CanarySet:
+def _read(path: Path) -> CanarySet | EndpointSet:
     from hemostat_calibration.canaries import CanarySet  # noqa: PLC0415
+    from hemostat_calibration.canary_endpoint import EndpointSet  # noqa: PLC0415
 
     try:
-        return CanarySet.from_bytes(path.read_bytes())
+        data = path.read_bytes()
+        with suppress(HemostatError):
+            return EndpointSet.from_bytes(data)
+        return CanarySet.from_bytes(data)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); hemostat canaries take writes it") from None
     except HemostatError as error:
         raise UsageError(f"{path}: {error}; hemostat canaries take writes such a file") from None
 
 
-def _write(path: Path, taken: CanarySet) -> None:
+def _write(path: Path, taken: CanarySet | EndpointSet) -> None:
     try:
         path.write_bytes(taken.to_bytes())
     except OSError as error:

@@ -46,6 +46,17 @@ def server_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def base_url(value: str) -> str:
+    """Returns the address of a server with the OpenAI API, without /v1 at its end; it may have a path, as vendors'
+    addresses do. Raises ValueError."""
+    scheme, separator, rest = value.partition("://")
+    host, slash, path = rest.partition("/")
+    path = f"{slash}{path}".rstrip("/").removesuffix("/v1")
+    if "?" in path or "#" in path or "@" in path:
+        return server_url(value)
+    return server_url(f"{scheme}{separator}{host}") + path
+
+
 def candidate_url(value: str) -> str:
     """Returns `URL[#NAME]` without a slash at the end of the URL. Raises ValueError."""
     # A password, which is refused, may have a #.
