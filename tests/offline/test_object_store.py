@@ -120,6 +120,7 @@ def test_a_control_process_spools_to_an_object_store(address: str, tmp_path: Pat
     spool = spool_in(folder, journals)
     for name in ("1", "2"):
         assert spool.update(capture(name), None) is None
+    assert spool.flush()
     assert len(list(journals.iterdir())) == 1
     assert segments(folder) == []
     spool.close()
@@ -165,6 +166,7 @@ def test_a_journal_whose_object_is_there_is_not_counted_twice(address: str, tmp_
     folder, journals = at(address, "spool", tmp_path), tmp_path / "journals"
     spool = spool_in(folder, journals)
     spool.update(capture("once"), None)
+    spool.flush()
     (path,) = journals.iterdir()
     copy = path.read_bytes()
     spool.close()

@@ -25,6 +25,6 @@ async def test_captures_go_to_the_spool_without_a_reference(tmp_path: Path) -> N
         loop.cancel()
     await asyncio.gather(*loops, return_exceptions=True)
     assert one.spool is not None
-    assert one.spool.written == 1
     await one.close()
+    assert one.spool.written == 1
     assert len(segments(tmp_path)) == 1

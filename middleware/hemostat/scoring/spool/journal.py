@@ -1,8 +1,10 @@
 """The captures of the segment that is still open: a file of frames, which a crash leaves whole up to its last frame.
 
 The first line is JSON: the version, and the wrapped data key if the spool is encrypted. Each frame behind it is the
-length and the CRC-32 of its bytes, each a little-endian uint32, and the bytes: one `Spooled` in msgpack. With a key, it
-is encrypted by AES-GCM under the frame's number. The cipher's tag shows damage, too, and the CRC-32 is 0 then.
+length of its bytes, their CRC-32, the number of captures and the frame's own number, each a little-endian uint32, and
+the bytes: a list of `Spooled` in msgpack. With a key, it is encrypted by AES-GCM under the frame's number. The cipher's
+tag shows damage, too, and the CRC-32 is 0 then. A frame of version 1 has one capture, which is no list, and the head
+has no more than length and CRC-32: frames are numbered in their order.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -24,8 +26,9 @@ from hemostat.scoring.spool.keys import KEY_BYTES, SpoolError, SpoolKey
 from hemostat.scoring.spool.spooled import Spooled
 
 SUFFIX = ".journal"
-VERSION = 1
-_FRAME = struct.Struct("<II")
+VERSION = 2
+_FRAMES = {1: struct.Struct("<II"), VERSION: struct.Struct("<IIII")}
+"""The head of a frame, by the version of the journal."""
 _MAX_FRAME_BYTES = 1 << 30
 
 
@@ -48,6 +51,7 @@ class Journal:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         self.captures: list[Spooled] = []
         """The captures of the journal: a segment is made of them without reading the file again."""
+        self._frames = 0
         self.bytes = 0
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
@@ -58,16 +62,17 @@ class Journal:
                 path.unlink()
             raise
 
-    def append(self, spooled: Spooled) -> None:
-        """Appends a capture as a whole, or raises OSError and appends nothing of it."""
-        data = msgspec.msgpack.encode(spooled)
+    def append(self, captures: Sequence[Spooled]) -> None:
+        """Appends captures as one frame, or raises OSError and appends none of them. Several of them take less time
+        together."""
+        data, checksum, number = msgspec.msgpack.encode(captures), 0, self._frames
+        self._frames += 1  # also if it cannot be written: no number comes twice under a key
         if self._cipher is None:
-            head = _FRAME.pack(len(data), zlib.crc32(data))
+            checksum = zlib.crc32(data)
         else:
-            data = self._cipher.encrypt(_nonce(len(self.captures)), data, None)
-            head = _FRAME.pack(len(data), 0)
-        self._write(head, data)
-        self.captures.append(spooled)
+            data = self._cipher.encrypt(_nonce(number), data, None)
+        self._write(_FRAMES[VERSION].pack(len(data), checksum, len(captures), number), data)
+        self.captures += captures
 
     def _write(self, *parts: bytes) -> None:
         size = sum(map(len, parts))
@@ -103,16 +108,17 @@ def in_use(path: Path) -> bool:
 
 
 def read_journal(path: Path, key: SpoolKey | None) -> Iterator[Spooled | None]:
-    """Yields the captures of a journal up to the first frame that is not whole, and None for a frame that is damaged.
+    """Yields the captures of a journal up to the first frame that is not whole, and None for each one that is damaged.
 
     Raises SpoolError, OSError."""
     with path.open("rb") as file:
         try:
             header = json.loads(file.readline())
             version, wrapped = header["hemostat_spool_journal"], header.get("data_key")
+            frame = _FRAMES.get(version)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise SpoolError(f"{path} is not a journal of a spool; move it elsewhere") from None
-        if version != VERSION:
+        if frame is None:
             raise SpoolError(f"{path} has version {version}, and this Hemostat reads {VERSION}; use a newer Hemostat")
         cipher = None
         if wrapped is not None:
@@ -122,18 +128,23 @@ def read_journal(path: Path, key: SpoolKey | None) -> Iterator[Spooled | None]:
                 cipher = AESGCM(key.unwrap(wrapped.encode()))
             except SpoolError as error:
                 raise SpoolError(f"{path}: {error}; name the key {header.get('key')}") from None
-        number = 0
-        while len(head := file.read(_FRAME.size)) == _FRAME.size:
-            length, checksum = _FRAME.unpack(head)
+        order = 0
+        while len(head := file.read(frame.size)) == frame.size:
+            length, checksum, count, number = (*frame.unpack(head), 1, order)[:4]
             data = file.read(length) if 0 < length <= _MAX_FRAME_BYTES else b""
             if not data or len(data) < length:
                 return
             try:
                 plain = _checked(data, checksum, number, cipher)
-                yield None if plain is None else msgspec.msgpack.decode(plain, type=Spooled)
+                if plain is None:
+                    yield from [None] * min(count, length)
+                elif version == 1:
+                    yield msgspec.msgpack.decode(plain, type=Spooled)
+                else:
+                    yield from msgspec.msgpack.decode(plain, type=list[Spooled])
             except msgspec.MsgspecError:
                 raise SpoolError(f"{path} is of another version of Hemostat; use the one that wrote it") from None
-            number += 1
+            order += 1
 
 
 def _checked(data: bytes, checksum: int, number: int, cipher: AESGCM | None) -> bytes | None:

@@ -1,8 +1,10 @@
 """The spool of a control process: sampled captures go to disk before they are scored.
 
-A capture is appended to the journal, which is synced each second. Once the journal is full or old enough, a segment is
+Captures wait in memory for at most a second, or until they are some hundred KiB. Then they are appended to the journal
+together, which takes half of the time, and the journal is synced. Once the journal is full or old enough, a segment is
 made of it, and the journal goes: so is a journal that an earlier process left. A segment has the name of its journal,
-and is written whole: whenever a process ends, a capture is in one segment, in one journal, or nowhere.
+and is written whole: whenever a process ends, a capture is in one segment, in one journal, or nowhere. Captures that
+cannot be written wait on, and no others are taken meanwhile.
 
 Above half of its limit the spool admits captures with a probability that falls to 0 at the limit. It depends on how
 full the spool is, and never on what a capture is, and each row has its own.
@@ -46,6 +48,10 @@ from hemostat_calibration.errors import InvalidRecordError
 log = logging.getLogger("hemostat.spool")
 
 SYNC_SECONDS = 1.0
+WAITING_BYTES = 384 << 10
+"""The size of captures that are appended together: more of them leave the processor's caches."""
+SHORT_BYTES = 800
+"""About the bytes of all short parts of a capture in a journal, with their names."""
 LOOK_SECONDS = 60.0
 """The longest pause between two looks at all files: there may be thousands of them."""
 SEGMENT_SECONDS = 60.0
@@ -94,6 +100,14 @@ def _decoded(spooled: Spooled) -> Spooled | None:
     return spooled if capture is spooled.capture else msgspec.structs.replace(spooled, capture=capture)
 
 
+def _size(spooled: Spooled) -> int:
+    """Returns about the bytes that a capture takes in a journal."""
+    capture, tap = spooled.capture, spooled.tap
+    arrays = [capture.prompt_token_ids, capture.output_token_ids, capture.candidate_ids, capture.candidate_logprobs]
+    size = SHORT_BYTES + sum(map(len, arrays)) + len(capture.emitted_logprobs) + sum(map(len, capture.logprobs))
+    return size if tap is None else size + tap.size
+
+
 class Spool:
     """Owns the folder `spool.path`.
 
@@ -123,6 +137,9 @@ class Spool:
         self._folder, self._journals, self._key = folder, journals, key
         self._max_bytes, self._max_age = max_bytes, max_age
         self._clock, self._wall, self._draw = clock, wall, draw
+        self._waiting: list[Spooled] = []
+        """The captures that are not in the journal yet."""
+        self._waiting_bytes = 0
         self._journal: Journal | None = None
         self._closed: Journal | None = None
         """The journal that was closed last, until a segment was made of it or failed: its captures are still known."""
@@ -151,32 +168,44 @@ class Spool:
 
     @property
     def bytes(self) -> int:
-        """The size of all files."""
-        return self._closed_bytes + (0 if self._journal is None else self._journal.bytes)
+        """The size of all files, and of what waits to be written."""
+        return self._closed_bytes + self._waiting_bytes + (0 if self._journal is None else self._journal.bytes)
 
     def update(self, capture: Capture, tap: TapResult | None) -> Unscored | None:
-        """Writes a capture, and returns None; or why it is not written."""
+        """Takes a capture, and returns None; or why it is not taken."""
         if capture.ids_only:
             return Unscored.NO_LOGPROBS
         probability = admission(self.bytes / self._max_bytes)
         if probability < 1.0 and self._draw() >= probability:
             self.refused += 1
             return Unscored.SPOOL_FULL
-        if not self._backoff.may_try(self._clock()):
+        if self._backoff.failures and not self.flush():
             self.lost += 1
             return Unscored.SPOOL_FAILED
         spooled = Spooled(capture, self._wall(), probability, None if tap is None else SpooledTap.of(tap))
+        self._waiting.append(spooled)
+        self._waiting_bytes += _size(spooled)
+        if self._waiting_bytes >= WAITING_BYTES:
+            self.flush()
+        return None
+
+    def flush(self) -> bool:
+        """Appends to the journal what waits for it. Returns True if nothing waits any more."""
+        if not self._waiting:
+            return True
+        if not self._backoff.may_try(self._clock()):
+            return False
         try:
-            self._open().append(spooled)
+            self._open().append(self._waiting)
         except OSError as error:
             self._failed(error)
-            self.lost += 1
-            return Unscored.SPOOL_FAILED
+            return False
         if self._backoff.failures:
             log.warning("spool.path: written again; %d captures were lost so far", self.lost)
         self._backoff.reset()
-        self.written += 1
-        return None
+        self.written += len(self._waiting)
+        self._waiting, self._waiting_bytes = [], 0
+        return True
 
     def _open(self) -> Journal:
         if self._journal is None:
@@ -205,6 +234,7 @@ class Spool:
             await self._tidy()
 
     async def _sync(self) -> None:
+        self.flush()
         if (open_journal := self._journal) is None:
             return
         try:
@@ -284,6 +314,10 @@ class Spool:
         return total
 
     def close(self) -> None:
-        """Makes a segment of the open journal."""
+        """Makes a segment of the open journal. What cannot be written is lost."""
+        if not self.flush():
+            log.error("spool.path: %d captures could not be written", len(self._waiting))
+            self.lost += len(self._waiting)
+            self._waiting, self._waiting_bytes = [], 0
         self._detach()
         self.recover()

@@ -31,6 +31,12 @@ class SpooledTap(msgspec.Struct, frozen=True):
         has_sets = any(run.set_rows for run in runs)
         return cls(tap.boot_id, tap.applied, tap.mixed, numbers, runs if has_sets else [])
 
+    @property
+    def size(self) -> int:
+        """The bytes of the numbers and of the sets of ids."""
+        sets = sum(len(run.set_rows) + len(run.sets) for run in self.runs)
+        return sets + sum(map(len, self.log_normalizer.values()))
+
     def result(self) -> TapResult:
         """Returns what the stages of scoring read."""
         numbers = {
