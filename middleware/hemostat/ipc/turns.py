@@ -4,6 +4,8 @@ A job of this sort takes a core for minutes: an adapter that is made or distille
 cores are left to what serves clients and to what scores their answers, which takes no turns: the reference and the
 copies that judge adapters. By their niceness these come before the heavy jobs (10 and 12, compared with 13 and 15), and
 the engine comes before all of them. A job that is killed gives its turn back, and takes one when it is started again.
+The noise floor and canaries take no turns either: they compute nothing here, but ask the reference and the engines, and
+are limited there by the token budget and by the share of the tokens that they may ask for.
 """
 
 from __future__ import annotations
