@@ -83,6 +83,21 @@ def seldom(length: int) -> Draw:
     return draw
 
 
+def templates(random: np.random.Generator, units: int, mean: float) -> Floats:
+    """Requests that are alike, and not alike enough to be one unit, come together for a while: each such group has
+    something of its own."""
+    groups = np.cumsum(random.random(units) < 1.0 / 30.0)
+    return mean + random.normal(0.0, 0.06, units + 1)[groups] + random.normal(0.0, 0.08, units)
+
+
+def mixed_kinds(random: np.random.Generator, units: int, mean: float) -> Floats:
+    """The candidate is better in chats and worse in a kind that comes by day: a tenth of the requests of a night, and
+    half of a day's."""
+    phase = (np.arange(units) + random.integers(int(CYCLE))) % CYCLE
+    by_day = random.random(units) < np.where(phase < 0.5 * CYCLE, 0.5, 0.1)
+    return mean + np.where(by_day, 0.07, -0.03) + random.normal(0.0, 0.08, units)
+
+
 WORLDS = [
     World("independent", independent),
     World("runs", runs),
@@ -93,6 +108,8 @@ WORLDS = [
     World("drift", drift),
     World("seldom, in runs", seldom(5)),
     World("seldom, in tens", seldom(10)),
+    World("templates", templates),
+    World("mixed kinds", mixed_kinds),
 ]
 
 
