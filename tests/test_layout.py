@@ -13,9 +13,11 @@ ROOT = Path(__file__).parents[1]
 PRODUCT = [path for folder in ("middleware", "calibration", "deploy") for path in sorted((ROOT / folder).rglob("*.py"))]
 MAX_LINES = 600
 MAX_ENTRIES = 30
-MAX_PRIVATE_READS = 160
+MAX_PRIVATE_READS = 127
 """It only goes down."""
 OWN = {"self", "cls", "super()"}
+FOREIGN = {"logits._version"}
+"""Attributes of other projects' objects: how often a tensor of torch was written to."""
 
 
 def imported_modules(path: Path) -> Iterator[str]:
@@ -62,7 +64,10 @@ def test_tests_import_shared_code_from_support_only() -> None:
 def private_reads(path: Path, names: frozenset[str]) -> Iterator[str]:
     """Yields the attributes of other objects by these names that a file reads or sets."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Attribute) and node.attr in names and ast.unparse(node.value) not in OWN:
+        # A name with underscores at both ends is a protocol's, such as _repr_html_ of notebooks.
+        if not isinstance(node, ast.Attribute) or node.attr not in names or node.attr.endswith("_"):
+            continue
+        if ast.unparse(node.value) not in OWN and ast.unparse(node) not in FOREIGN:
             yield f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
 
 

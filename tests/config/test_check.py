@@ -310,14 +310,15 @@ async def test_the_reference_has_other_files_than_the_served_model(copied: bool,
 
 async def test_control_processes_are_tried_as_a_relay_does(tmp_path: Path) -> None:
     made = certificate(tmp_path)
-    listeners = []
+    listeners, ports = [], []
     for admit in (None, RelayLink().serve):
         context = server_context(made.cert, made.key)
         security = Security("relay-token", context, ["http://127.0.0.1:1"])
-        listeners.append(RelayListener([socket.create_server(("127.0.0.1", 0))], security))
+        listening = socket.create_server(("127.0.0.1", 0))
+        ports.append(listening.getsockname()[1])
+        listeners.append(RelayListener([listening], security))
         listeners[-1].admit = admit
         listeners[-1].start()
-    ports = [listener._sockets[0].getsockname()[1] for listener in listeners]
     given = {"addresses": [f"127.0.0.1:{port}" for port in ports], "ca": str(made.cert), "token": "relay-token"}
 
     async def found(**changed: Any) -> Finding:

@@ -60,7 +60,7 @@ class Life:
     def known(self) -> tuple[bool, bool]:
         """A profile serves, the alarm has evidence."""
         serving = self.one.profile_manager.serving
-        return serving.version is not None, bool(self.one.measured.alarms._state.kinds)
+        return serving.version is not None, bool(self.one.measured.alarms.report()["kinds"])
 
 
 @asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,9 @@ def test_a_real_vllm_that_is_killed(
         server.wait_ready(600)
 
     def kill() -> None:
-        assert server._process is not None
-        os.killpg(server._process.pid, signal.SIGKILL)
-        server._process.wait()
+        os.killpg(server.pid, signal.SIGKILL)
+        while server.poll() is None:
+            time.sleep(0.01)
 
     try:
         start()

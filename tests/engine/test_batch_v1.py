@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessors, MoveD
 
 from hemostat_engine import LogitsProcessor, numbering
 from hemostat_engine.processor import BatchV1
+from hemostat_engine.taps import Taps
 
 PROFILES = {p.version: p for p in (make_profile(1), make_contextual(2))}
 UNKNOWN = "f" * 32
@@ -103,7 +105,7 @@ def test_running_request_keeps_its_profile(make_core: Callable[..., Any]) -> Non
     assert counted(core, "requests_bound", "requests_unknown") == [1, 1]
     assert core.library.requested() == (second,)
     core.library.put(PROFILES[second])
-    core.library._held.pop(first)
+    core.library.fail(first)  # it is not held any more
     check(batch, {0: first, 1: None}, 0, 2)
     # Preempted and resumed: the same binding.
     batch.update(update(0, removed=[1, 0]))
@@ -276,12 +278,14 @@ def test_features_are_of_the_first_anchors_in_the_order_to_hold(make_core: Calla
     assert anchors == [None, *digests]
 
 
-def test_full_queue_drops_features_before_values(make_core: Callable[..., Any]) -> None:
+def test_full_queue_drops_features_before_values(
+    make_core: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hemostat_engine.core.Taps", functools.partial(Taps, max_bytes=2 * 12 * 3))
     core = make_core(tapping=True)
     profile = make_contextual(1)
     core.library.put(profile)
     core.library.hold([profile.version])
-    core.taps._max_bytes = 2 * 12 * 3
     batch = BatchV1(core)
     output: list[int] = []
     batch.update(update(1, added=[(0, params(None, "n"), [1], output)]))
@@ -374,4 +378,3 @@ def test_numbers_of_nonces_are_bounded(make_core: Callable[..., Any], monkeypatc
     names = ["a", "b", "a", "c", "a", "b", "a", "a"]
     bound = core.bind([params(None, name) for name in names])
     assert [binding.child for binding in bound] == [0, 0, 1, 0, 2, 0, 0, 1]
-    assert len(core._children) == 2

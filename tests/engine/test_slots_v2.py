@@ -98,7 +98,7 @@ def test_binding_happens_only_at_admission() -> None:
     processor.add_request(1, params(SECOND))
     processor.apply_staged_writes()
     processor.core.library.put(PROFILES[SECOND])
-    processor.core.library._held.pop(FIRST)
+    processor.core.library.fail(FIRST)  # it is not held any more
     processor.apply_staged_writes()
     z = np.random.default_rng(0).normal(0, 3, (2, VOCAB_SIZE)).astype(np.float32)
     got = processor.apply(torch.from_numpy(z.copy()), context([0, 1], [1, 1], [4, 4])).numpy()

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from hemostat.cli import main
 from hemostat.ipc.http_bodies import AnswerBody, AnswerTooLarge
+from hemostat.reference import server as server_module
 from hemostat.reference.protocol import ReferenceFailure
 from hemostat.reference.server import MAX_ANSWER_BYTES, VllmServer
 
@@ -97,11 +98,11 @@ async def test_a_compressed_answer_is_not_decompressed() -> None:
         assert peak < 8 * MIB
 
 
-async def test_an_answer_that_never_ends_is_given_up() -> None:
+async def test_an_answer_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte now and then satisfies every time-out of a single read."""
+    monkeypatch.setattr(server_module, "CONNECT_SECONDS", 0.5)
     async with answering(f"200 OK\r\n{JSON}", 10_000, b" ", pause=0.01) as (url, _):
         server = VllmServer(url, timeout=0.5)
-        server._seconds = 0.5
         with pytest.raises(ReferenceFailure) as failure:
             await server.models()
         assert failure.value.reason == "timeout"

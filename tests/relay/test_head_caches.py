@@ -15,10 +15,13 @@ from hemostat.relay.http.request import RequestHead, parse_request
 from hemostat.relay.http.response import ResponseHead, parse_response
 
 CACHES: list[Any] = [
-    *(fields._names, fields._lines),
-    *(request._request_lines, request._hosts),
-    response._status_lines,
+    value
+    for module in (fields, request, response)
+    for name, value in vars(module).items()
+    if isinstance(value, dict) and not name.startswith("__")
 ]
+"""The caches of field names, field lines, request lines, hosts and status lines."""
+assert len(CACHES) == 5
 
 LINES = st.sampled_from(
     [

@@ -73,8 +73,14 @@ class Bench:
     async def run(self, *given: TokenRecord) -> None:
         for output in given:
             self.floor.offer(PROMPT, output, self.by["reference"])
+        await self.run_until(len(given))
+
+    async def run_until(self, scored: int) -> None:
+        """Until so many have been scored again with each model, and nothing else is left to do."""
         task = asyncio.create_task(self.floor.run())
-        while sum(self.counts.values()) < len(MODELS) * len(given):
+        while sum(self.counts.values()) < len(MODELS) * scored:
+            await asyncio.sleep(0)
+        for _ in range(10):
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -162,5 +168,7 @@ async def test_what_does_not_fit_is_counted_and_a_fraction_is_a_fraction() -> No
     for _ in range(20):
         never.floor.offer(PROMPT, record("always the same"), some.by["reference"])
         some.floor.offer(PROMPT, record("always the same"), some.by["reference"])
-    assert never.floor._queue.empty()
-    assert some.floor._queue.qsize() == 5, "as drawn, whatever a request is called"
+    await never.run_until(0)
+    assert not never.counts
+    await some.run_until(5)
+    assert some.counts == {(model, "scored"): 5 for model in MODELS}, "as drawn, whatever a request is called"

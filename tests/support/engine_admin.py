@@ -40,7 +40,7 @@ class EngineAdmin:
         self.now = 0.0
         self.hang: tuple[str, ...] = ()
         self.hung: list[str] = []
-        self._closed = threading.Event()
+        self.closed = threading.Event()
         admin = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,7 +60,7 @@ class EngineAdmin:
                 admin.sizes.setdefault(self.path, []).append(len(body))
                 if self.path.startswith(admin.hang or (" ",)):
                     admin.hung.append(self.path)
-                    admin._closed.wait()
+                    admin.closed.wait()
                     self.close_connection = True
                     return None
                 if admin.status is not None:
@@ -119,7 +119,7 @@ class EngineAdmin:
             self.status = 500
 
     def close(self) -> None:
-        self._closed.set()
+        self.closed.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()

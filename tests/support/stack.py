@@ -88,6 +88,10 @@ class Stack:
             self.stop()
             raise
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def _announced(self) -> tuple[str, str]:
         """The addresses that it prints once it serves."""
         assert self._process.stdout is not None
@@ -132,7 +136,7 @@ class Stack:
 
     def process(self, module: str) -> int:
         """The pid of one of its processes, by module."""
-        control = children(self._process.pid)
+        control = children(self.pid)
         return (control | children(control["hemostat.control.process"]))[module]
 
     def wait_scoring(self, within: float = HANG_SECONDS) -> None:

@@ -228,7 +228,7 @@ def relay_process(proxy: Stack) -> int:
 
 
 def _modules(proxy: Stack) -> dict[str, int]:
-    return children(proxy._process.pid)
+    return children(proxy.pid)
 
 
 def _limited(pipe: Connection, url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from hemostat_lab.demo.vllm_server import VllmFailure, VllmServer
 
 STAND_IN = """
 import http.server, os, subprocess, sys
-port = int(sys.argv[1])
+port = int(sys.argv[sys.argv.index("--port") + 1])
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print("children", os.getpid(), child.pid, flush=True)
 class Healthy(http.server.BaseHTTPRequestHandler):
@@ -34,9 +35,10 @@ http.server.HTTPServer(("127.0.0.1", port), Healthy).serve_forever()
 
 
 def stand_in(tmp_path: Path, code: str = STAND_IN) -> VllmServer:
-    server = VllmServer(tmp_path, "stand-in", tmp_path / "log")
-    server._command = [sys.executable, "-c", code, str(server.port)]
-    return server
+    """A server whose program is this code; it gets the arguments of the real one."""
+    (tmp_path / "stand_in.py").write_text(code)
+    there = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    return VllmServer(tmp_path, "stand-in", tmp_path / "log", environment=there, module="stand_in")
 
 
 def pids(log: Path) -> list[int]:
@@ -70,12 +72,11 @@ def test_where_vllm_has_no_int4_kernels_a_dense_copy_is_served(
     (tmp_path / "config.json").write_text('{"quantization_config": {"format": "pack-quantized"}}')
     assert vllm_process.runnable(tmp_path) == (tmp_path / "dense" if narrow else tmp_path)
     assert vllm_process.dtype() == ("float32" if narrow else "bfloat16")
-    server = VllmServer(tmp_path, "it", tmp_path / "log")
-    server._command = [sys.executable, "-c", "import sys; print(sys.argv)"]
+    server = stand_in(tmp_path, "import sys; print(sys.argv[1:])")
     server.start()
-    assert server._process is not None
-    server._process.wait(30)
-    assert str(["-c", "--model", str(vllm_process.runnable(tmp_path))]) in server.log.read_text()
+    while server.poll() is None:
+        time.sleep(0.01)
+    assert str(["--model", str(vllm_process.runnable(tmp_path))])[1:] in server.log.read_text()
     monkeypatch.setattr(vllm_process, "on_cpu", lambda: False)
     assert (vllm_process.runnable(tmp_path), vllm_process.dtype()) == (tmp_path, "bfloat16"), "a GPU's"
     monkeypatch.setattr(vllm_process, "on_cpu", lambda: True)
@@ -126,12 +127,12 @@ def test_a_server_that_never_answers_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_the_server_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
     script = tmp_path / "parent.py"
     script.write_text(
         "import sys, time; from pathlib import Path; from hemostat_lab.demo import vllm_server as vllm_process\n"
         "vllm_process.installed = lambda: True\n"
-        "server = vllm_process.VllmServer(Path('.'), 'x', Path('log'))\n"
-        f"server._command = [sys.executable, '-c', {STAND_IN!r}, str(server.port)]\n"
+        "server = vllm_process.VllmServer(Path('.'), 'x', Path('log'), module='stand_in')\n"
         "server.start(); server.wait_ready(within=120); print('ready', flush=True); time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, str(script)], cwd=tmp_path, stdout=subprocess.PIPE) as parent:
@@ -181,7 +182,8 @@ def test_the_documented_commands_start_in_this_environment() -> None:
         }
         assert result, page
         programs |= result
-    started = tuple(VllmServer(Path(), "", Path())._command[1:3])  # by every test with a real vLLM
+    module = inspect.signature(VllmServer).parameters["module"].default
+    started = ("-m", module)  # by every test with a real vLLM
     known = {"python": sys.executable, "vllm": str(Path(sys.executable).with_name("vllm"))}
     for name, *arguments in programs - {("python", *started)}:
         run = subprocess.run([known[name], *arguments, "--help"], capture_output=True, text=True, check=False)
