@@ -42,15 +42,17 @@ QUESTIONS = {
 """The question after the docstring, by the kind of the prompt."""
 _NO_LIBRARY = frozenset({"site-packages", "test", "tests", "idlelib", "lib2to3"})
 """Folders in which no docstring of the library itself is."""
+TEXTS = "calibration.jsonl"
 READY_SECONDS = 900.0
 ARGUMENTS = ("--enforce-eager", "--max-model-len", "2048", "--dtype")
 
 CHECKPOINTS: Mapping[str, Sequence[str]] = {
     "nearest": ("--scheme", "w4a16", "--calibrate", "none"),
-    "gptq": ("--scheme", "w4a16", "--calibrate", "gptq"),
-    "descent": ("--scheme", "w4a16", "--calibrate", "descent"),
+    "gptq": ("--scheme", "w4a16", "--calibrate", "gptq", "--tokens", "8000"),
+    "descent": ("--scheme", "w4a16", "--calibrate", "descent", "--tokens", "8000"),
 }
-"""The options with which `hemostat compress` makes each checkpoint from the original."""
+"""The options with which `hemostat compress` makes each checkpoint from the original. Texts are docstrings that are not
+asked about."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,23 @@ def docstrings() -> Iterator[str]:
                 yield ast.get_docstring(node) or ""
 
 
-def prompts(texts: Iterable[str], count: int = PROMPTS) -> list[Prompt]:
-    """Returns prompts of all kinds by turns. Which texts they ask about follows from the texts' digests, whatever their
-    order is."""
+def chosen(texts: Iterable[str]) -> list[str]:
+    """Returns the texts of the right length in the order of their digests, whatever order they come in."""
     least, most = CHARACTERS
     fitting = {text for text in texts if least <= len(text) <= most}
-    chosen = sorted(fitting, key=lambda text: hashlib.sha256(text.encode()).digest())[:count]
+    return sorted(fitting, key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+def prompts(texts: Sequence[str]) -> list[Prompt]:
+    """Returns prompts about the first `PROMPTS` texts, of all kinds by turns."""
     kinds = list(QUESTIONS)
-    return [_prompt(text, kinds[number % len(kinds)]) for number, text in enumerate(chosen)]
+    return [_prompt(text, kinds[number % len(kinds)]) for number, text in enumerate(texts[:PROMPTS])]
+
+
+def calibration(texts: Sequence[str]) -> list[dict[str, str]]:
+    """Returns the other texts as `hemostat compress --prompts` takes them, so that no model has to write any."""
+    at = CHARACTERS[0] // 2
+    return [{"prompt": text[:at], "completion": text[at:]} for text in texts[PROMPTS:]]
 
 
 def _prompt(text: str, kind: str) -> Prompt:
@@ -108,7 +119,8 @@ def checkpoint(name: str, original: Path, folder: Path) -> Path:
     """Returns the folder of the checkpoint, which is made if it is not there."""
     made = folder / f"w4a16-{name}"
     if not (made / "config.json").is_file():
-        hemostat(["compress", str(original), str(made), *CHECKPOINTS[name]])
+        texts = () if "none" in CHECKPOINTS[name] else ("--prompts", str(folder / TEXTS))
+        hemostat(["compress", str(original), str(made), *CHECKPOINTS[name], *texts])
     return made
 
 
@@ -130,7 +142,9 @@ def run(name: str, within: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     original = cached_checkpoints(progress=print).reference
     asked, result = folder / "prompts.jsonl", folder / f"{name}.json"
-    asked.write_bytes(msgspec.json.Encoder().encode_lines(prompts(docstrings())))
+    texts, encoder = chosen(docstrings()), msgspec.json.Encoder()
+    asked.write_bytes(encoder.encode_lines(prompts(texts)))
+    (folder / TEXTS).write_bytes(encoder.encode_lines(calibration(texts)))
     digest = hashlib.sha256(asked.read_bytes()).hexdigest()[:12]
     print(f"{PROMPTS} prompts from Python {platform.python_version()}, digest {digest}")
     reference = ("--reference", str(original)) if row.expect == "other" else ()
