@@ -30,6 +30,7 @@ from hemostat.profiles.persistence import stored_mode
 from hemostat.profiles.serving import ServedModel
 from hemostat.reference import monitor
 from hemostat.reference.match import Match
+from hemostat.scoring.record_reader import MAX_AGE_SECONDS
 from hemostat.store import writer as writer_module
 from hemostat.store.protocol import ExclusionLost, NotActiveError, StoreFailure
 
@@ -227,9 +228,22 @@ async def test_a_bug_in_calibration_costs_no_measurement(tmp_path: Path, monkeyp
 
     async with control(tmp_path) as plane:
         monkeypatch.setattr(plane.profile_manager, "update", bug)
-        plane.pipeline.update(*scored())
+        plane.pipeline.update(*scored(captured_at=time.monotonic()))
         assert plane.measured.measurements.tokens == 3
         assert plane.registry.get_sample_value("hemostat_internal_errors_total", {"part": "calibration"}) == 1
+
+
+@pytest.mark.parametrize(("age", "judged"), [(MAX_AGE_SECONDS - 60.0, 1), (MAX_AGE_SECONDS + 1.0, 0)])
+async def test_evidence_that_is_too_old_is_measured_and_judges_no_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, judged: int
+) -> None:
+    """Requests that are scored at once may also wait for a reference that is slow."""
+    seen: list[str] = []
+    async with control(tmp_path) as plane:
+        monkeypatch.setattr(plane.profile_manager, "update", lambda scored: seen.append(scored.record.kind))
+        plane.pipeline.update(*scored(captured_at=time.monotonic() - age))
+        assert len(seen) == judged
+        assert plane.measured.measurements.tokens == 3
 
 
 async def test_consumers_of_records_know_only_the_kinds_that_are_followed(
@@ -241,7 +255,7 @@ async def test_consumers_of_records_know_only_the_kinds_that_are_followed(
         plane.link.set_policy = told.append  # type: ignore[method-assign]
         monkeypatch.setattr(plane.profile_manager, "update", lambda scored: result.append(scored.record.kind))
         for n, kind in enumerate(["chat text greedy", "chat json greedy", "", "chat text greedy"]):
-            plane.pipeline.update(*scored(str(n), prompt=n, kind=kind))
+            plane.pipeline.update(*scored(str(n), prompt=n, kind=kind, captured_at=time.monotonic()))
         assert result == ["chat text greedy", "rest", "rest", "chat text greedy"]
         assert told[-1].kinds == {"chat text greedy"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import time
 from dataclasses import FrozenInstanceError, dataclass, field, replace
 from pathlib import Path
 
@@ -70,7 +71,7 @@ async def test_a_new_consumer_gets_every_record_once(tmp_path: Path) -> None:
         consumer = Noting()
         plane.pipeline.users.consumers.append(consumer)
         for number, name in enumerate(USES):
-            record, capture = scored(str(number), prompt=number)
+            record, capture = scored(str(number), prompt=number, captured_at=time.monotonic())
             capture = msgspec.structs.replace(capture, ids_only="again" in name)
             plane.pipeline.update(variant(record, name), capture)
         assert [each.uses for each in consumer.seen] == list(USES.values())

@@ -185,8 +185,8 @@ class SpoolSettings(Section):
     score: str = Field(default="now", pattern=f"^(now|never|{_WINDOW.pattern})$")
     """The time at which the reference scores what is written. With now, requests are also scored at once, if there is a
     reference. With a window such as 02:00-05:00 (UTC), the reference scores them in these hours of each day, in the
-    order of time. With never, only `hemostat score` does. Nothing is treated by evidence that came later: a window and
-    never require `calibration.mode: off`."""
+    order of time. With never, only `hemostat score` does. Nothing is treated by evidence that is older than 10 minutes:
+    a window and never require `calibration.mode: off`."""
 
     @property
     def window(self) -> tuple[int, int] | None:

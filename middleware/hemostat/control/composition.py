@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import random
 import secrets
 import time
@@ -224,13 +225,18 @@ class Control:
         if settings.adapter.enabled:
             others.append(Texts(self.adapters.learner, self.profile_manager))
         stages = None if self.references is None else self._scoring_stages(settings, budget)
+        late = settings.spool.score != "now"
         self.pipeline = ScoringPipeline(
             settings,
             self.monitor,
             self.engines.reports,
             stages,
             RecordUsers(
-                RecordReader(self.monitor, self.profile_manager, late=settings.spool.score != "now"),
+                RecordReader(
+                    self.monitor,
+                    self.profile_manager,
+                    age=lambda capture: math.inf if late else clock() - capture.captured_at,
+                ),
                 measured,
                 Calibration(self.profile_manager, self.learner),
                 other_models,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Final
 
 from hemostat.ipc.messages import Capture
 from hemostat.profiles.manager import ProfileManager
@@ -28,6 +29,9 @@ MAX_UNITS = 50_000
 """The largest number of units that are remembered; the oldest is forgotten first, after which its conversation counts
 once more.
 """
+MAX_AGE_SECONDS: Final = 600.0
+"""The greatest age of evidence for or against profiles, from the end of a request to its record. What is older counts
+in figures and alarms only: the engine may serve something else by now."""
 
 
 class SeenUnits:
@@ -75,11 +79,13 @@ def uses_of(record: TokenRecord, *, calibrated: bool, scored_again: bool = False
 class RecordReader:
     """Makes scored records of what the scorer hands on. Owns which conversations were scored.
 
-    late: True if records come hours after their requests: then they are no evidence for or against profiles.
+    age: gives the seconds since the end of a capture's request; see `MAX_AGE_SECONDS`.
     """
 
-    def __init__(self, models: ServedModelsSource, profiles: ProfileManager, *, late: bool = False) -> None:
-        self._left_out = Use.PROFILES if late else NO_USE
+    def __init__(
+        self, models: ServedModelsSource, profiles: ProfileManager, *, age: Callable[[Capture], float] = lambda _: 0.0
+    ) -> None:
+        self._age = age
         self._models = models
         self._profiles = profiles
         self._seen = SeenUnits()
@@ -101,7 +107,9 @@ class RecordReader:
         served, profiles = self._models.served, self._profiles
         pair = served.of(record.model) or served.calibrated
         calibrated = pair is served.calibrated
-        uses = uses_of(record, calibrated=calibrated, scored_again=capture.ids_only) & ~self._left_out
+        uses = uses_of(record, calibrated=calibrated, scored_again=capture.ids_only)
+        if self._age(capture) > MAX_AGE_SECONDS:
+            uses &= ~Use.PROFILES
         profile = applied = None
         if calibrated:
             record = replace(record, kind=profiles.kinds.update(record.kind))
