@@ -9,6 +9,7 @@ backoff         pauses between attempts, which grow with the failures in a row
 canaries        the test if the scores of the same token sequences have changed
 canary_cause    finds the cause of a difference of canaries
 canary_endpoint compares the first tokens of answers of an endpoint that is known by its API alone
+canary_prefix   makes canaries behind a shared prefix that is in the engine's prefix cache
 canary_route    compares canaries that were asked for through a public address
 canary_short    decides from short sequences if an engine has changed, within a minute
 canary_texts    compares what a server makes of texts as clients send them

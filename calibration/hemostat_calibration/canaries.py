@@ -111,19 +111,21 @@ ADAPTER_SEQUENCES = 20
 """The number of sequences of an adapter. They are the shortest ones, so that the sequences of several adapters fit next
 to the base model's.
 """
-SCHEMA = 6
-OLDER_SCHEMAS = (2, 3, 4, 5)
+SCHEMA = 7
+OLDER_SCHEMAS = (2, 3, 4, 5, 6)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Canary:
     """One token sequence. kind: the kind of text, for readers. prompt: int32 [P], P ≥ 1. answer: int32 [A], A ≥ 1,
-    which the model wrote.
+    which the model wrote. cached: the number of the prompt's first tokens that are in the prefix cache before; if there
+    are any, the answer alone is scored.
     """
 
     kind: str
     prompt: Ids
     answer: Ids
+    cached: int = 0
 
     @property
     def ids(self) -> list[int]:
@@ -131,13 +133,18 @@ class Canary:
 
     @property
     def scored(self) -> int:
-        """The number of log-probabilities, P + A − 1: each token but the first has one."""
-        return len(self.prompt) + len(self.answer) - 1
+        """The number of log-probabilities, P + A − 1: each token but the first has one; A behind a cached prefix."""
+        return self.answer_at + len(self.answer)
+
+    @property
+    def answer_at(self) -> int:
+        """The number of the answer's first log-probability."""
+        return 0 if self.cached else len(self.prompt) - 1
 
     @property
     def tokens(self) -> int:
         """The number of tokens that a replay costs the engine, with the one that it generates."""
-        return len(self.prompt) + len(self.answer) + 1
+        return len(self.prompt) - self.cached + len(self.answer) + 1
 
 
 _SERVED = {
@@ -394,7 +401,7 @@ def _means(values: Floats, lengths: Indices) -> Floats:
 @lru_cache(maxsize=64)
 def _lengths(canaries: tuple[Canary, ...]) -> tuple[Indices, Indices]:
     """Returns the numbers of scored tokens of all sequences, and of all parts."""
-    parts = [len(part) for canary in canaries for part in parts_of(canary.scored, len(canary.prompt) - 1)]
+    parts = [len(part) for canary in canaries for part in parts_of(canary.scored, canary.answer_at)]
     return np.array([canary.scored for canary in canaries]), np.array(parts)
 
 

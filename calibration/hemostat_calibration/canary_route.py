@@ -60,7 +60,7 @@ def _bounds(taken: CanarySet, sequence: int) -> _Bounds:
     begin = sum(canary.scored for canary in taken.canaries[:sequence])
     canary = taken.canaries[sequence]
     replays = taken.baseline[:, begin : begin + canary.scored]
-    pieces = parts_of(canary.scored, len(canary.prompt) - 1)
+    pieces = parts_of(canary.scored, canary.answer_at)
     nearest, parts = [], []
     for n, replay in enumerate(replays):
         differences = np.abs(np.delete(replays, n, axis=0) - replay)

@@ -151,15 +151,16 @@ class WithDefault(VllmServer):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_variants")
 def test_a_set_with_decoded_answers_finds_what_a_prefill_does_not(
     checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "ANSWER_TOKENS", 24)
+    monkeypatch.setattr(client, "ANSWER_TOKENS", 16)
     prompts = tmp_path / "prompts"
     prompts.write_text("".join(f"{n}. {text}\n" for n in range(4) for text in PROMPTS))
     faults: dict[str, Any] = {
         "none": [],
-        "decoding": ["decoding", {"layer": 9, "name": "o_proj", "scale": 1.2}],
+        "decoding": ["decoding", {"layer": 9, "name": "o_proj", "scale": 1.3}],
         "not a number": ["not_a_number", {"layer": 9, "name": "o_proj"}],
         "none again": [],
     }
@@ -169,7 +170,10 @@ def test_a_set_with_decoded_answers_finds_what_a_prefill_does_not(
         vllm = VllmServer(server.url, timeout=300.0)
         signed = client.CanaryClient(vllm, server.model, sign=server.admin.signed)
         plain = client.CanaryClient(vllm, server.model)
-        decoded, prefilled = await signed.take(load(prompts)), await plain.take(load(prompts))
+        decoded = await signed.take(load(prompts))
+        with monkeypatch.context() as patch:
+            patch.setattr(texts, "FREE_TEXTS", 0)  # the texts of one set are enough
+            prefilled = await plain.take(load(prompts))
         assert (decoded.decoded, prefilled.decoded) == (True, False)
         for name, fault in faults.items():
             body = {"method": "inject", "args": [json.dumps(fault)]}

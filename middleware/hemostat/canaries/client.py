@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -57,6 +58,7 @@ PRIORITY = 1_000
 by priority.
 """
 
+_CACHES_PREFIXES = re.compile(r'^vllm:cache_config_info\{[^}]*\benable_prefix_caching="True"', re.MULTILINE)
 _NOTHING: Mapping[str, Any] = {}
 
 Gate = Callable[[], Awaitable[None]]
@@ -195,9 +197,10 @@ class CanaryClient:
     async def _replay_beside(self, canaries: Sequence[Canary], at_once: int, *, decoded: bool) -> Floats:
         """Replays the sequences, so many at a time, and returns their log-probabilities one after the other."""
         values: list[Floats] = []
+        more = {"cache_salt": await self._cache_prefix(canaries[0])} if canaries[0].cached else _NOTHING
         for begin in range(0, len(canaries), at_once):
             several = canaries[begin : begin + at_once]
-            group = [asyncio.create_task(self._score(canary, decoded=decoded)) for canary in several]
+            group = [asyncio.create_task(self._score(canary, decoded=decoded, more=more)) for canary in several]
             try:
                 values += await asyncio.gather(*group)
             finally:
@@ -205,6 +208,22 @@ class CanaryClient:
                     task.cancel()
                 await asyncio.gather(*group, return_exceptions=True)
         return np.concatenate(values)
+
+    async def caches_prefixes(self) -> bool:
+        """Returns True if the engine says that it has a prefix cache."""
+        try:
+            return _CACHES_PREFIXES.search(await self._server.text("GET", "/metrics")) is not None
+        except ReferenceFailure:  # a router in front of vLLM may not have the route
+            return False
+
+    async def _cache_prefix(self, canary: Canary) -> str:
+        """Has the engine compute the prefix of a sequence, and returns the salt under which it is in the cache now."""
+        salt = _salt()
+        await self._gate()
+        self.sent += canary.cached + 1
+        body = {"model": self.model, "prompt": canary.prompt[: canary.cached].tolist(), "max_tokens": 1}
+        await self._server.post("/v1/completions", body | {"temperature": 0.0, "cache_salt": salt}, _Completion)
+        return salt
 
     def _expect(self, sequences: int) -> None:
         """Begins to count the sequences that are scored, for the progress."""
@@ -259,7 +278,8 @@ class CanaryClient:
 
     async def _decoded(self, server: VllmServer, canary: Canary, more: Mapping[str, Any]) -> list[float] | None:
         prompt, answer = canary.prompt.tolist(), canary.answer.tolist()
-        more = {"prompt_logprobs": 0, "cache_salt": _salt(), **self._priority, **more}
+        of_prompt = {} if canary.cached else {"prompt_logprobs": 0}  # which do not read the prefix cache
+        more = {**of_prompt, "cache_salt": _salt(), **self._priority, **more}
         return await server.forced_logprobs(self.model, prompt, answer, self._sign({FORCE_KEY: answer}), **more)
 
     async def _decodes(self, text: Sequence[int]) -> bool:

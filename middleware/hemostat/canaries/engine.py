@@ -25,9 +25,9 @@ STATES_KEY = BlobKey("canary_engines")
 MAX_ADAPTERS = 8
 """The largest number of adapters of an engine that are asked, by name; further ones are not asked."""
 REQUEST_SECONDS = 60.0
-BASELINE, ENGINES, TEXTS, SHORT = "baseline", "engines", "texts", "short"
+BASELINE, ENGINES, TEXTS, SHORT, PREFIX = "baseline", "engines", "texts", "short", "prefix"
 """The names of what a replay is compared with: the baseline, the other engines, and the baselines of texts as clients
-send them and of short sequences."""
+send them, of short sequences, and of sequences behind a cached prefix."""
 
 
 @dataclass(slots=True)
@@ -104,14 +104,15 @@ class EngineState:
     """The state that outlasts the control process, so that its restart neither repeats replays beyond the budget nor
     forgets what they have found.
 
-    readings: the suspicions, statements and differences that may be a mode's, by served name. texts, short: what
-    the base model's texts and its short sequences say.
+    readings: the suspicions, statements and differences that may be a mode's, by served name. texts, short,
+    prefix: what the base model's texts, its short sequences and its sequences behind a cached prefix say.
     """
 
     pace: PaceState
     readings: Mapping[str, Reading]
     texts: TextReading = field(default_factory=TextReading)
     short: ShortState = field(default_factory=ShortState)
+    prefix: Reading = field(default_factory=Reading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,8 @@ class EngineCanaries:
         """The reading of the base model's texts."""
         self.short = stored.short
         """The state of the base model's short sequences."""
+        self.prefix = replace(stored.prefix)
+        """The reading of the base model's sequences behind a cached prefix."""
         self.now = Origin("")
         """The models that it serves, as `list_models` has found."""
         self.failure = ""
@@ -185,7 +188,7 @@ class EngineCanaries:
             self.listed_at, self.not_before = -np.inf, 0.0
             for reading in self.readings.values():
                 reading.due = 0.0
-            self.texts.due = 0.0
+            self.texts.due = self.prefix.due = 0.0
         self.up, self._boot = up, boot or self._boot
 
     async def list_models(self, wanted: str | None) -> None:
@@ -215,12 +218,13 @@ class EngineCanaries:
             for name, reading in self.readings.items()
             if reading.suspected or reading.lasting or reading.since
         }
-        return EngineState(self.pace.state(), kept, self.texts.to_store(), self.short)
+        return EngineState(self.pace.state(), kept, self.texts.to_store(), self.short, self.prefix.to_store())
 
     def forget(self) -> None:
         """Forgets what was found, since the set is replaced."""
         self.readings = {name: Reading() for name in self.readings}
         self.texts, self.short = TextReading(), replace(self.short, since=None, found=None)
+        self.prefix = Reading()
 
     async def close(self) -> None:
         """Ends what is under way."""
@@ -250,6 +254,17 @@ def short_statement(engine: str, model: str, short: ShortState) -> str:
         return ""
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(short.since))
     return f"Canaries: {engine} ({model}) has changed in short sequences, since {since}: {short.found.summary}"
+
+
+def prefix_statement(engine: str, model: str, prefix: Reading) -> str:
+    """Returns what sequences behind a cached prefix say of an engine, in one line; "" if nothing is wrong."""
+    if BASELINE not in prefix.since:
+        return ""
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(prefix.since[BASELINE]))
+    return (
+        f"Canaries: {engine} ({model}) has changed behind a prefix that is in its prefix cache, since {since}: "
+        f"{prefix.found[BASELINE].summary}"
+    )
 
 
 def statement(

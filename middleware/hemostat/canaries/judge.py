@@ -12,6 +12,7 @@ from hemostat.canaries.engine import (
     ENGINES,
     EngineCanaries,
     Reading,
+    prefix_statement,
     statement,
     text_statement,
 )
@@ -72,6 +73,21 @@ class Judge:
             if current.since.keys() != before[name].keys():
                 text = self.statement(self._states.current[name], model, current, taken)
                 self.record_event(text or f"Canaries: {name} ({model}) is as it was", figures(current))
+        self._states.save()
+
+    def update_prefix(self, canaries: EngineCanaries, taken: CanarySet) -> None:
+        """Judges a replay of this engine's sequences behind a cached prefix."""
+        reading, name, model = canaries.prefix, canaries.name, canaries.now.model
+        if reading.values is None:
+            return
+        before = dict(reading.since)
+        found = taken.compare(reading.values, self._tolerance)
+        reading.judge(BASELINE, found, [reading.number], self._wall())
+        if not reading.awaited:
+            reading.due = self._clock() + HOUR_SECONDS
+        if reading.since.keys() != before.keys():
+            text = f"Canaries: {name} ({model}) is as it was behind a prefix that is in its prefix cache"
+            self.record_event(prefix_statement(name, model, reading) or text, figures(reading))
         self._states.save()
 
     def update_texts(self, canaries: EngineCanaries, comparison: TextComparison) -> None:

@@ -30,7 +30,9 @@ from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.metrics.samples import Sample
 from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.scored_record import ScoredRecord
 from hemostat.store.protocol import BlobKey, StoreWrites
+from hemostat_calibration.canary_prefix import PromptLengths
 from hemostat_calibration.elapsed import TimeBreak
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 
@@ -62,7 +64,10 @@ class Canaries:
         self.sets = Sets(writes)
         self.states = CanaryStates(engines, writes, wall)
         self._judge = Judge(self.states, writes, settings.canaries.tolerance_nats, clock, wall)
-        self.replays = Replays(self.sets, self.states, self._judge, monitor, writes, clock=clock, wall=wall)
+        self._lengths = PromptLengths()
+        self.replays = Replays(
+            self.sets, self.states, self._judge, monitor, self._lengths, writes, clock=clock, wall=wall
+        )
         short = partial(
             ShortCanaries,
             sets=self.sets,
@@ -105,6 +110,10 @@ class Canaries:
     def after_break(self, time_break: TimeBreak) -> None:
         """Notes that the clock was set."""
         self.states.after_break(time_break)
+
+    def update(self, scored: ScoredRecord) -> None:
+        """Notes how long prompts of the traffic are. Implements `scored_record.RecordConsumer`."""
+        self._lengths.update(len(scored.capture.prompt_token_ids))
 
     def accept(self) -> None:
         """Accepts what the engines compute now as right: a new set is taken at once. Raises HemostatError if none can

@@ -28,6 +28,8 @@ from hemostat.reference.protocol import ReferenceFailure, ScoreRequest
 from hemostat.store.protocol import StoreWrites
 from hemostat.store.spent_alpha import until_written
 from hemostat_calibration.canaries import DAY_REPLAYS, REPLAYS, CanarySet, Condition, Origin, shortest
+from hemostat_calibration.canary_prefix import PromptLengths, prefix_sequences
+from hemostat_calibration.canary_prefix import cost as cost_behind_prefix
 
 log = logging.getLogger("hemostat.canaries")
 
@@ -48,6 +50,7 @@ class Replays:
         states: CanaryStates,
         judge: Judge,
         monitor: ReferenceMonitor,
+        lengths: PromptLengths,
         writes: StoreWrites,
         *,
         clock: Callable[[], float],
@@ -57,6 +60,7 @@ class Replays:
         self._states = states
         self._judge = judge
         self._monitor = monitor
+        self._lengths = lengths
         self._writes = writes
         self._clock, self._wall = clock, wall
         self.prompts: Prompts | None = None
@@ -193,6 +197,50 @@ class Replays:
             if not texts.suspected:
                 break
         texts.due = self._clock() + HOUR_SECONDS
+
+    async def read_prefix(self, canaries: EngineCanaries, base: CanarySet) -> None:
+        """Replays the base model's sequences behind a cached prefix, if that is due and the budget allows it. If they
+        are too far away, they are replayed again at once. Engines without the plugin do not decode given tokens."""
+        reading, model = canaries.prefix, base.origin.model
+        if not base.decoded or self._clock() < reading.due:
+            return
+        if (taken := self._sets.prefix) is None:
+            await self._take_prefix(canaries, base)
+            return
+        needed = cost_behind_prefix(taken.canaries)
+        for _ in range(2):
+            if canaries.pace.left() < needed:
+                return
+            async with self._spending(canaries, model, needed) as client:
+                values = await client.replay(taken)
+            current = self._sets.prefix
+            if current is None or current.canaries is not taken.canaries:
+                return
+            self._count += 1
+            reading.values, reading.number, reading.at = values, self._count, self._wall()
+            self._judge.update_prefix(canaries, current)
+            if self._belongs_to_baseline(canaries, reading, current):
+                self._sets.put_prefix(current.with_replay(values, Condition(reading.at, load=canaries.load)))
+            if not reading.awaited:
+                return
+
+    async def _take_prefix(self, canaries: EngineCanaries, base: CanarySet) -> None:
+        """Takes the baseline, in moments of low load, at an engine whose last replay has shown nothing."""
+        reading = canaries.base
+        if reading is None or not reading.found or reading.suspected or reading.since:
+            return
+        canaries.prefix.due = self._clock() + HOUR_SECONDS
+        client = canaries.client(base.origin.model)
+        sequences = prefix_sequences(base.canaries, self._lengths.get(), canaries.now.max_model_len)
+        if not sequences or not await client.caches_prefixes():
+            return
+        async with self._taking:
+            if self._sets.prefix is not None:
+                return
+            taken = await client.baseline(sequences, replace(canaries.now, at=self._wall()), decoded=True)
+            if self._sets.base is not None and self._sets.base.canaries is base.canaries:
+                self._sets.put_prefix(taken)
+        log.info("canaries: sequences behind a prefix of %d tokens were taken", sequences[0].cached)
 
     async def explain(self, canaries: EngineCanaries, base: CanarySet) -> bool:
         """Finds the cause of what the base model's replays have found, once. Returns False if it has to wait for the

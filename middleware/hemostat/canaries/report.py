@@ -8,8 +8,10 @@ from typing import Any
 from hemostat.canaries.engine import (
     BASELINE,
     ENGINES,
+    PREFIX,
     SHORT,
     TEXTS,
+    prefix_statement,
     short_statement,
     text_statement,
 )
@@ -38,6 +40,8 @@ class CanaryReport:
                 yield text_statement(name, canaries.now.model, canaries.texts), canaries.texts.since
             if canaries.short.since is not None:
                 yield short_statement(name, canaries.now.model, canaries.short), canaries.short.since
+            if BASELINE in canaries.prefix.since:
+                yield prefix_statement(name, canaries.now.model, canaries.prefix), canaries.prefix.since[BASELINE]
 
     def report(self, problem: str) -> dict[str, Any]:
         """Returns the state of the canaries, JSON-ready.
@@ -48,6 +52,7 @@ class CanaryReport:
         engine. distance_nats: the median distance of its sequences. cause: the cause of what was found there, in words.
         texts: by engine, what the last replay of texts as clients send them says. short: the same of the last replay of
         all short sequences, which is made where single ones are suspicious; empty before the set of them was taken.
+        prefix: the same of the last replay of sequences behind a prefix that is in the engine's prefix cache.
         """
         base = self._sets.base
         return {
@@ -98,6 +103,15 @@ class CanaryReport:
                 for name, canaries in self._states.current.items()
                 if self._sets.short is not None
             },
+            "prefix": {
+                name: {
+                    "since": prefix.since.get(BASELINE),
+                    "detail": prefix.found[BASELINE].summary,
+                    "tokens": self._sets.prefix.canaries[0].cached,
+                }
+                for name, canaries in self._states.current.items()
+                if BASELINE in (prefix := canaries.prefix).found and self._sets.prefix is not None
+            },
         }
 
     def samples(self) -> Iterator[Sample]:
@@ -117,3 +131,6 @@ class CanaryReport:
             if self._sets.short is not None:
                 labels = (name, canaries.now.model, SHORT)
                 yield Sample(names.CANARY_CHANGED, (*labels, ""), float(canaries.short.since is not None))
+            if BASELINE in canaries.prefix.found:
+                labels = (name, canaries.now.model, PREFIX)
+                yield Sample(names.CANARY_CHANGED, (*labels, ""), float(BASELINE in canaries.prefix.since))

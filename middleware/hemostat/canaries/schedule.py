@@ -111,6 +111,7 @@ class Schedule:
                 if now >= canaries.readings[model].due and not await self._replays.replay(canaries, model):
                     return
             await self._replays.read_texts(canaries, base)
+            await self._replays.read_prefix(canaries, base)
         except (ReferenceFailure, InvalidArgumentError) as failure:
             self._fail(canaries, str(failure))
         except Exception as error:

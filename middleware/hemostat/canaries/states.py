@@ -35,6 +35,8 @@ class _Stored:
     """The sets by served name, in the order in which they were taken: the base model's is the first."""
     short: CanarySet | None = None
     """The short sequences of the base model."""
+    prefix: CanarySet | None = None
+    """The sequences of the base model behind a cached prefix."""
 
 
 class Sets:
@@ -44,6 +46,7 @@ class Sets:
         self._writes = writes
         self._sets: dict[str, CanarySet] = {}
         self.short: CanarySet | None = None
+        self.prefix: CanarySet | None = None
         self.taking_short = asyncio.Lock()
         """It is held while the set of short sequences is taken."""
 
@@ -62,20 +65,24 @@ class Sets:
 
     def clear(self) -> None:
         self._sets.clear()
-        self.short = None
+        self.short = self.prefix = None
         self._save()
 
     def put_short(self, taken: CanarySet) -> None:
         self.short = taken
         self._save()
 
+    def put_prefix(self, taken: CanarySet) -> None:
+        self.prefix = taken
+        self._save()
+
     def restore(self, stored: bytes) -> None:
         """Takes what an earlier run stored. Raises InvalidArgumentError."""
         read = state_codec.decode(_Stored, stored, SCHEMA, OLDER_SCHEMAS)
-        self._sets, self.short = dict(read.sets), read.short
+        self._sets, self.short, self.prefix = dict(read.sets), read.short, read.prefix
 
     def _save(self) -> None:
-        self._writes.put_blob(BLOB_KEY, state_codec.encode(_Stored(self._sets, self.short), SCHEMA))
+        self._writes.put_blob(BLOB_KEY, state_codec.encode(_Stored(self._sets, self.short, self.prefix), SCHEMA))
 
 
 def _seen(short: ShortState, time_break: TimeBreak) -> ShortState:
@@ -125,7 +132,7 @@ class CanaryStates:
         }
         for engine in self.current.values():
             engine.short = _seen(engine.short, time_break)
-            for reading in engine.readings.values():
+            for reading in (*engine.readings.values(), engine.prefix):
                 reading.at = time_break.seen(reading.at)
                 reading.lasting = {
                     against: (time_break.seen(at), count) for against, (at, count) in reading.lasting.items()
@@ -146,7 +153,13 @@ class CanaryStates:
         for engine in self.current.values():
             engine.forget()
         self._gone = {
-            name: replace(state, readings={}, texts=TextReading(), short=replace(state.short, since=None, found=None))
+            name: replace(
+                state,
+                readings={},
+                texts=TextReading(),
+                short=replace(state.short, since=None, found=None),
+                prefix=Reading(),
+            )
             for name, state in self._gone.items()
         }
         self.save()

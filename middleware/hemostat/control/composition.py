@@ -180,6 +180,15 @@ class Control:
             scores_fail=lambda name: self.breakers.open(name, self._clock()),
             refused=self._refused_by_upstream,
         )
+        self.canaries = Canaries(
+            settings,
+            self.engines,
+            self.monitor,
+            self.writer,
+            active=lambda: self.ownership.active,
+            clock=self._clock,
+            wall=self._wall,
+        )
 
     def _connect_learners(self, settings: Settings) -> None:
         profiles, proposals = self.profile_manager, self.profile_manager.proposals
@@ -217,7 +226,7 @@ class Control:
             clock=clock,
             wall=self._wall,
         )
-        others: list[RecordConsumer] = [self.gate]
+        others: list[RecordConsumer] = [self.gate, self.canaries]
         if self.noise_floor is not None:
             others.append(NoiseFloorOffers(self.noise_floor))
         if self.tracing is not None:
@@ -291,15 +300,6 @@ class Control:
         self.link.on_capture = pipeline.offer
         self.link.on_outcome = self._receive_outcome
         self.link.on_sampled = pipeline.coverage.update_relayed
-        self.canaries = Canaries(
-            settings,
-            self.engines,
-            self.monitor,
-            self.writer,
-            active=lambda: self.ownership.active,
-            clock=self._clock,
-            wall=self._wall,
-        )
         self.stored_state = StoredState(self.writer, self.profile_manager, self.measured, self.engines)
         self.stored_state.on_other_models = self.gate.forget
         self.policy = PolicyPublisher(

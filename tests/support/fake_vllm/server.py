@@ -83,6 +83,8 @@ class FakeVllm(FakeModel):
     """It does not schedule by priority, and says so."""
     replace_body: str | None = None
     """The body of every answer with status 200."""
+    prefix_caching: bool = False
+    """Its metrics say that it has a prefix cache."""
     pooling: FakePooling | None = None
     """A pooling server, which does not generate."""
     routed: bool = False
@@ -192,6 +194,8 @@ class FakeVllm(FakeModel):
                 return 200, answer[1]
             if answer is not None:
                 raise RefusedError(answer[1], None, "InvalidUserInput", answer[0])
+        if route == ("GET", "/metrics") and self.prefix_caching:
+            return 200, 'vllm:cache_config_info{block_size="16",enable_prefix_caching="True"} 1.0\n'
         if route == ("GET", "/metrics"):
             drafts = '# TYPE x counter\nvllm:spec_decode_num_drafts_total{engine="0"} 0.0\n' if self.speculates else ""
             return 200, ("" if self.lora is None else self.lora.metrics()) + drafts
