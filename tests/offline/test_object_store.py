@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import Iterator
@@ -12,9 +13,13 @@ import pytest
 from pyarrow import fs
 from pydantic import ValidationError
 from tests.support.captures import capture
+from tests.support.control import settings
 from tests.support.scorer_bench import FakeReference
+from tests.support.waiting import until
 
 from hemostat.config.operation import SpoolSettings
+from hemostat.config.schema import Settings
+from hemostat.control.composition import Control
 from hemostat.scoring.offline.evidence import read_evidence
 from hemostat.scoring.offline.folder import parts_of, score_folder
 from hemostat.scoring.spool.columns import SCHEMA_VERSION, VERSION_KEY, from_rows, to_rows
@@ -150,6 +155,51 @@ def test_a_segment_is_written_by_one_upload_under_its_final_name(
     ]
     # The object is there with the last request, which ends the upload that the first one has begun.
     assert [query.partition("=")[0] for _, _, query in writes] == ["?uploads", "?partNumber", "?uploadId"]
+
+
+async def test_a_control_process_starts_with_a_spool_in_a_store(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It brings what an earlier process has left to the store, and what it samples itself; each by one upload."""
+    caplog.set_level("INFO", "werkzeug")  # the store's log of requests
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("SPOOL_KEY", bytes(range(32)).hex())
+    folder = at(address, "spool", tmp_path)
+    path = address.format("spool") if "{}" in address else f"{address}/spool"
+    given = settings().plain() | {"spool": {"path": path, "key": "env:SPOOL_KEY"}, "reference": {"backend": "none"}}
+
+    def started() -> Control:
+        return Control(Settings.model_validate(given), 0)
+
+    killed = started()
+    assert killed.spool is not None
+    assert killed.spool.update(capture("before"), None) is None
+    assert killed.spool.flush()
+    (journal,) = (tmp_path / "state/hemostat").glob("spool-*/*.journal")
+    left = journal.read_bytes()
+    await killed.close()
+    for segment in segments(folder):
+        segment.unlink()
+    journal.write_bytes(left)  # as if it had been killed
+
+    caplog.clear()
+    one = started()
+    await one.start()
+    assert one.spool is not None
+    loops = [asyncio.create_task(loop) for loop in (one.spool.run(), *one.pipeline.loops())]
+    one.pipeline.offer(capture("after"))
+    await until(lambda: one.pipeline.pending == 0 and ids(folder) == ["before"])
+    for loop in loops:
+        loop.cancel()
+    await asyncio.gather(*loops, return_exceptions=True)
+    await one.close()
+    assert sorted(ids(folder)) == ["after", "before"]
+    assert list(journal.parent.iterdir()) == []
+    if address.startswith("s3:"):
+        writes = [found.groups() for line in caplog.messages if (found := WRITE.search(line))]
+        ended = [path for verb, path, query in writes if verb == "POST" and "uploadId" in (query or "")]
+        assert sorted(ended) == sorted(f"/{segment.path}" for segment in segments(folder))
+        assert {verb for verb, _, _ in writes} == {"POST", "PUT"}, "nothing is copied or removed"
 
 
 def test_a_folder_is_there_once_an_object_is_in_it(address: str, tmp_path: Path) -> None:
