@@ -204,5 +204,14 @@ async def test_captures_only_go_to_the_spool_and_nothing_is_treated(tmp_path: Pa
     assert told(one).mode == "off"
     status = one.status.current()
     assert (status.later is not None) == (score != "never")
+    assert one.spool is not None
+    one.spool.update(capture("kept"), None)
+    one.spool.flush()
+    counted = one.status.current().spool
+    assert status.spool is not None
+    assert counted is not None
+    assert (status.spool.written, counted.written) == (0, 1)
+    assert (counted.lost, counted.refused, counted.journals_left) == (0, 0, 0)
+    assert counted.bytes > status.spool.bytes
     await asyncio.sleep(0)
     await one.close()

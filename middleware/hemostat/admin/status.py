@@ -32,6 +32,7 @@ from hemostat.admin.status_parts import (
     RequestsStatus,
     ScoringParts,
     ShadowStatus,
+    SpoolStatus,
     UpstreamStatus,
 )
 from hemostat.config.schema import Settings
@@ -144,6 +145,8 @@ class Status(msgspec.Struct, frozen=True):
     queue: QueueStatus
     later: LaterStatus | None
     """The period of the figures where the spool is scored in a window; None without one."""
+    spool: SpoolStatus | None
+    """None without `spool.path`."""
     compressed: CompressedStatus
     models: list[ModelStatus]
     reference: ReferenceStatus
@@ -270,6 +273,7 @@ class StatusSource:
             shadow=scoring.shadow(settings, now - self._started),
             queue=scoring.queue(now),
             later=scoring.later(),
+            spool=scoring.spool(),
             compressed=scoring.compressed(),
             models=scoring.models(),
             reference=scoring.reference(),

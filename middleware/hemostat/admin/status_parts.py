@@ -80,6 +80,21 @@ class LaterStatus(msgspec.Struct, frozen=True):
     """The number of segments that cannot be read; the log names each of them."""
 
 
+class SpoolStatus(msgspec.Struct, frozen=True):
+    """The spool, and what became of captures there since the start."""
+
+    bytes: int
+    """The size of all files."""
+    written: int
+    """The number of captures that were written."""
+    lost: int
+    """The number of captures that could not be written, or could not be read in a journal."""
+    refused: int
+    """The number of captures that were not admitted, as the spool is more than half full."""
+    journals_left: int
+    """The number of journals of earlier processes that cannot be read; the log names each of them."""
+
+
 class QueueStatus(msgspec.Struct, frozen=True):
     depth: int
     lag_seconds: float
@@ -173,15 +188,29 @@ class SpooledScoring(Protocol):
     def evidence_time(self) -> EvidenceTime: ...
 
 
+class SpooledCaptures(Protocol):
+    """The part of `hemostat.scoring.spool.spool.Spool` that the status shows."""
+
+    written: int
+    lost: int
+    refused: int
+
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def left(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ScoringParts:
     """The parts that sample and score. records: None if no records are written. spooled: None if nothing is scored in a
-    window."""
+    window. captures: None without a spool."""
 
     monitor: ReferenceMonitor
     pipeline: ScoringPipeline
     records: RecordsFile | None
     spooled: SpooledScoring | None = None
+    captures: SpooledCaptures | None = None
 
     @property
     def scored(self) -> int:
@@ -194,6 +223,12 @@ class ScoringParts:
         time = self.spooled.evidence_time
         until = None if time.began is None else time.now()
         return LaterStatus(time.began, until, self.spooled.scored, dict(self.spooled.unscored), self.spooled.left_out)
+
+    def spool(self) -> SpoolStatus | None:
+        spool = self.captures
+        if spool is None:
+            return None
+        return SpoolStatus(spool.bytes, spool.written, spool.lost, spool.refused, spool.left)
 
     def requests(self, totals: Stats) -> RequestsStatus:
         endings = self.pipeline.endings

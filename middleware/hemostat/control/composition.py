@@ -377,7 +377,7 @@ class Control:
         self.status = StatusSource(
             settings,
             ProcessParts(self.problems, self.ownership, self.link, relays, self.configuration, data_port),
-            ScoringParts(self.monitor, self.pipeline, self.records, self.later),
+            ScoringParts(self.monitor, self.pipeline, self.records, self.later, self.spool),
             EngineParts(self.engines, self.canaries, self.gate),
             self.measured,
             CalibrationParts(profiles, self.learner, self.adapters.status),

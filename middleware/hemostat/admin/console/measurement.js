@@ -1,5 +1,5 @@
 // What is measured of the traffic, why the rest is not, and what measuring costs.
-import { counts, fixed, known, lasted, named, nats, percent, perSecond, plural, total, when, whole } from "./format.js";
+import { bytes, counts, fixed, known, lasted, named, nats, percent, perSecond, plural, total, when, whole } from "./format.js";
 import { Chart, Coloured, Explain, Facts, html, Link, Section, Table } from "./parts.js";
 
 export function Measurement({ s, past, rate }) {
@@ -12,6 +12,7 @@ export function Measurement({ s, past, rate }) {
       ["coverage", c.requests ? `${percent(c.scored_share.tokens)} of ${plural(c.tokens, "known token")}; ${percent(c.scored_share.requests)} of ${plural(c.requests, "sampled request")}${c.requests_of_unknown_tokens ? `; the tokens of ${whole(c.requests_of_unknown_tokens)} are not known` : ""}` : "no sampled request has ended"],
       ["queue", `${plural(s.queue.depth, "capture")} waiting, the oldest ${fixed(s.queue.lag_seconds, 1)} s`],
       ...(s.later ? [["period", s.later.figures_until ? `figures and alarms are of requests of ${when(s.later.figures_from)} to ${when(s.later.figures_until)}; ${plural(s.later.scored, "choice")} scored later${s.later.segments_left_out ? `; ${plural(s.later.segments_left_out, "segment")} of the spool cannot be read: see the log` : ""}` : "nothing was scored in the window of spool.score since the start"]] : []),
+      ...(s.spool ? [["spool", `${bytes(s.spool.bytes)}; ${plural(s.spool.written, "capture")} written since the start, ${whole(s.spool.lost)} lost, ${whole(s.spool.refused)} not admitted${s.spool.journals_left ? `; ${plural(s.spool.journals_left, "journal")} of earlier processes cannot be read: see the log` : ""}`]] : []),
       ["dropped", html`<${Coloured} as=${dropped ? "wait" : "good"}>${counts(r.dropped)}<//>`], ["skipped", counts(r.skipped)],
       ["reference", `${s.reference.state}; ${named(s.reference)}; ${fixed(rate((x) => x.shadow.reference_tokens), 1)} tokens per second, ${budget ? `budget ${whole(budget)}` : "no budget set"}; ${whole(s.shadow.reference_tokens)} in ${lasted(s.shadow.uptime_seconds)}`],
       ["noise floor, KL ≥", Object.entries(s.noise_floor).map(([m, f]) => `${m} ${nats(f.kl_nats.estimate)} nats (${plural(f.requests, "request")})`).join(", ") || "not measured yet"],
