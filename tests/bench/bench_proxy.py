@@ -22,11 +22,15 @@ what Python can do (proxy/bare_relay.py).
 LiteLLM's proxy forwards the same chat completions, in the same rounds. It is not measured with streams.
 "direct" is the upstream without a proxy: no proxy can be measured beyond it.
 
+`--latency` measures only what each proxy adds to the wait of a client, in microseconds, where all get half of the
+requests/s that the slowest of them takes (proxy/latency.py).
+
 `--beside FOLDER` compares the relay with the one of another checkout (`git worktree add FOLDER REVISION`), and measures
-nothing else. In each round both are started, since two starts of one relay differ by up to 4 %, and measured, one
-immediately after the other; the next round begins with the other one. Printed is the median of the rounds' ratios with
-its interval. Both relays are compiled; with `--interpreted`, or
-without a C compiler, both run their sources. The CPU time is the figure to look at if the machine does other things.
+nothing else: untreated, sampled, and treated requests, and what a sampled answer costs (proxy/sampled_beside.py). In
+each round both are started, since two starts of one relay differ by up to 4 %, and measured, one immediately after the
+other; the next round begins with the other one. Printed is the median of the rounds' ratios with its interval. Both
+relays are compiled; with `--interpreted`, or without a C compiler, both run their sources. The CPU time is the figure
+to look at if the machine does other things.
 Instructions, which do not depend on these at all: `python -m tests.bench.proxy.instructions --beside FOLDER`.
 """
 
@@ -57,7 +61,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.bench.proxy import plugin_cost, sampled_cost  # noqa: E402
+from tests.bench.proxy import plugin_cost, sampled_beside, sampled_cost  # noqa: E402
+from tests.bench.proxy.latency import QUANTILES, run_latency  # noqa: E402
 from tests.bench.proxy.load import (  # noqa: E402  the root is no package
     BUILD,
     INSTALL,
@@ -66,6 +71,7 @@ from tests.bench.proxy.load import (  # noqa: E402  the root is no package
     STREAMS_AT_ONCE,
     Answers,
     StreamUpstream,
+    chat_request,
     free_port,
     request_body,
     run_streams,
@@ -87,6 +93,8 @@ from tests.bench.proxy.proxies import (  # noqa: E402
 
 INTERPRETED = "hemostat 0, interpreted"
 BARE_RELAYS = (BARE_RELAY, HEADS_RELAY)
+BESIDE = ((0.0, "", False), (0.05, "", False), (0.05, "", True), (0.0, "profile", False), (0.0, "adapter", False))
+"""What is compared with another checkout; arguments of `Bench.hemostat`: rate, treated, by_plugin."""
 START_SECONDS = 300.0
 """LiteLLM's proxy imports for a minute on a busy machine."""
 
@@ -250,37 +258,61 @@ async def measure_beside(arguments: argparse.Namespace, folder: Path) -> dict[st
         builds = [None, None]
     figures: Figures | None = None
     received: Counter[str] = Counter()
+    costs: list[tuple[dict[str, float], dict[str, float]]] = []
+    folders = (ROOT, arguments.beside.resolve())
     async with upstreams(arguments, folder) as setting:
         for number in range(arguments.rounds):
             print(f"round {number + 1} of {arguments.rounds}", flush=True)
             bench = Bench(folder / f"round-{number}", setting.bench.upstreams)
             bench.folder.mkdir()
+            turn = (0, 1) if number % 2 == 0 else (1, 0)
+            spent = {at: sampled_beside.measure(folders[at], builds[at]) for at in turn}
+            costs.append((spent[0], spent[1]))
             async with contextlib.AsyncExitStack() as stack:
                 stack.callback(bench.stop)
                 pairs = [
                     [
-                        await bench.hemostat(rate, stack, checkout, compiled=build)
+                        await bench.hemostat(
+                            rate, stack, checkout, compiled=build, treated=treated, by_plugin=by_plugin
+                        )
                         for checkout, build in zip((None, arguments.beside), builds, strict=True)
                     ]
-                    for rate in (0.0, 0.05)
+                    for rate, treated, by_plugin in BESIDE
                 ]
                 proxies = [proxy for pair in pairs for proxy in pair]
                 figures = figures or Figures([proxy.name for proxy in proxies])
                 await setting.warm_up(proxies, bench.folder)
                 for pair in pairs:
-                    for proxy in pair if number % 2 == 0 else reversed(pair):
-                        await figures.measure(proxy, setting)
+                    for at in turn:
+                        await figures.measure(pair[at], setting)
                 for proxy in proxies:
                     received[proxy.name] += proxy.received
     assert figures is not None
-    if received["beside 0.05"] < 2 * received["beside 0"]:
-        raise SystemExit("the relay of the other checkout sampled nothing, so that no comparison at rate 0.05 is one")
+    names = [pair[0].name for pair in pairs]
+    for which in ("", "beside, "):
+        for name in names[1:]:
+            if received[which + name] < 2 * received[f"{which}hemostat 0"]:
+                raise SystemExit(f"{which}{name} sampled and treated nothing, so that its comparison is none")
     return {
         "settings": {"rounds": arguments.rounds, "seconds": arguments.seconds, "compiled": builds != [None, None]},
         "requests_per_second": {name: spread(values) for name, values in figures.rate.items()},
         "cpu_us_per_request": {name: spread(values) for name, values in figures.request_cpu.items()},
         "cpu_us_per_chunk": {name: spread(values) for name, values in figures.chunk_cpu.items()},
-        "to_beside": {f"hemostat {rate}": figures.to(f"hemostat {rate}", f"beside {rate}") for rate in ("0", "0.05")},
+        "sampled_answer_ms": {
+            name: [spread([cost[at][name] for cost in costs]) for at in (0, 1)] for name in costs[0][0]
+        },
+        "to_beside": {name: figures.to(name, f"beside, {name}") for name in names}
+        | {
+            f"a sampled answer, {name}": {
+                "cpu": ratios([ours[name] for ours, _ in costs], [theirs[name] for _, theirs in costs])
+            }
+            for name in costs[0][0]
+        },
+        "to_untreated": {
+            which + name: figures.to(which + name, f"{which}hemostat 0")
+            for which in ("", "beside, ")
+            for name in names[1:]
+        },
     }
 
 
@@ -288,11 +320,78 @@ def table_beside(result: dict[str, Any]) -> str:
     rounds, how = result["settings"]["rounds"], "compiled" if result["settings"]["compiled"] else "interpreted"
     kind = "95 % interval" if rounds >= 6 else "range"  # see median_interval
     lines = [f"both relays are {how}; {rounds} rounds; a CPU time below 1 is better, requests/s above 1"]
-    for name, figures in result["to_beside"].items():
-        for figure, ratio in figures.items():
-            if ratio is not None:
-                interval = f"{kind} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
-                lines.append(f"{name} / the same of the other checkout, {figure}: {ratio['median']:.3f}, {interval}")
+    for title, group in (("the same of the other checkout", "to_beside"), ("untreated", "to_untreated")):
+        for name, figures in result[group].items():
+            for figure, ratio in figures.items():
+                if ratio is not None:
+                    interval = f"{kind} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+                    lines.append(f"{name} / {title}, {figure}: {ratio['median']:.3f}, {interval}")
+    return "\n".join(lines)
+
+
+async def measure_latency(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What each proxy adds to the wait of a client, all at one rate: half of what the slowest of them takes."""
+    compiled = compiled_build()
+    arguments.without_streams = True
+    async with upstreams(arguments, folder) as setting:
+        bench, stack = setting.bench, setting.stack
+        proxies = [
+            await bench.hemostat(0.0, stack, compiled=compiled),
+            await bench.hemostat(0.05, stack, compiled=compiled),
+            await bench.hemostat(0.05, stack, compiled=compiled, by_plugin=True),
+            await bench.hemostat(0.0, stack, compiled=compiled, treated="profile"),
+            await bench.hemostat(0.0, stack, compiled=compiled, treated="adapter"),
+            await bench.nginx(),
+            await bench.vllm_router(install_vllm_router()),
+        ]
+        await setting.warm_up(proxies, folder)
+        figures = Figures([proxy.name for proxy in proxies])
+        for proxy in proxies:
+            await figures.measure(proxy, setting)
+        rate = min(values[0] for values in figures.rate.values()) / 2
+        request = folder / "request"
+        request.write_bytes(chat_request())
+        ports = {"direct": bench.upstreams["json"]} | {proxy.name: proxy.ports["json"] for proxy in proxies}
+        waits: dict[str, list[dict[str, float]]] = {name: [] for name in ports}
+        order = random.Random(1)
+        for number in range(arguments.rounds):
+            print(f"round {number + 1} of {arguments.rounds}", flush=True)
+            for name in order.sample(list(ports), len(ports)):
+                waits[name].append(await run_latency(ports[name], rate, arguments.seconds, number, request))
+    added = {
+        name: {
+            quantile: [wait[quantile] - base[quantile] for wait, base in zip(waits[name], waits["direct"], strict=True)]
+            for quantile in QUANTILES
+        }
+        for name in ports
+        if name != "direct"
+    }
+    return {
+        "settings": {"rounds": arguments.rounds, "seconds": arguments.seconds, "compiled": compiled is not None},
+        "requests_per_second": rate,
+        "most_requests_per_second": {name: values[0] for name, values in figures.rate.items()},
+        "direct_us": {quantile: spread([wait[quantile] for wait in waits["direct"]]) for quantile in QUANTILES},
+        "added_us": {name: {q: spread(values) for q, values in each.items()} for name, each in added.items()},
+        "to_untreated": {
+            name: {q: ratios(values, added["hemostat 0"][q]) for q, values in each.items()}
+            for name, each in added.items()
+        },
+    }
+
+
+def table_latency(result: dict[str, Any]) -> str:
+    def cell(values: dict[str, float], form: str) -> str:
+        return f"{values['median']:{form}} ({values['min']:{form}}-{values['max']:{form}})"
+
+    rate, rounds = result["requests_per_second"], result["settings"]["rounds"]
+    lines = [f"at {rate:,.0f} requests/s, µs, median (range) of {rounds} rounds; added to the wait without a proxy"]
+    lines.append("without a proxy: " + ", ".join(f"{q} {cell(v, '.0f')}" for q, v in result["direct_us"].items()))
+    for name, added in result["added_us"].items():
+        shown = ", ".join(
+            f"{q} {cell(values, '.0f')}, {cell(result['to_untreated'][name][q], '.2f')} × untreated"
+            for q, values in added.items()
+        )
+        lines.append(f"{name} (at most {result['most_requests_per_second'][name]:,.0f} requests/s): {shown}")
     return "\n".join(lines)
 
 
@@ -305,7 +404,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         proxies = [
             await bench.hemostat(0.0, stack, compiled=compiled),
             await bench.hemostat(0.05, stack, compiled=compiled),
-            await bench.hemostat(0.05, stack, compiled=compiled, name=BY_PLUGIN),
+            await bench.hemostat(0.05, stack, compiled=compiled, by_plugin=True),
             await bench.hemostat(0.0, stack, compiled=compiled, treated="profile"),
             await bench.hemostat(0.0, stack, compiled=compiled, treated="adapter"),
             await bench.bare_relay(name=BARE_RELAY),
@@ -457,6 +556,7 @@ def main() -> int:
         "--beside", type=Path, metavar="FOLDER", help="compare with the checkout of another revision alone"
     )
     parser.add_argument("--interpreted", action="store_true", help="with --beside: compile neither of the two")
+    parser.add_argument("--latency", action="store_true", help="measure only what each proxy adds to a client's wait")
     parser.add_argument("--without-litellm", action="store_true", help="do not install and measure LiteLLM's proxy")
     parser.add_argument("--without-streams", action="store_true", help="measure requests alone, as on a busy machine")
     parser.add_argument("--stream-upstream", nargs=2, metavar=("PORT", "FILE"), help=argparse.SUPPRESS)
@@ -475,11 +575,15 @@ def main() -> int:
     os.sched_setaffinity(0, cores)
     BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="hemostat-bench-") as folder:
-        measured = measure if arguments.beside is None else measure_beside
+        measured, shown, name = measure, table, "proxy"
+        if arguments.latency:
+            measured, shown, name = measure_latency, table_latency, "proxy-latency"
+        elif arguments.beside is not None:
+            measured, shown, name = measure_beside, table_beside, "proxy-beside"
         result = uvloop.run(measured(arguments, Path(folder)))
-    path = BUILD / ("proxy.json" if arguments.beside is None else "proxy-beside.json")
+    path = BUILD / f"{name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
-    print(table(result) if arguments.beside is None else table_beside(result))
+    print(shown(result))
     print(f"written to {path.relative_to(ROOT)}")
     return 0
 

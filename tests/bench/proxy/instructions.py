@@ -33,7 +33,7 @@ from typing import Any, cast
 
 import uvloop
 from tests.bench.proxy.load import PATH, ROOT, Answers, request_body
-from tests.bench.proxy.proxies import BY_PLUGIN, compiled_build, policy
+from tests.bench.proxy.proxies import compiled_build, policy
 from tests.support.paths import SOURCES
 
 from hemostat.interception.interceptor import Interceptor
@@ -46,13 +46,13 @@ from hemostat.relay.upstreams.settings import UpstreamSettings
 
 UNTREATED = "untreated"
 TRAFFIC = {
-    UNTREATED: (0.0, UNTREATED),
-    "profile": (0.0, "profile"),
-    "adapter": (0.0, "adapter"),
-    "sampled": (1.0, "sampled"),
-    "sampled-by-plugin": (1.0, BY_PLUGIN),
+    UNTREATED: policy(0.0),
+    "profile": policy(0.0, "profile"),
+    "adapter": policy(0.0, "adapter"),
+    "sampled": policy(1.0),
+    "sampled-by-plugin": policy(1.0, by_plugin=True),
 }
-"""The sampled share of the requests, and the name of the policy (`proxies.policy`)."""
+"""What the relay is told."""
 REQUESTS = {UNTREATED: (200, 8200)}
 """Two numbers of requests, by traffic."""
 FEW, MANY = 200, 2200
@@ -105,7 +105,7 @@ async def relay(requests: int, engines: int, traffic: str, pieces: list[bytes], 
     captured: list[None] = []
     settings = UpstreamSettings(tuple(f"http://127.0.0.1:{port + 1}" for port in range(engines)), health_seconds=0.0)
     instance = Relay(settings, report_outcome=emit)
-    instance.hook = Interceptor(policy(*TRAFFIC[traffic]), emit, instance.counters.add)
+    instance.hook = Interceptor(TRAFFIC[traffic], emit, instance.counters.add)
     socks = socket.socketpair()
     transport = cast("asyncio.Transport", Transport(socks[0]))
     client = ClientConnection(instance._context, instance.clients)

@@ -164,14 +164,20 @@ class StreamClient(asyncio.Protocol):
             self.done.set_exception(RuntimeError(why))
 
 
-async def run_streams(port: int) -> None:
-    """STREAMS_AT_ONCE whole streams, their starts spread so that chunks do not arrive in step."""
-    body = json.dumps(request_body(stream=True)).encode()
-    request = (
-        f"POST {PATH} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAccept: text/event-stream\r\n"
+def chat_request(*, stream: bool = False) -> bytes:
+    body = json.dumps(request_body(stream=stream)).encode()
+    accept = "text/event-stream" if stream else "application/json"
+    head = (
+        f"POST {PATH} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: {accept}\r\n"
         f"Authorization: Bearer sk-none\r\nUser-Agent: bench\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
-    ).encode() + body
+    )
+    return head.encode() + body
+
+
+async def run_streams(port: int) -> None:
+    """STREAMS_AT_ONCE whole streams, their starts spread so that chunks do not arrive in step."""
+    request = chat_request(stream=True)
     loop = asyncio.get_running_loop()
 
     async def stream_once(n: int) -> None:

@@ -50,6 +50,12 @@ class Proxy:
     pids: dict[str, int]
     checkout: Path | None = None
     """Of another revision, whose relay this is."""
+    rate: float = 0.0
+    """The sampled share of its requests."""
+    treated: str = ""
+    """What every request gets: `profile` or `adapter`."""
+    by_plugin: bool = False
+    """If the engine's plugin hands out the tokens of what is sampled."""
     stats: Stats | None = None
     received: int = 0
     """Bytes that its relays sent to the control process: figures and what they sampled."""
@@ -164,19 +170,22 @@ class Bench:
         *,
         compiled: Path | None = None,
         treated: str = "",
+        by_plugin: bool = False,
         name: str = "",
     ) -> Proxy:
         """checkout: of another revision, whose relay is run instead of this one's. compiled: the relay is taken from
-        there (`compiled_build`). treated: what every request gets, `profile` or `adapter`."""
-        named = name or treated or f"{'hemostat' if checkout is None else 'beside'} {rate:g}"
-        proxy = Proxy(named, {}, {}, checkout)
+        there (`compiled_build`). treated, by_plugin: see `Proxy`."""
+        named = name or treated or (BY_PLUGIN if by_plugin else f"hemostat {rate:g}")
+        if checkout is not None:
+            named = f"beside, {named}"
+        proxy = Proxy(named, {}, {}, checkout, rate, treated, by_plugin)
         paths = [str(checkout / folder) for folder in SOURCES] if checkout is not None else []
         if compiled is not None:
             paths = [str(compiled)]
         for kind, upstream in self.upstreams.items():
             port = proxy.ports[kind] = free_port()
             path = self.folder / f"{proxy.name.replace(' ', '-')}-{kind}.sock"
-            await stack.enter_async_context(control(path, rate, proxy))
+            await stack.enter_async_context(control(path, proxy))
             config = {
                 "worker": 0,
                 "host": "127.0.0.1",
@@ -251,27 +260,30 @@ def tapped_length(body: bytes) -> int:
     return len(rewrite.body)
 
 
-def policy(rate: float, name: str) -> Policy:
-    """Returns what the relay of this name is told. rate: the sampled share of its requests."""
-    treats = name in {"profile", "adapter"}
-    return observing(
-        rate,
-        mode="auto" if treats else "observe",
-        **TAPPED if name == BY_PLUGIN else {},
-        acknowledged=frozenset({ADAPTER}),
-        serving_by_kind={REST_KIND: ADAPTER} if treats else {},
-        adapters=frozenset({ADAPTER} if name == "adapter" else ()),
-        base_models=frozenset({"fake"}),
-        answered_name="fake",
-    )
+def policy(rate: float, treated: str = "", *, by_plugin: bool = False) -> Policy:
+    """Returns what a relay is told; the arguments are described at `Proxy`."""
+    return observing(rate, **_changes(treated, by_plugin))
 
 
-def _policy_of_another(checkout: Path, rate: float) -> bytes:
+def _changes(treated: str, by_plugin: bool) -> dict[str, Any]:
+    return {
+        **(TAPPED if by_plugin else {}),
+        "mode": "auto" if treated else "observe",
+        "acknowledged": frozenset({ADAPTER}),
+        "serving_by_kind": {REST_KIND: ADAPTER} if treated else {},
+        "adapters": frozenset({ADAPTER} if treated == "adapter" else ()),
+        "base_models": frozenset({"fake"}),
+        "answered_name": "fake",
+    }
+
+
+def _policy_of_another(checkout: Path, proxy: Proxy) -> bytes:
     """Encoded by that checkout: a relay that cannot read its policy samples nothing, and looks fast."""
     program = "import sys; from tests.bench.proxy.proxies import encode, observing; sys.stdout.buffer.write"
     folders = [str(checkout / folder) for folder in (*SOURCES, ".")]
+    changes = _changes(proxy.treated, proxy.by_plugin)
     return subprocess.run(
-        [sys.executable, "-c", f"{program}(encode(observing({rate})))"],
+        [sys.executable, "-c", f"{program}(encode(observing({proxy.rate}, **{changes!r})))"],
         cwd=checkout,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
         stdout=subprocess.PIPE,
@@ -280,9 +292,12 @@ def _policy_of_another(checkout: Path, rate: float) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
+async def control(path: Path, proxy: Proxy) -> AsyncIterator[None]:
     """Stands in for the control process: gives the policy, takes captures and figures."""
-    sent = _policy_of_another(proxy.checkout, rate) if proxy.checkout is not None else encode(policy(rate, proxy.name))
+    if proxy.checkout is not None:
+        sent = _policy_of_another(proxy.checkout, proxy)
+    else:
+        sent = encode(policy(proxy.rate, proxy.treated, by_plugin=proxy.by_plugin))
     writers: set[asyncio.StreamWriter] = set()
 
     async def stay_alive(writer: asyncio.StreamWriter) -> None:
