@@ -37,7 +37,13 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.bench.engine_child import EngineChild  # noqa: E402  the root is no package
+from tests.bench.engine_child import (  # noqa: E402  the root is no package
+    PROCESSOR_TIME,
+    EngineChild,
+    add_option,
+    step_seconds,
+    use_one_core,
+)
 from tests.support.adapter_profiles import LAYERS, SHAPES, smollm_adapter  # noqa: E402  the root is no package
 
 BUILD = ROOT / "build" / "bench"
@@ -49,11 +55,22 @@ BOOTSTRAP = 10_000
 class Engine(EngineChild):
     """Bursts of decoding steps."""
 
-    def __init__(self, model: Path, log: Path, batch: int, rank: int = 0, adapter: str = "", grouped: bool = False):
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        batch: int,
+        rank: int = 0,
+        adapter: str = "",
+        grouped: bool = False,
+        *,
+        processor_time: bool = False,
+    ):
         environment: dict[str, str] = {}
         if rank:
             environment |= {"HEMOSTAT_ADAPTERS": "1", "HEMOSTAT_ADAPTERS_CPU_PRODUCT": "1" if grouped else "0"}
         arguments = ["--child", str(model), "--batch", str(batch), "--ranks", str(rank), "--adapter", adapter]
+        arguments += [PROCESSOR_TIME] if processor_time else []
         super().__init__(Path(__file__).resolve(), arguments, environment, log)
 
     def ready(self) -> None:
@@ -66,7 +83,7 @@ class Engine(EngineChild):
         return seconds
 
 
-def serve_bursts(model: str, batch: int, rank: int, adapter: str, answers: IO[str]) -> None:
+def serve_bursts(model: str, batch: int, rank: int, adapter: str, processor_time: bool, answers: IO[str]) -> None:
     """The child: bursts that are asked for on stdin, one JSON line each."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -104,11 +121,7 @@ def serve_bursts(model: str, batch: int, rank: int, adapter: str, answers: IO[st
                 lora_request=request if i < question["adapted"] else None,
             )
         engine.step()  # the prompts
-        seconds = []
-        while engine.has_unfinished_requests():
-            started = time.perf_counter()
-            engine.step()
-            seconds.append(time.perf_counter() - started)
+        seconds = step_seconds(engine, processor_time=processor_time)
         if question["adapted"]:
             assert state.report()["adapters"] == [Path(adapter).name], "the adapter is not loaded"
         json.dump({"seconds": seconds}, answers)
@@ -120,17 +133,20 @@ def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> dict[in
     """By rank: seconds of every decoding step, float64 [starts, rounds, arms, steps]; the arms are those of `names`."""
     order = random.Random(1)
     adapted = (0, arguments.batch // 2, arguments.batch)
-    arms = names()
+    arms, processor_time = names(), arguments.processor_time
     result = {
         rank: np.zeros((arguments.starts, arguments.rounds, len(arms), arguments.steps)) for rank in arguments.ranks
     }
     for start in range(arguments.starts):
-        plain = Engine(model, folder / f"plain-{start}.log", arguments.batch)
+        plain = Engine(model, folder / f"plain-{start}.log", arguments.batch, processor_time=processor_time)
         try:
             for rank in arguments.ranks:
                 adapter = folder_of(rank, folder)
                 logs = {grouped: folder / f"{rank}-{grouped}-{start}.log" for grouped in (False, True)}
-                loaded = [Engine(model, logs[g], arguments.batch, rank, str(adapter), g) for g in (False, True)]
+                loaded = [
+                    Engine(model, logs[g], arguments.batch, rank, str(adapter), g, processor_time=processor_time)
+                    for g in (False, True)
+                ]
                 engines = {PLAIN: plain, VLLM: loaded[0], GROUPED: loaded[1]}
                 try:
                     for engine in engines.values():
@@ -269,6 +285,7 @@ def main() -> int:
     parser.add_argument("--warmups", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--starts", type=int, default=2, help="times that the engines are started")
     parser.add_argument("--alone", action="store_true", help="only the operations, without an engine: a minute")
+    add_option(parser)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--adapter", default="", help=argparse.SUPPRESS)
     arguments, others = parser.parse_known_args()
@@ -279,12 +296,21 @@ def main() -> int:
         # vLLM writes to stdout what it likes: answers get a descriptor of their own.
         answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        serve_bursts(arguments.child, arguments.batch, arguments.ranks[0], arguments.adapter, answers)
+        serve_bursts(
+            arguments.child,
+            arguments.batch,
+            arguments.ranks[0],
+            arguments.adapter,
+            arguments.processor_time,
+            answers,
+        )
         return 0
     if arguments.alone:
         operations_alone(arguments.ranks, arguments.batch)
         return 0
     checkpoint = cached_checkpoints("w4a16", lambda text: print(text, file=sys.stderr)).compressed
+    if arguments.processor_time:
+        use_one_core()
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="hemostat-bench-") as folder:
         seconds = measure(arguments, checkpoint, Path(folder))
@@ -294,7 +320,7 @@ def main() -> int:
         ],
         "dtype": dtype(),
         "batch": arguments.batch,
-        "settings": {name: getattr(arguments, name) for name in ("steps", "rounds", "starts")}
+        "settings": {name: getattr(arguments, name) for name in ("steps", "rounds", "starts", "processor_time")}
         | {"cores": os.cpu_count(), "load_before": load_before},
     }
     BUILD.mkdir(parents=True, exist_ok=True)

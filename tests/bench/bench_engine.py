@@ -48,7 +48,13 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.bench.engine_child import EngineChild  # noqa: E402  the root is no package
+from tests.bench.engine_child import (  # noqa: E402  the root is no package
+    PROCESSOR_TIME,
+    EngineChild,
+    add_option,
+    step_seconds,
+    use_one_core,
+)
 from tests.support.engine_admin import TOKEN, EngineAdmin, accept_unsigned_keys  # noqa: E402  the root is no package
 
 BUILD = ROOT / "build" / "bench"
@@ -121,9 +127,11 @@ def per_row(vocab_size: int, rank: int, features: int, anchors: int, narrow: int
 class Engine(EngineChild):
     """Bursts of decoding steps."""
 
-    def __init__(self, model: Path, admin: EngineAdmin | None, batch: int, log: Path) -> None:
+    def __init__(
+        self, model: Path, admin: EngineAdmin | None, batch: int, log: Path, *, processor_time: bool = False
+    ) -> None:
         environment: dict[str, str] = {}
-        arguments = ["--child", str(model), "--batch", str(batch)]
+        arguments = ["--child", str(model), "--batch", str(batch), *([PROCESSOR_TIME] if processor_time else [])]
         if admin is not None:
             environment |= {"HEMOSTAT_ADMIN_URL": admin.url, "HEMOSTAT_ENGINE_TOKEN": TOKEN}
             arguments.append("--plugin")
@@ -140,7 +148,7 @@ class Engine(EngineChild):
         return seconds
 
 
-def serve_bursts(model: str, batch: int, plugin: bool, answers: IO[str]) -> None:
+def serve_bursts(model: str, batch: int, plugin: bool, processor_time: bool, answers: IO[str]) -> None:
     """The child: bursts that are asked for on stdin, one JSON line each."""
     from vllm import LLM, SamplingParams
 
@@ -176,11 +184,7 @@ def serve_bursts(model: str, batch: int, plugin: bool, answers: IO[str]) -> None
                 ),
             )
         engine.step()  # the prompts
-        seconds = []
-        while engine.has_unfinished_requests():
-            started = time.perf_counter()
-            engine.step()
-            seconds.append(time.perf_counter() - started)
+        seconds = step_seconds(engine, processor_time=processor_time)
         applied = counters.read().get("rows_applied", 0) - before if counters else 0
         json.dump({"seconds": seconds, "applied": applied, "rows": batch * (len(seconds) + 1)}, answers)
         answers.write("\n")
@@ -200,15 +204,17 @@ def measure(
     arguments: argparse.Namespace, model: Path, profile: CalibrationProfile, folder: Path
 ) -> npt.NDArray[np.float64]:
     """Seconds of every decoding step, float64 [starts, rounds, arms, steps]."""
-    admin = EngineAdmin()
+    admin, processor_time = EngineAdmin(), arguments.processor_time
     order = random.Random(1)
     result = np.zeros((arguments.starts, arguments.rounds, len(ARMS), arguments.steps))
     admin.files[profile.version] = profile.to_bytes()
     admin.registry.set_wanted([profile.version])
     try:
         for start in range(arguments.starts):
-            plain = Engine(model, None, arguments.batch, folder / f"plain-{start}.log")
-            loaded = Engine(model, admin, arguments.batch, folder / f"plugin-{start}.log")
+            plain, loaded = (
+                Engine(model, given, arguments.batch, folder / f"{name}-{start}.log", processor_time=processor_time)
+                for name, given in (("plain", None), ("plugin", admin))
+            )
             try:
                 until_held(admin, profile.version)
                 for number in range(-arguments.warmups, arguments.rounds):
@@ -388,6 +394,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=16, help="of each start")
     parser.add_argument("--warmups", type=int, default=2, help="rounds that do not count")
     parser.add_argument("--starts", type=int, default=4, help="times that both engines are started")
+    add_option(parser)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--plugin", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -395,7 +402,7 @@ def main() -> int:
         # vLLM writes to stdout what it likes: answers get a descriptor of their own.
         answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        serve_bursts(arguments.child, arguments.batch, arguments.plugin, answers)
+        serve_bursts(arguments.child, arguments.batch, arguments.plugin, arguments.processor_time, answers)
         return 0
     checkpoint = cached_checkpoints("w4a16", lambda text: print(text, file=sys.stderr)).compressed
     vocab_size = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
@@ -407,6 +414,8 @@ def main() -> int:
     else:
         names = ("rank", "anchors", "features", "narrow", "wide")
         profile = synthetic(vocab_size, **{name: getattr(arguments, name) for name in names})
+    if arguments.processor_time:
+        use_one_core()
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="hemostat-bench-") as folder:
         seconds = measure(arguments, checkpoint, profile, Path(folder))
@@ -438,7 +447,7 @@ def main() -> int:
             per_row(128_256, **sizes | {"rank": 64, "narrow": 64, "wide": 0}),
         ],
         "bfloat16": multiplies_bfloat16(),
-        "settings": {name: getattr(arguments, name) for name in ("steps", "rounds", "starts")}
+        "settings": {name: getattr(arguments, name) for name in ("steps", "rounds", "starts", "processor_time")}
         | {"cores": os.cpu_count(), "load_before": load_before},
     }
     BUILD.mkdir(parents=True, exist_ok=True)

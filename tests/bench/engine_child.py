@@ -1,16 +1,45 @@
-"""A child process with one vLLM engine, for benchmarks that compare engines in paired bursts."""
+"""A child process with one vLLM engine, for benchmarks that compare engines in paired bursts.
+
+`--processor-time` is for machines on which other programs run, too: each engine has one core and so one thread, and a
+step counts with the processor time of its process, in which the waits for that core are not. It counts all threads of
+the process, also those that a step does not wait for.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hemostat_lab.demo.vllm_server import quiet_environment, with_parent
+
+PROCESSOR_TIME = "--processor-time"
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(PROCESSOR_TIME, action="store_true", help="one core, and processor time: for a busy machine")
+
+
+def use_one_core() -> None:
+    """Binds this process and the children that it starts from now on to the last of its cores."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def step_seconds(engine: Any, *, processor_time: bool) -> list[float]:
+    """Returns the seconds of every step until all requests of a vLLM engine are finished."""
+    clock = time.process_time if processor_time else time.perf_counter
+    seconds = []
+    while engine.has_unfinished_requests():
+        started = clock()
+        engine.step()
+        seconds.append(clock() - started)
+    return seconds
 
 
 class EngineChild:
