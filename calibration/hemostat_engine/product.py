@@ -37,7 +37,7 @@ def multiplies_bfloat16() -> bool:
 def packs_bfloat16() -> bool:
     """Returns True if oneDNN can multiply packed bfloat16 matrices here, at any speed."""
     try:
-        result = _times(torch.ones(2, 8), _packed(torch.ones(8, 8)))
+        result = times_packed(torch.ones(2, 8).bfloat16(), packed(torch.ones(8, 8)))
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
     return bool((result == 8.0).all())
@@ -87,8 +87,8 @@ def _split(widths: npt.NDArray[np.integer], rank: int) -> tuple[int, npt.NDArray
 def _matrix(values: npt.NDArray[np.floating], device: torch.device) -> Matrix:
     """Returns the matrix as a function. values: float [m, n]."""
     if packs(values.size, device):
-        packed = _packed(torch.from_numpy(np.array(values)))
-        return lambda y: _times(y, packed)
+        weights = packed(torch.from_numpy(np.array(values)))
+        return lambda y: times_packed(y.bfloat16(), weights).float()
     transposed = upload(np.array(values.T, dtype=np.float32, order="C"), device)
     return lambda y: y @ transposed
 
@@ -111,11 +111,13 @@ def packs(elements: int, device: torch.device) -> bool:
     return device.type == "cpu" and elements >= MIN_PACKED_ELEMENTS and multiplies_bfloat16()
 
 
-def _packed(values: torch.Tensor) -> torch.Tensor:
+def packed(values: torch.Tensor) -> torch.Tensor:
+    """Returns a matrix [m, n] in bfloat16, in oneDNN's order."""
     result: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(values.bfloat16())
     return result
 
 
-def _times(y: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(y.bfloat16(), packed, None, "none", [], "")
-    return result.float()
+def times_packed(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Returns y times the transposed matrix, bfloat16 [R, m]. y: bfloat16 [R, n]; weights: `packed`, of [m, n]."""
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(y, weights, None, "none", [], "")
+    return result

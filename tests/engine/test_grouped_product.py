@@ -15,6 +15,7 @@ pytest.importorskip("vllm")
 
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # noqa: E402 - only where vLLM is installed
 
+from hemostat_engine import product  # noqa: E402
 from hemostat_engine.adapters import grouped, punica  # noqa: E402
 
 SLOTS = 3
@@ -76,13 +77,14 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "four": draw(st.booleans()),
         "prefill": draw(st.booleans()),
         "scale": draw(st.sampled_from([1.0, 1.0, 0.5])),
+        "packed": draw(st.booleans()),
         "seed": draw(st.integers(0, 1000)),
     }
 
 
 def case(ids: Sequence[int], **more: Any) -> dict[str, Any]:
     plain = {"inputs": 16, "outputs": (24, 8, 8), "rank": 8, "used": 3, "dtype": torch.bfloat16, "four": True}
-    return {"ids": list(ids), **plain, "prefill": True, "scale": 1.0, "seed": 0, **more}
+    return {"ids": list(ids), **plain, "prefill": True, "scale": 1.0, "packed": False, "seed": 0, **more}
 
 
 @given(cases())
@@ -91,6 +93,8 @@ def case(ids: Sequence[int], **more: Any) -> dict[str, Any]:
 @example(case([0] * 8))
 @example(case([8] * 8, used=0))
 @example(case([0, 7, 7, 7, 8] * 8, prefill=False))
+@example(case([7, 0, 8, 0, 7], packed=True))
+@example(case([7] * 8, packed=True, scale=0.5))
 def test_linear_layer_equals_vllm_and_rows_without_adapter_are_identical(given_case: dict[str, Any]) -> None:
     c = given_case
     generator = torch.Generator().manual_seed(c["seed"])
@@ -99,10 +103,13 @@ def test_linear_layer_equals_vllm_and_rows_without_adapter_are_identical(given_c
     base = torch.randn(len(c["ids"]), sum(c["outputs"]), generator=generator).to(c["dtype"])
     base[0, 0] = -0.0
     outcomes = []
-    for wrapper in both(c["ids"], c["prefill"]):
-        y = base.clone()
-        wrapper.add_lora_linear(y, x, a, b, c["scale"], c["outputs"])
-        outcomes.append(y)
+    with pytest.MonkeyPatch.context() as patched:
+        if c["packed"]:
+            pack_all(patched)
+        for wrapper in both(c["ids"], c["prefill"]):
+            y = base.clone()
+            wrapper.add_lora_linear(y, x, a, b, c["scale"], c["outputs"])
+            outcomes.append(y)
     theirs, ours = outcomes
     close(ours, theirs, c["dtype"])
     plain = torch.tensor([i == 0 for i in c["ids"]])
@@ -110,10 +117,32 @@ def test_linear_layer_equals_vllm_and_rows_without_adapter_are_identical(given_c
     assert torch.equal(ours[plain].view(bits), base[plain].view(bits))
 
 
+def pack_all(patched: pytest.MonkeyPatch) -> None:
+    """Lets every layer of bfloat16 factors be packed where oneDNN can, at any speed."""
+    patched.setattr(grouped, "MIN_PACKED_ELEMENTS", 0)
+    patched.setattr(grouped, "multiplies_bfloat16", product.packs_bfloat16)
+
+
+@pytest.mark.skipif(not product.packs_bfloat16(), reason="oneDNN cannot multiply packed bfloat16 matrices here")
+def test_large_layers_of_bfloat16_are_packed_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "multiplies_bfloat16", lambda: True)
+    generator = torch.Generator().manual_seed(8)
+    for rank, dtype, kind in (
+        (8, torch.bfloat16, grouped.Float32),
+        (64, torch.bfloat16, grouped.Packed),
+        (64, torch.float32, grouped.Float32),
+    ):
+        a, b = weights(generator, 512, (512, 512), rank, rank, dtype, True)
+        assert isinstance(grouped.read_factors(a, b, 0, (512, 512)).joined, kind)
+    monkeypatch.setattr(grouped, "multiplies_bfloat16", lambda: False)
+    a, b = weights(generator, 512, (512, 512), 64, 64, torch.bfloat16, True)
+    assert isinstance(grouped.read_factors(a, b, 0, (512, 512)).joined, grouped.Float32)
+
+
 @pytest.mark.parametrize("few", [True, False], ids=["float32", "in place"])
 def test_last_slot_in_use_does_not_reach_rows_without_adapter(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not few:
-        monkeypatch.setattr(grouped, "MAX_FLOAT32_ROWS", 0)
+        monkeypatch.setattr(grouped, "MAX_JOINED_ROWS", 0)
     generator = torch.Generator().manual_seed(1)
     a, b = weights(generator, 16, (8, 8), 4, 4, torch.float32, True)
     for buffers in (a, b):

@@ -80,7 +80,7 @@ def test_float32_is_used_if_onednn_fails(monkeypatch: pytest.MonkeyPatch) -> Non
     def refused(values: object) -> None:
         raise RuntimeError("bf16 path needs the cpu support avx512bw")
 
-    monkeypatch.setattr(product, "_packed", refused)
+    monkeypatch.setattr(product, "packed", refused)
     monkeypatch.setattr(product, "MIN_PACKED_ELEMENTS", 1)
     product.multiplies_bfloat16.cache_clear()
     try:

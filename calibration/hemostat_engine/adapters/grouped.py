@@ -4,12 +4,14 @@ vLLM 0.32 copies an adapter's factors once for every row (`vllm/lora/ops/torch_o
 slot's for rows without an adapter. Here rows are grouped by adapter once a step, rows without one are not touched, and
 the zeros with which vLLM pads factors to --max-lora-rank are not multiplied.
 
-With few rows the calls take the time, not the arithmetic: a bfloat16 product of oneDNN takes about 25 µs
-whatever its size, a float32 product of MKL 3 to 10. So small layers are multiplied in float32 there, from copies with
-the slices of a fused layer (q, k, v; gate, up) side by side; everything else in the factors' own type, in place.
+With few rows the calls take the time, or reading the factors does, but not the arithmetic. So the slices of a fused
+layer (q, k, v; gate, up) are copied side by side, and small layers are multiplied in float32: a bfloat16 product of
+oneDNN takes about 15 µs whatever its size, a float32 product of MKL 3 to 10. Larger layers are multiplied in bfloat16
+where the processor can, which reads half of the bytes; second factors are the blocks of one matrix, whose zeros cost
+less than further calls. Everything else is multiplied in the factors' own type, in place.
 
-Rounding: float32 sums in both forms; vLLM rounds the hidden values and the change to the model's type before it adds,
-the float32 form rounds once, after the addition.
+Rounding: float32 sums in all forms; vLLM rounds the hidden values and the change to the model's type before it adds, as
+the packed form does; the float32 form rounds once, after the addition.
 """
 
 from __future__ import annotations
@@ -21,11 +23,15 @@ from typing import Any
 
 import torch
 
-MAX_FLOAT32_ROWS = 24
-MAX_FLOAT32_ELEMENTS = 1 << 19
-"""The largest number of elements in a layer's factors for float32 products: above it reading them takes longer than the
-calls.
+from hemostat_engine.product import multiplies_bfloat16, packed, times_packed
+
+MAX_JOINED_ROWS = 24
+MAX_JOINED_ELEMENTS = 1 << 19
+"""The largest number of elements in a layer's factors that are copied side by side: above it reading them takes longer
+than the calls.
 """
+MIN_PACKED_ELEMENTS = 1 << 17
+"""The least number of elements in a layer's factors that are multiplied in packed bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +98,42 @@ class Float32:
     start: int
     stop: int
 
+    def change(self, rows: torch.Tensor, scale: float) -> torch.Tensor:
+        """Returns scale · rows · a · b, float32 [R, stop − start]."""
+        hidden = torch.mm(rows.float(), self.a)
+        if scale != 1.0:
+            hidden.mul_(scale)
+        if len(self.b) == 1:
+            return torch.mm(hidden, self.b[0])
+        parts = hidden.split(self.ranks, 1)
+        return torch.cat([torch.mm(part, b) for part, b in zip(parts, self.b, strict=True)], 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A layer's slices side by side, as packed matrices: a is [Σ r, inputs], b is [Σ outputs, Σ r]; columns `start` to
+    `stop`.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    start: int
+    stop: int
+
+    def change(self, rows: torch.Tensor, scale: float) -> torch.Tensor:
+        """Returns scale · rows · a · b, bfloat16 [R, stop − start]."""
+        hidden = times_packed(rows.bfloat16(), self.a)
+        if scale != 1.0:
+            hidden.mul_(scale)
+        return times_packed(hidden, self.b)
+
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One adapter's factors of one layer. It has no slices if the adapter has none here."""
+    """One adapter's factors of one layer. It has no slices if the adapter has none here. joined: for few rows."""
 
     slices: tuple[Slice, ...] = ()
-    small: Float32 | None = None
+    joined: Float32 | Packed | None = None
 
 
 @dataclass(slots=True)
@@ -155,16 +190,21 @@ def read_factors(a: Any, b: Any, slot: int, output_slices: Sequence[int]) -> Fac
     elements = sum(s.a.numel() + s.b.numel() for s in slices)
     # Side by side only where the slices with factors are neighbours, so that one addition does for all.
     adjacent = all(left.stop == right.start for left, right in itertools.pairwise(slices))
-    small = None
-    if elements <= MAX_FLOAT32_ELEMENTS and adjacent:
-        small = Float32(
-            torch.cat([s.a for s in slices]).T.float().contiguous(),
-            tuple(s.b.T.float().contiguous() for s in slices),
-            tuple(len(s.a) for s in slices),
-            slices[0].start,
-            slices[-1].stop,
-        )
-    return Factors(tuple(slices), small)
+    joined = _join(slices, elements) if elements <= MAX_JOINED_ELEMENTS and adjacent else None
+    return Factors(tuple(slices), joined)
+
+
+def _join(slices: Sequence[Slice], elements: int) -> Float32 | Packed:
+    a, start, stop = torch.cat([s.a for s in slices]), slices[0].start, slices[-1].stop
+    if elements >= MIN_PACKED_ELEMENTS and a.dtype is torch.bfloat16 and multiplies_bfloat16():
+        return Packed(packed(a), packed(torch.block_diag(*(s.b for s in slices))), start, stop)
+    return Float32(
+        a.T.float().contiguous(),
+        tuple(s.b.T.float().contiguous() for s in slices),
+        tuple(len(s.a) for s in slices),
+        start,
+        stop,
+    )
 
 
 def matrix(slots: torch.Tensor, slot: int) -> torch.Tensor:
@@ -178,17 +218,9 @@ def add_product(y: torch.Tensor, x: torch.Tensor, group: Group, factors: Factors
     if not factors.slices:
         return
     rows = group.of(x)
-    small = factors.small
-    if small is not None and rows.shape[0] <= MAX_FLOAT32_ROWS:
-        hidden = torch.mm(rows.float(), small.a)
-        if scale != 1.0:
-            hidden.mul_(scale)
-        if len(small.b) == 1:
-            change = torch.mm(hidden, small.b[0])
-        else:
-            parts = hidden.split(small.ranks, 1)
-            change = torch.cat([torch.mm(part, b) for part, b in zip(parts, small.b, strict=True)], 1)
-        add_rows(y, change, group, small.start, small.stop)
+    joined = factors.joined
+    if joined is not None and rows.shape[0] <= MAX_JOINED_ROWS:
+        add_rows(y, joined.change(rows, scale), group, joined.start, joined.stop)
         return
     for part in factors.slices:
         hidden = torch.mm(rows, part.a.T)
