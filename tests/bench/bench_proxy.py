@@ -94,7 +94,7 @@ from tests.bench.proxy.proxies import (  # noqa: E402
 INTERPRETED = "hemostat 0, interpreted"
 BARE_RELAYS = (BARE_RELAY, HEADS_RELAY)
 BESIDE = ((0.0, "", False), (0.05, "", False), (0.05, "", True), (0.0, "profile", False), (0.0, "adapter", False))
-"""What is compared with another checkout; arguments of `Bench.hemostat`: rate, treated, by_plugin."""
+"""The traffic that is compared with another checkout; arguments of `Bench.hemostat`: rate, treated, by_plugin."""
 START_SECONDS = 300.0
 """LiteLLM's proxy imports for a minute on a busy machine."""
 
@@ -330,7 +330,7 @@ def table_beside(result: dict[str, Any]) -> str:
 
 
 async def measure_latency(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What each proxy adds to the wait of a client, all at one rate: half of what the slowest of them takes."""
+    """Returns the time that each proxy adds to the wait of a client, all at one rate: half of what the slowest of them takes."""
     compiled = compiled_build()
     arguments.without_streams = True
     async with upstreams(arguments, folder) as setting:

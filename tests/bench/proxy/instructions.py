@@ -52,7 +52,7 @@ TRAFFIC = {
     "sampled": policy(1.0),
     "sampled-by-plugin": policy(1.0, by_plugin=True),
 }
-"""What the relay is told."""
+"""The policy of the relay, by traffic."""
 REQUESTS = {UNTREATED: (200, 8200)}
 """Two numbers of requests, by traffic."""
 FEW, MANY = 200, 2200

@@ -1,4 +1,4 @@
-"""How long a client waits at a given rate: `python latency.py PORT REQUESTS_PER_SECOND SECONDS SEED FILE` prints JSON.
+"""The waits of a client at a given rate: `python latency.py PORT REQUESTS_PER_SECOND SECONDS SEED FILE` prints JSON.
 
 Requests arrive as a Poisson process, whether earlier ones are answered or not, and each waits from the moment of its
 arrival, also for a free connection. So a proxy that falls behind is seen to. A busy client would take the core of the
@@ -57,7 +57,7 @@ def waits(port: int, requests_per_second: float, seconds: float, seed: int, requ
     for connection in idle:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     busy: dict[socket.socket, float] = {}
-    """When the request of the connection arrived."""
+    """The time at which the request of the connection arrived."""
     received: dict[socket.socket, bytes] = {}
     waiting: deque[float] = deque()
     result: list[float] = []

@@ -53,7 +53,7 @@ class Proxy:
     rate: float = 0.0
     """The sampled share of its requests."""
     treated: str = ""
-    """What every request gets: `profile` or `adapter`."""
+    """The treatment of every request: `profile` or `adapter`."""
     by_plugin: bool = False
     """If the engine's plugin hands out the tokens of what is sampled."""
     stats: Stats | None = None

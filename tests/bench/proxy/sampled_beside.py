@@ -1,4 +1,4 @@
-"""What one sampled answer costs (sampled_cost.py, plugin_cost.py), in another process: of this checkout or another one.
+"""The cost of one sampled answer (sampled_cost.py, plugin_cost.py), in another process: of this checkout or another one.
 
 `python sampled_beside.py` prints a JSON object, from whichever `tests` and `hemostat` are first on the path.
 """
