@@ -1,4 +1,4 @@
-"""The cost of one sampled answer (sampled_cost.py, plugin_cost.py), in another process: of this checkout or another one.
+"""The cost of one sampled answer (sampled_cost.py, plugin_cost.py), measured in another process, also of another checkout.
 
 `python sampled_beside.py` prints a JSON object, from whichever `tests` and `hemostat` are first on the path.
 """
