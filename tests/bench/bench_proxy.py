@@ -330,7 +330,7 @@ def table_beside(result: dict[str, Any]) -> str:
 
 
 async def measure_latency(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Returns the time that each proxy adds to a client's wait, all at half of the rate that the slowest of them takes."""
+    """Returns the time that each proxy adds to a wait, all at half of the rate that the slowest of them takes."""
     compiled = compiled_build()
     arguments.without_streams = True
     async with upstreams(arguments, folder) as setting:

@@ -1,4 +1,4 @@
-"""The cost of one sampled answer (sampled_cost.py, plugin_cost.py), measured in another process, also of another checkout.
+"""The cost of one sampled answer (sampled_cost.py, plugin_cost.py), in a process of this or of another checkout.
 
 `python sampled_beside.py` prints a JSON object, from whichever `tests` and `hemostat` are first on the path.
 """
