@@ -140,6 +140,10 @@ UNFIT = {
     ): "serviceMonitor.namespace: monitoring has no Secret with the token",
     ("config.records.path=/var/records",): "config.records.path: /var/records is not on a volume",
     ("config.spool.path=/var/spool", "config.spool.key=plain"): "config.spool.path: /var/spool is not on a volume",
+    (
+        "config.spool.path=s3://bucket/spool",
+        "config.spool.key=plain",
+    ): "config.spool.path: until they are in the",
     ("bindAddress=127.0.0.1",): "bindAddress: 127.0.0.1 is the pod's loopback address",
     ("upstream.url=http://vllm:80000",): "upstream.url: 80000 is not a port number",
     ("config.store.url=postgresql://u:p@v:65536/h",): "config.store.url: 65536 is not a port number",

@@ -147,3 +147,15 @@ def test_it_packages(helm: Helm, tmp_path: Path) -> None:
         "template", "x", str(package), "--set", UPSTREAM, "--set", "prometheusRule.enabled=true"
     )
     assert package.stat().st_size < 1_000_000, "a release is stored in a Secret, of 1 MiB at most"
+
+
+def test_a_spool_in_an_object_store_keeps_its_journals_on_the_volume(helm: Helm, tmp_path: Path) -> None:
+    """The root file system is read-only, and what is not on a volume is lost with the pod."""
+    spool = ("config.spool.path=s3://bucket/spool", "config.spool.key=plain")
+    rendered = helm.set(UPSTREAM, "persistence.enabled=true", *spool)
+    assert rendered.settings(tmp_path).spool.path == "s3://bucket/spool"
+    given = {each["name"]: each.get("value") for each in rendered.hemostat["env"]}
+    assert given["XDG_STATE_HOME"] == "/data/state"
+    assert "/data" in {mount["mountPath"] for mount in rendered.hemostat["volumeMounts"]}
+    without = helm.set(UPSTREAM, "persistence.enabled=true", "config.spool.path=/data/spool", "config.spool.key=plain")
+    assert "XDG_STATE_HOME" not in {each["name"] for each in without.hemostat["env"]}

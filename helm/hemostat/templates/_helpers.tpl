@@ -416,7 +416,12 @@ of what Hemostat takes; 2 GiB are for the copies of the models. */}}
 {{- range .Values.extraVolumeMounts }}{{ $mounts = append $mounts .mountPath }}{{ end -}}
 {{- $store := default "" (default dict $split.config.store).url -}}
 {{- $written := dict "config.records.path" (default "" (default dict $split.config.records).path) -}}
-{{- $_ := set $written "config.spool.path" (default "" (default dict $split.config.spool).path) -}}
+{{- $spool := default "" (default dict $split.config.spool).path -}}
+{{- if not (contains "://" $spool) -}}
+{{- $_ := set $written "config.spool.path" $spool -}}
+{{- else if not .Values.persistence.enabled -}}
+{{- fail "config.spool.path: until they are in the object store, requests are on a volume at /data; set persistence.enabled" -}}
+{{- end -}}
 {{- if hasPrefix "sqlite:///" $store }}{{ $_ := set $written "config.store.url" (trimPrefix "sqlite:///" $store) }}{{ end -}}
 {{- range $key, $path := $written -}}
 {{- $ok := eq $path "" -}}
