@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import logging
 import re
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -18,7 +17,7 @@ import msgspec
 import pytest
 from tests.support.admin_server import everything
 from tests.support.captures import V
-from tests.support.control import connect_relay, control, relay_stats, scored, settings, status_json
+from tests.support.control import connect_relay, control, lose, relay_stats, scored, settings, status_json
 from tests.support.prometheus import rules
 from tests.support.waiting import until
 
@@ -32,7 +31,7 @@ from hemostat.engines.reports import SILENCE_SECONDS
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, EngineHealth, Stats, encode
 from hemostat.metrics.reasons import Unscored
 from hemostat.reference.pair import ReferenceState
-from hemostat.store.protocol import ExclusionLost, StoreFailure
+from hemostat.store.protocol import StoreFailure
 
 REQUESTS, SHADOW = "hemostat_requests_total", "hemostat_shadow_requests_total"
 REPEATED = "hemostat_repeated_requests_total"
@@ -70,23 +69,45 @@ def stats(
     )
 
 
+class Now:
+    """All clocks of the control process."""
+
+    value = 1000.0
+
+    def __call__(self) -> float:
+        return self.value
+
+
 class Bench:
     """A control process whose reference is ready, with a relay."""
 
-    def __init__(self, plane: Control, folder: Path) -> None:
+    def __init__(self, plane: Control, folder: Path, clock: Now) -> None:
+        self.clock = clock
         self.one, self.folder = plane, folder
-        self.now = 1000.0
         self.reports = 0
         self.relays: list[asyncio.StreamWriter] = []
+        self.taken: dict[int, float] = {}
+        """The sum of the overheads that each relay has reported last."""
+
+    @property
+    def now(self) -> float:
+        return self.clock.value
+
+    @now.setter
+    def now(self, value: float) -> None:
+        self.clock.value = value
 
     async def connect(self, figures: Stats | None = None) -> None:
-        self.relays.append(await connect_relay(self.one, self.folder, len(self.relays) + 1, figures or stats()))
+        figures = figures or stats()
+        self.taken[len(self.relays)] = figures.overhead_sum
+        self.relays.append(await connect_relay(self.one, self.folder, len(self.relays) + 1, figures))
 
     async def report(self, figures: Stats, relay: int = 0) -> None:
         self.reports += 1
-        figures = msgspec.structs.replace(figures, overhead_sum=float(self.reports))  # unlike any other
-        self.relays[relay].write(encode(figures))
-        await until(lambda: figures in self.one.link._live.values())
+        taken = {**self.taken, relay: float(2**self.reports)}  # no other figures have the same sum
+        self.relays[relay].write(encode(msgspec.structs.replace(figures, overhead_sum=taken[relay])))
+        await until(lambda: self.one.link.total().overhead_sum == sum(taken.values()))
+        self.taken = taken
 
     def found(self) -> list[tuple[str, str]]:
         """Alerts and texts; and what must hold of every state."""
@@ -111,9 +132,10 @@ class Bench:
 @asynccontextmanager
 async def bench(folder: Path, **more: Any) -> AsyncIterator[Bench]:
     upstream = {"urls": [f"http://{name}" for name in (A, B, C)]}
-    async with control(folder, settings(**{"upstream": upstream} | more)) as plane:
-        made = Bench(plane, folder)
-        plane.problems._clock = plane.problems._wall = lambda: made.now
+    now = Now()
+    clocks = {"clock": now, "wall": now, "steady": now}
+    async with control(folder, settings(**{"upstream": upstream} | more), **clocks) as plane:
+        made = Bench(plane, folder, now)
         plane.monitor.state = ReferenceState.READY
         await made.connect()
         made.found()  # as once a second
@@ -299,7 +321,7 @@ async def test_a_store_that_refuses_is_a_problem_for_a_quarter_of_an_hour(tmp_pa
 
 async def test_a_store_that_is_not_known_is_a_problem_for_as_long_as_it_is(tmp_path: Path) -> None:
     async with bench(tmp_path) as plane:
-        plane.one.ownership._lose(ExclusionLost("the session has ended"))
+        await lose(plane.one, "the session has ended")
         assert plane.found() == [("HemostatStoreErrors", "Nothing is decided or stored: the session has ended")]
         plane.now += 2 * LOST_SECONDS
         assert [alert for alert, _ in plane.found()] == ["HemostatStoreErrors"]
@@ -562,5 +584,5 @@ async def test_a_profile_that_harmed_is_a_problem_until_its_kind_is_released_and
         assert found["HemostatCalibrationRolledBack"].startswith(f"A profile was rolled back in {released}: cut is bad")
         plane.one.profile_manager.operator.release(released)
         assert "HemostatOutcomeHarm" not in dict(plane.found())
-        plane.one.problems._wall = lambda: time.time() + LONG_SECONDS + 60.0
+        plane.now += LONG_SECONDS + 60.0
         assert "HemostatCalibrationRolledBack" not in dict(plane.found())

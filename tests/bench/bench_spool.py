@@ -80,7 +80,8 @@ async def live_rate(count: int) -> float:
     """Returns the captures that the control process's pipeline scores in a second of CPU time."""
     control = made(0.0)
     await control.start()
-    control.monitor._set_state(ReferenceState.READY, "stored scores")
+    control.monitor.state, control.monitor.detail = ReferenceState.READY, "stored scores"
+    control.monitor.on_change()
     scorer, pipeline = control.pipeline.scorer, control.pipeline
     assert scorer is not None
     worker = asyncio.create_task(scorer.run(2))

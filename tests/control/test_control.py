@@ -16,7 +16,7 @@ import pytest
 from tests.support.adapters import adapter
 from tests.support.admin_server import admin_client
 from tests.support.captures import capture
-from tests.support.control import AUTHORIZED, control, profile, scored, settings, status_json
+from tests.support.control import AUTHORIZED, control, lose, profile, scored, settings, status_json
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.temperature_bias import temperature_bias
 from tests.support.waiting import HANG_SECONDS, until
@@ -32,7 +32,7 @@ from hemostat.reference import monitor
 from hemostat.reference.match import Match
 from hemostat.scoring.record_reader import MAX_AGE_SECONDS
 from hemostat.store import writer as writer_module
-from hemostat.store.protocol import ExclusionLost, NotActiveError, StoreFailure
+from hemostat.store.protocol import NotActiveError, StoreFailure
 
 
 @pytest.fixture(autouse=True)
@@ -421,7 +421,7 @@ async def test_while_it_is_suspended_records_decide_nothing_and_off_applies(
     async with control(tmp_path, made) as plane, admin_client(plane) as client:
         told: list[Policy] = []
         plane.link.set_policy = told.append  # type: ignore[method-assign]
-        plane.ownership._lose(ExclusionLost("the session has ended"))
+        await lose(plane, "the session has ended")
         plane.pipeline.update(*scored())
         assert plane.measured.measurements.tokens == 0
         for mode, code in (("observe", 503), ("off", 507)):
@@ -429,7 +429,7 @@ async def test_while_it_is_suspended_records_decide_nothing_and_off_applies(
             assert answer.status_code == code
         assert told[-1].mode == "off"
         assert [alert["alert"] for alert in status_json(plane)["state"]["problems"]][-1] == "HemostatStoreErrors"
-        plane.ownership._move(ownership._Event.REGAINED, "")
+        assert await plane.ownership.try_to_regain()
         assert await plane.writer.wait_until_written(30.0)
         assert stored_mode(plane.store.read().states, "auto") == "off"
         plane.pipeline.update(*scored())

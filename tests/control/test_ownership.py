@@ -151,8 +151,7 @@ async def test_it_continues_after_a_lost_session_where_nobody_else_wrote(process
     if lost_at == "commit":
         process.writer.set_state("a", "2")
     seen = []
-    moved = process.ownership._move
-    process.ownership._move = lambda *args: (moved(*args), seen.append(process.state))[0]  # type: ignore[method-assign]
+    process.ownership.on_move = lambda: seen.append(process.state)
     async with looping(process.writer.run(), process.ownership.watch()):
         await until(lambda: len(seen) == 2)
         assert seen == [OwnershipState.SUSPENDED, OwnershipState.ACTIVE]

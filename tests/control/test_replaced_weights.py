@@ -33,22 +33,28 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
+class Now:
+    value = 1000.0
+
+    def __call__(self) -> float:
+        return self.value
+
+
 class Life:
     """One control process, on a clock of its own. Its model is known before any engine reports, as at a real start."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Control, clock: Now) -> None:
         self.one = control
-        self.now = 1000.0
-        control._clock = control.problems._clock = control.calibrated_model._clock = lambda: self.now
+        self.clock = clock
         control.monitor.served = served_models(pair(support.MODEL, info=INFO))
         control.monitor.on_change()
 
     def reports(self, **engines: str) -> None:
         """By boot id, the weights that each live engine reports; others have been silent for long enough."""
-        self.now += SILENCE_SECONDS + 1.0
+        self.clock.value += SILENCE_SECONDS + 1.0
         for boot, weights in engines.items():
             self.one.engines.reports.update(
-                RankReport(boot, 0, 1, [], 30, {}, "v1", "0", model=support.MODEL, weights=weights), self.now
+                RankReport(boot, 0, 1, [], 30, {}, "v1", "0", model=support.MODEL, weights=weights), self.clock.value
             )
         self.one.do_periodic()
 
@@ -65,8 +71,9 @@ class Life:
 
 @asynccontextmanager
 async def life(folder: Path, made: Settings) -> AsyncIterator[Life]:
-    async with support.control(folder, made) as plane:
-        yield Life(plane)
+    now = Now()
+    async with support.control(folder, made, clock=now) as plane:
+        yield Life(plane, now)
 
 
 async def first_life(folder: Path, made: Settings, **engines: str) -> None:

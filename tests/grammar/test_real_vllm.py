@@ -102,8 +102,7 @@ def client(vllm_server: RunningVllm) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def wire(client: httpx.Client, vllm_server: RunningVllm) -> Wire:
-    wire = Wire(client)
-    wire.interceptor._reports._nonce = lambda: f"grammar-{time.monotonic_ns()}"
+    wire = Wire(client, nonce=lambda: f"grammar-{time.monotonic_ns()}")
     wire.interceptor.policy = policy(
         shadow_top_k=TOP_K,
         grammars=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 import numpy as np
+import pytest
 from tests.support.captures import V, capture, record_of
 from tests.support.relay_listener import hello, listen
 from tests.support.temperature_bias import temperature_bias
@@ -19,6 +20,7 @@ from tests.support.waiting import until
 from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Policy, Stats, encode
+from hemostat.store.protocol import ExclusionLost
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
 
@@ -40,9 +42,12 @@ def settings(url: str = "http://127.0.0.1:1", **more: Any) -> Settings:
 
 
 @asynccontextmanager
-async def control(folder: Path, made: Settings | None = None, *, loops: bool = False) -> AsyncIterator[Control]:
-    """Listening to relays; with `loops` it looks after house, store and reference as the process does."""
-    plane = Control(made or settings(), 1234)
+async def control(
+    folder: Path, made: Settings | None = None, *, loops: bool = False, **clocks: Callable[[], float]
+) -> AsyncIterator[Control]:
+    """Listening to relays; with `loops` it looks after house, store and reference as the process does. clocks: see
+    `Control`."""
+    plane = Control(made or settings(), 1234, **clocks)
     listen_to_policies(plane)
     await plane.start()
     relays = listen(plane.link, folder / "control.sock")
@@ -61,6 +66,17 @@ async def control(folder: Path, made: Settings | None = None, *, loops: bool = F
         await asyncio.gather(*tasks, return_exceptions=True)
         await relays.close()
         await plane.close()
+
+
+async def lose(plane: Control, why: str) -> None:
+    """Has the process notice that its store is not its own any more."""
+
+    def verify() -> None:
+        raise ExclusionLost(why)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plane.store, "verify", verify)
+        await plane.ownership.verify()
 
 
 def listen_to_policies(plane: Control) -> None:

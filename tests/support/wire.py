@@ -81,6 +81,7 @@ class Wire:
     """Of the intercepted requests, as their outcomes are counted."""
     draw: Callable[[], float] = lambda: 0.5
     now: float = 1.5
+    nonce: Callable[[], str] = lambda: "nonce"
 
     def __post_init__(self) -> None:
         self.interceptor = Interceptor(
@@ -90,7 +91,7 @@ class Wire:
             sampled=self.tally.update,
             draw=self.draw,
             clock=lambda: self.now,
-            nonce=lambda: "nonce",
+            nonce=self.nonce,
         )
 
     def _emit(self, capture: Capture) -> bool:

@@ -50,9 +50,7 @@ def recorded(vllm_server: Any) -> None:
 @pytest.fixture
 def wire(vllm_server: Any) -> Iterator[Wire]:
     with httpx.Client(base_url=vllm_server.url, timeout=280) as client:
-        made = Wire(client)
-        made.interceptor._reports._nonce = Nonces()
-        yield made
+        yield Wire(client, nonce=Nonces())
 
 
 def ask(server: Any, path: str, **more: Any) -> dict[str, Any]:

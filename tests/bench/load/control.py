@@ -104,7 +104,8 @@ async def run(folder: Path, budget: float) -> None:
     print(json.dumps({"version": version}), flush=True)
     while line := await lines.readline():
         if line.strip() == b"score":
-            control.monitor._set_state(ReferenceState.READY, "stored scores")
+            control.monitor.state, control.monitor.detail = ReferenceState.READY, "stored scores"
+            control.monitor.on_change()
         print(json.dumps(counts(control, seen)), flush=True)
     for task in tasks:
         task.cancel()

@@ -177,7 +177,8 @@ class Pipeline:
         """As once the reference has started and both models were compared."""
         plane = self._control
         plane.monitor.served = served_models(pair(MODEL, self.reference, INFO, {"sql", "lora"}, {"sql"}))
-        plane.monitor._set_state(ReferenceState.READY, "made-up/reference (float32)")
+        plane.monitor.state, plane.monitor.detail = ReferenceState.READY, "made-up/reference (float32)"
+        plane.monitor.on_change()
 
     def start_scoring(self) -> None:
         """The loops that take captures off the queue, and score some again for the noise floor."""
