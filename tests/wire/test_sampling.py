@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -129,3 +130,12 @@ def test_clients_are_named_by_their_header_as_servers_read_it() -> None:
 
 def test_the_purpose_changes_the_hash() -> None:
     assert uniform(b"k", SALT, ARM) != uniform(b"k", SALT, CONVERSATION)
+
+
+@given(st.binary(max_size=200), st.binary(max_size=64))
+def test_the_hashes_are_keyed_blake2b_whichever_were_made_before(value: bytes, salt: bytes) -> None:
+    for _ in range(2):
+        given_hash = blake2b(value, digest_size=8, key=salt, person=ARM).digest()
+        assert uniform(value, salt, ARM) == (int.from_bytes(given_hash, "little") >> 11) / 2**53
+        named = blake2b(value, digest_size=16, key=salt, person=CONVERSATION).digest()
+        assert conversation_digest(value, salt) == named
