@@ -10,7 +10,7 @@ from hemostat.adapters.live.builder import BuildFailure
 from hemostat.adapters.live.client import BuildOutcome
 from hemostat.adapters.live.judge import JUDGED, JudgeDropReason
 from hemostat.adapters.serving.probes import AGREEMENT, ERROR, FAILED, ISOLATION, PASSED, WAITING
-from hemostat.canaries.engine import BASELINE, ENGINES, PREFIX, SHORT, TEXTS
+from hemostat.canaries.engine import BASELINE, ENGINES, PREFIX, SHORT, TEXTS, WEIGHTS
 from hemostat.canaries.judge import EQUAL, EXCEEDED
 from hemostat.canaries.judge import FAILED as COULD_NOT_TELL
 from hemostat.gate.live.measuring import BAD_ANSWERS, OWN_ANSWERS, STABLE_TOKENS
@@ -159,6 +159,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
             ENGINES: "the last replays of the other engines that serve the same path",
             TEXTS: "what the engine made of the texts, as clients send them, when the set was taken",
             SHORT: "what the engine computed of short sequences, every ten seconds, when their set was taken",
+            WEIGHTS: "the first checksums of the weights of the same model, with equal parallelism and kernels",
             PREFIX: "what the engine decoded behind a prefix that is in its prefix cache, when their set was taken",
         }
     },

@@ -13,6 +13,7 @@ canary_prefix   makes canaries behind a shared prefix that is in the engine's pr
 canary_route    compares canaries that were asked for through a public address
 canary_short    decides from short sequences if an engine has changed, within a minute
 canary_texts    compares what a server makes of texts as clients send them
+canary_weights  compares checksums of an engine's weights, tensor by tensor
 described_enum  enumerations of label values, each with what it means
 divergence      divergences between two models on the same tokens
 elapsed         elapsed time that evidence may rely on

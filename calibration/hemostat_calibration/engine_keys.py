@@ -7,9 +7,10 @@ There are two classes:
   plugin fetches unknown versions at a bounded rate. Leaving it out is how a client opts out. `hemostat_shadow: "off"`
   keeps the request from being sampled, as the header `X-Hemostat-Shadow` does where it is read.
 - **Acting keys** (`ACTING_KEYS`), which make the plugin do something: hand out logits and tokens, force tokens, read
-  the KV cache. What they use is limited, so that a client could take it from others. The plugin acts on them only where
-  `MAC_KEY` has their MAC under a secret of the control process, which relays get with the policy and engines when they
-  report. A relay removes a client's acting keys from the requests that it rewrites.
+  the KV cache, compute checksums of the weights. What they use is limited, so that a client could take it from others.
+  The plugin acts on them only where `MAC_KEY` has their MAC under a secret of the control process, which relays get
+  with the policy and engines when they report. A relay removes a client's acting keys from the requests that it
+  rewrites.
 
 The MAC covers all acting keys of the request and a number that is used once, so that keys of one request cannot be put
 together with the keys of another.
@@ -29,10 +30,11 @@ TAP_KEY = "hemostat_tap"
 TAP_TOP_KEY = "hemostat_tap_top"
 FORCE_KEY = "hemostat_force"
 PRECISION_KEY = "hemostat_kv_precision"
+CHECKSUMS_KEY = "hemostat_checksums"
 MAC_KEY = "hemostat_mac"
 
 OPEN_KEYS = (PROFILE_KEY, SHADOW_KEY)
-ACTING_KEYS = (TAP_KEY, TAP_TOP_KEY, FORCE_KEY, PRECISION_KEY)
+ACTING_KEYS = (TAP_KEY, TAP_TOP_KEY, FORCE_KEY, PRECISION_KEY, CHECKSUMS_KEY)
 KEYS = frozenset((*OPEN_KEYS, *ACTING_KEYS, MAC_KEY))
 
 SECRET_CHARACTERS = 32

@@ -21,6 +21,7 @@ when the class is requested by that flag.
 Further modules:
 
     captures      keeps loads onto a GPU away from the times at which vLLM captures a CUDA graph
+    checksums     checksums of the weights in the engine's memory, by tensor
     forcing       tokens that a request asks for, in place of those that would be sampled
     kv_precision  measures how finely the KV cache holds its values
     numbering     numbers of the generations and requests that have the same nonce

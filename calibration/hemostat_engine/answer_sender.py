@@ -60,6 +60,19 @@ class AnswerQueue:
         self._lock = threading.Lock()
         self.dropped = 0
         self.filled = threading.Event()
+        self._checksums: dict[str, Any] | None = None
+
+    def push_checksums(self, message: dict[str, Any]) -> None:
+        """Queues a message of `checksums.measure`, in the place of one that was not sent yet."""
+        with self._lock:
+            self._checksums = message
+        self.filled.set()
+
+    def take_checksums(self) -> dict[str, Any] | None:
+        """Removes and returns the message of `push_checksums`; None if there is none."""
+        with self._lock:
+            message, self._checksums = self._checksums, None
+            return message
 
     def push(self, answer: Answer) -> bool:
         """Queues an answer; returns False if there is no room, and counts that."""
@@ -160,7 +173,10 @@ class AnswerSender:
 
     def send(self) -> None:
         """Sends one message's worth of answers, or drops and counts them."""
+        checksums = self._queue.take_checksums()
         unsent = self._queue.take(MAX_MESSAGE_BYTES, MAX_MESSAGE_ANSWERS)
+        if checksums is not None:
+            self._send_checksums(checksums)
         for attempt in range(ATTEMPTS):
             if attempt:
                 self._pause(PAUSE_SECONDS)
@@ -188,9 +204,21 @@ class AnswerSender:
             unsent = [answer for answer in unsent if not self._may_own(peer, answer["nonce"])]
         return unsent
 
-    def _deliver(self, peer: Peer, answers: list[dict[str, Any]]) -> None:
+    def _send_checksums(self, message: dict[str, Any]) -> None:
+        """Sends checksums to the admin port that has asked for them, once: it asks again if they do not come."""
+        self._peers.refresh(self._clock())
+        for peer in self._peers.all:
+            if self._may_own(peer, message["nonce"]):
+                try:
+                    self._deliver(peer, [], message)
+                except FetchError as error:
+                    self._log_failure(error)
+
+    def _deliver(self, peer: Peer, answers: list[dict[str, Any]], checksums: dict[str, Any] | None = None) -> None:
         dropped, counts = self._queue.dropped, self._sampler.counts()
         body = {"boot_id": self._boot_id, "answers": answers, "dropped": dropped, "passive": counts}
+        if checksums is not None:
+            body["checksums"] = checksums
         response = peer.client.send_answers(body)
         self._sampler.heard(peer.url, response.passive, response.nonce_prefix)
         self._prefixes[peer.url] = response.nonce_prefix

@@ -11,6 +11,7 @@ Whatever goes wrong here is counted and affects no request.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import functools
@@ -26,9 +27,9 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from hemostat_calibration.arrays import little_endian
-from hemostat_calibration.engine_keys import TAP_TOP_KEY, without_acting
+from hemostat_calibration.engine_keys import CHECKSUMS_KEY, TAP_TOP_KEY, without_acting
 from hemostat_calibration.passive import PassiveRequest
-from hemostat_engine import xargs
+from hemostat_engine import checksums, xargs
 from hemostat_engine.answer_sender import AnswerQueue, AnswerSender
 from hemostat_engine.numbering import Numbering
 from hemostat_engine.passive import Lost, PassiveSampler, Sampled
@@ -337,6 +338,8 @@ class AnswerTap:
         self._calls = Numbering()
         self._active = 0
         self.room = Room()
+        self._checksums: asyncio.Task[None] | None = None
+        """The last computation of checksums."""
 
     def start(self) -> None:
         """Starts the sender, once, so that the secrets are known before the first request that is signed with them."""
@@ -350,6 +353,8 @@ class AnswerTap:
         """Returns a recording, if the request asks for one, or is sampled here. Never raises."""
         try:
             extra = getattr(params, "extra_args", None)
+            if extra and CHECKSUMS_KEY in extra:
+                self._begin_checksums(engine, extra)
             recording = self._begin(engine, prompt, params) if extra and TAP_TOP_KEY in extra else None
             return recording or self._begin_sampled(engine, prompt, params, str(request_id), lora_request)
         except ValueError:
@@ -369,6 +374,20 @@ class AnswerTap:
             return None
         call = self._calls.next(asked.nonce)
         return Recording(self._queue, self.room, asked.nonce, call, params, _most(engine, asked.top))
+
+    def _begin_checksums(self, engine: Any, extra: dict[str, Any]) -> None:
+        """Computes checksums of the weights while the request that asks for them is served."""
+        self.start()
+        nonce = extra[CHECKSUMS_KEY]
+        running = self._checksums is not None and not self._checksums.done()
+        if running or not self._secrets.signed(extra) or not xargs.is_nonce(nonce):
+            return
+        in_progress = engine.get_num_unfinished_requests()
+
+        async def compute() -> None:
+            self._queue.push_checksums(await checksums.measure(engine, nonce, in_progress))
+
+        self._checksums = asyncio.get_running_loop().create_task(compute(), name="hemostat checksums")
 
     def _begin_sampled(
         self, engine: Any, prompt: Any, params: Any, request_id: str, lora_request: Any

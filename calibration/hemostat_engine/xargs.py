@@ -61,10 +61,14 @@ def parse(extra_args: Mapping[str, Any] | None, *, signed: bool) -> RequestParam
             f"vllm_xargs.{PROFILE_KEY} must be a profile version (32 lowercase hex digits), not {_shorten(version)} "
             f"({plugin_version.signature()})"
         )
-    if nonce is not None and not (isinstance(nonce, str) and NONCE_PATTERN.fullmatch(nonce)):
+    if nonce is not None and not is_nonce(nonce):
         raise ValueError(f"vllm_xargs.{TAP_KEY} must be 1 to 64 letters, digits, '_' or '-', not {_shorten(nonce)}")
     top = None if nonce is None else _top(extra_args.get(TAP_TOP_KEY))
     return RequestParameters(version, nonce, top, forced=forced, precision=precision)
+
+
+def is_nonce(value: object) -> bool:
+    return isinstance(value, str) and NONCE_PATTERN.fullmatch(value) is not None
 
 
 def _forced(value: object) -> tuple[int, ...]:

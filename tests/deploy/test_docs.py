@@ -48,7 +48,7 @@ NOT_METRICS = {
         "hemostat_tap_top",
         "hemostat_force",
     ),
-    *("hemostat_kv_precision", "hemostat_mac", "hemostat_shadow", "hemostat_vllm"),
+    *("hemostat_checksums", "hemostat_kv_precision", "hemostat_mac", "hemostat_shadow", "hemostat_vllm"),
 }
 """Names with the prefix of metrics that are not metrics: packages, keys of `vllm_xargs`, and a wheel."""
 

@@ -21,7 +21,7 @@ def no_profile_sources(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def all_signed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every request's keys are taken for the control process's, but in the tests of who may use them."""
-    if request.module.__name__.rpartition(".")[2] not in {"test_signed_keys", "test_passive"}:
+    if request.module.__name__.rpartition(".")[2] not in {"test_signed_keys", "test_passive", "test_checksums"}:
         monkeypatch.setattr(secrets.Secrets, "signed", lambda *_: True)
 
 

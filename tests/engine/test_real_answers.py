@@ -147,3 +147,22 @@ def test_a_client_neither_fills_the_recordings_nor_forces_tokens(vllm_server: An
     forced = vllm_server.admin.signed({"hemostat_force": [7, 7, 7]})
     answer = json.loads(post(vllm_server, "/v1/completions", body | {"vllm_xargs": forced}))
     assert answer["choices"][0]["token_ids"][:3] == [7, 7, 7]
+
+
+def test_checksums_of_the_weights_are_computed_between_requests_and_are_the_same_twice(
+    vllm_server: RunningVllm,
+) -> None:
+    found = []
+    for nonce in ("checksums-1", "checksums-2"):
+        signed = vllm_server.admin.signed({"hemostat_checksums": nonce})
+        post(vllm_server, "/v1/completions", {"prompt": "x", "max_tokens": 1, "vllm_xargs": signed})
+        give_up = time.monotonic() + 60
+        while nonce not in vllm_server.admin.registry.checksums and time.monotonic() < give_up:
+            time.sleep(0.1)
+        found.append(vllm_server.admin.registry.checksums[nonce])
+    assert [message.detail for message in found] == ["", ""]
+    assert found[0].digests == found[1].digests
+    assert len(found[0].digests) > 200
+    assert any("layers.9." in name and "down_proj" in name for name in found[0].digests)
+    assert found[0].facts["tensor parallel size"] == "1"
+    assert {"vLLM", "dtype", "KV cache dtype", "device"} <= found[0].facts.keys()

@@ -17,6 +17,7 @@ from hemostat.canaries.engine import STATES_KEY, EngineCanaries
 from hemostat.canaries.keeper import Canaries
 from hemostat.canaries.short import ShortCanaries
 from hemostat.canaries.states import BLOB_KEY
+from hemostat.canaries.weights import BLOB_KEY as WEIGHTS_KEY
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.reports import PluginReports
 from hemostat.ipc.messages import EngineHealth
@@ -62,7 +63,9 @@ class World:
             clock=self.clock,
             wall=self.clock,
         )
-        blobs = {key: data for key in (BLOB_KEY, STATES_KEY) if (data := self.written.get_blob(key)) is not None}
+        blobs = {
+            key: data for key in (BLOB_KEY, STATES_KEY, WEIGHTS_KEY) if (data := self.written.get_blob(key)) is not None
+        }
         self.canaries.restore(blobs)
 
     def again(self) -> World:

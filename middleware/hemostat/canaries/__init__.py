@@ -14,5 +14,6 @@ short     the short sequences of one engine, every few seconds
 states    the states of the canaries of every engine, and the part of them that outlasts the control process
 through   the same through a public address, until each engine behind it was seen
 texts     the canaries' texts as clients send them: token ids, and free answers
+weights   checksums of the engines' weights, tensor by tensor
 variants  the same tokens on an engine in variants, for the cause of a change
 """

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +26,9 @@ STATES_KEY = BlobKey("canary_engines")
 MAX_ADAPTERS = 8
 """The largest number of adapters of an engine that are asked, by name; further ones are not asked."""
 REQUEST_SECONDS = 60.0
-BASELINE, ENGINES, TEXTS, SHORT, PREFIX = "baseline", "engines", "texts", "short", "prefix"
+BASELINE, ENGINES, TEXTS, SHORT, PREFIX, WEIGHTS = "baseline", "engines", "texts", "short", "prefix", "weights"
 """The names of what a replay is compared with: the baseline, the other engines, and the baselines of texts as clients
-send them, of short sequences, and of sequences behind a cached prefix."""
+send them, of short sequences, of sequences behind a cached prefix, and of checksums of weights."""
 
 
 @dataclass(slots=True)
@@ -207,6 +208,14 @@ class EngineCanaries:
     def client(self, model: str, *, at_any_load: bool = False) -> CanaryClient:
         gate = at_once if at_any_load else self.pace.wait
         return CanaryClient(self._server, model, gate, self._weights, sign=self._sign)
+
+    async def post_long(self, body: dict[str, Any], seconds: float) -> None:
+        """Sends a completion whose answer may take so long. Raises ReferenceFailure."""
+        server = self._engine.connect(seconds)
+        try:
+            await server.post("/v1/completions", body, dict[str, Any])
+        finally:
+            await server.close()
 
     def _weights(self) -> str:
         report = self._engine.report(self._clock())

@@ -25,6 +25,8 @@ from hemostat.canaries.report import CanaryReport
 from hemostat.canaries.schedule import Schedule
 from hemostat.canaries.short import ShortCanaries
 from hemostat.canaries.states import BLOB_KEY, CanaryStates, Sets
+from hemostat.canaries.weights import BLOB_KEY as WEIGHTS_KEY
+from hemostat.canaries.weights import Weights
 from hemostat.config.prompt_lines import PromptFileError
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
@@ -65,6 +67,9 @@ class Canaries:
         self.states = CanaryStates(engines, writes, wall)
         self._judge = Judge(self.states, writes, settings.canaries.tolerance_nats, clock, wall)
         self._lengths = PromptLengths()
+        self.weights = Weights(
+            engines.reports, writes, engines.signed, enabled=settings.canaries.weights, clock=clock, wall=wall
+        )
         self.replays = Replays(
             self.sets, self.states, self._judge, monitor, self._lengths, writes, clock=clock, wall=wall
         )
@@ -83,13 +88,14 @@ class Canaries:
             self.states,
             self.replays,
             self._judge,
+            self.weights,
             settings.calibration.model,
             short,
             active=active,
             clock=clock,
             wall=wall,
         )
-        self._report = CanaryReport(self.states, self.sets, self._judge)
+        self._report = CanaryReport(self.states, self.sets, self._judge, self.weights)
         self.problem = "" if settings.canaries.enabled else "canaries.enabled is false"
         """The reason why nothing is replayed; "" if something is."""
 
@@ -99,7 +105,8 @@ class Canaries:
             return
         if BLOB_KEY not in blobs:
             log.info("canaries: the store has no set; one is taken in %.0f minutes", FIRST_SECONDS / 60.0)
-        for key, read in ((BLOB_KEY, self.sets.restore), (STATES_KEY, self.states.restore)):
+        stored = ((BLOB_KEY, self.sets.restore), (STATES_KEY, self.states.restore), (WEIGHTS_KEY, self.weights.restore))
+        for key, read in stored:
             try:
                 if key in blobs:
                     read(blobs[key])
@@ -121,7 +128,7 @@ class Canaries:
         """
         if self.problem:
             raise HemostatError(f"there are no canaries: {self.problem}")
-        self.replays.begin_anew("accepted by the operator")
+        self.schedule.begin_anew("accepted by the operator")
 
     async def run(self) -> None:
         """Replays the canaries until it is cancelled."""

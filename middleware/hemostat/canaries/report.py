@@ -11,12 +11,14 @@ from hemostat.canaries.engine import (
     PREFIX,
     SHORT,
     TEXTS,
+    WEIGHTS,
     prefix_statement,
     short_statement,
     text_statement,
 )
 from hemostat.canaries.judge import Judge, figures
 from hemostat.canaries.states import CanaryStates, Sets
+from hemostat.canaries.weights import Weights
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 
@@ -24,10 +26,11 @@ from hemostat.metrics.samples import Sample
 class CanaryReport:
     """Reads what the other parts own, and owns nothing."""
 
-    def __init__(self, states: CanaryStates, sets: Sets, judge: Judge) -> None:
+    def __init__(self, states: CanaryStates, sets: Sets, judge: Judge, weights: Weights) -> None:
         self._states = states
         self._sets = sets
         self._judge = judge
+        self._weights = weights
 
     def statements(self) -> Iterator[tuple[str, float]]:
         """Yields what is wrong now, one line each, and since when (Unix time)."""
@@ -42,6 +45,8 @@ class CanaryReport:
                 yield short_statement(name, canaries.now.model, canaries.short), canaries.short.since
             if BASELINE in canaries.prefix.since:
                 yield prefix_statement(name, canaries.now.model, canaries.prefix), canaries.prefix.since[BASELINE]
+            if (stated := self._weights.stated.get(name)) is not None:
+                yield self._weights.statement(name), stated.since
 
     def report(self, problem: str) -> dict[str, Any]:
         """Returns the state of the canaries, JSON-ready.
@@ -53,6 +58,7 @@ class CanaryReport:
         texts: by engine, what the last replay of texts as clients send them says. short: the same of the last replay of
         all short sequences, which is made where single ones are suspicious; empty before the set of them was taken.
         prefix: the same of the last replay of sequences behind a prefix that is in the engine's prefix cache.
+        weights: the same of the last checksums of its weights.
         """
         base = self._sets.base
         return {
@@ -103,6 +109,12 @@ class CanaryReport:
                 for name, canaries in self._states.current.items()
                 if self._sets.short is not None
             },
+            "weights": {
+                name: {"since": None if stated is None else stated.since, "detail": detail}
+                for name, detail in self._weights.details.items()
+                if name in self._states.current
+                for stated in [self._weights.stated.get(name)]
+            },
             "prefix": {
                 name: {
                     "since": prefix.since.get(BASELINE),
@@ -131,6 +143,9 @@ class CanaryReport:
             if self._sets.short is not None:
                 labels = (name, canaries.now.model, SHORT)
                 yield Sample(names.CANARY_CHANGED, (*labels, ""), float(canaries.short.since is not None))
+            if name in self._weights.details:
+                labels = (name, canaries.now.model, WEIGHTS)
+                yield Sample(names.CANARY_CHANGED, (*labels, ""), float(name in self._weights.stated))
             if BASELINE in canaries.prefix.found:
                 labels = (name, canaries.now.model, PREFIX)
                 yield Sample(names.CANARY_CHANGED, (*labels, ""), float(BASELINE in canaries.prefix.since))

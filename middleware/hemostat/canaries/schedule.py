@@ -14,6 +14,7 @@ from hemostat.canaries.pace import HOUR_SECONDS, Pace
 from hemostat.canaries.replay import Replays
 from hemostat.canaries.short import ShortCanaries
 from hemostat.canaries.states import CanaryStates
+from hemostat.canaries.weights import Weights
 from hemostat.engines.engine import Engine
 from hemostat.engines.registry import EngineRegistry
 from hemostat.reference.protocol import ReferenceFailure
@@ -40,6 +41,7 @@ class Schedule:
         states: CanaryStates,
         replays: Replays,
         judge: Judge,
+        weights: Weights,
         model: str | None,
         short: Callable[[EngineCanaries], ShortCanaries],
         *,
@@ -51,6 +53,7 @@ class Schedule:
         self._states = states
         self._replays = replays
         self._judge = judge
+        self._weights = weights
         self._model = model
         self._short = short
         self._active = active
@@ -60,6 +63,11 @@ class Schedule:
         """Ends what is under way."""
         await self._engines.end_parts(ShortCanaries)
         await self._engines.end_parts(EngineCanaries)
+
+    def begin_anew(self, why: str) -> None:
+        """Forgets the sets, and the checksums of weights: new ones are taken at once."""
+        self._replays.begin_anew(why)
+        self._weights.forget()
 
     def step(self) -> None:
         """Looks at the engines, and begins what is due there."""
@@ -94,7 +102,7 @@ class Schedule:
                 await canaries.list_models(self._model)
                 canaries.listed_at = now
             if why := self._replays.announced(self._served_now()):
-                self._replays.begin_anew(why)
+                self.begin_anew(why)
             if (base := self._replays.base) is None:
                 await self._replays.take(canaries)
                 return
@@ -112,6 +120,7 @@ class Schedule:
                     return
             await self._replays.read_texts(canaries, base)
             await self._replays.read_prefix(canaries, base)
+            await self._weights.read(canaries)
         except (ReferenceFailure, InvalidArgumentError) as failure:
             self._fail(canaries, str(failure))
         except Exception as error:

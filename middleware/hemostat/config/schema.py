@@ -258,6 +258,10 @@ class Canaries(Section):
     tolerance_nats: float = Field(default=0.01, gt=0, lt=5)
     """The distance of a sequence that is not a change yet. The distance is the mean |difference of log-probabilities|
     of its tokens. Choose a larger one for engines on different GPUs."""
+    weights: bool = False
+    """If it is true, checksums of an engine's weights are computed once a day, and when canaries state a change, in a
+    moment without requests. The engine stands still meanwhile, and requests that come then wait: about a second for
+    each 1 to 2 GB of weights."""
 
 
 class Settings(Section):

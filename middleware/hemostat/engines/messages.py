@@ -33,6 +33,7 @@ EVENTS = frozenset(
 """The events that the plugin counts, explained in deploy/metrics.py. Other names in a report come from another version
 of the plugin."""
 
+MAX_TENSORS = 1 << 16
 MAX_CHILDREN = 1 << 14
 """The largest number of choices of one tapped request; vLLM's own limit."""
 
@@ -183,6 +184,20 @@ class TapAnswer(msgspec.Struct, frozen=True):
         return len(self.prompt_ids) + (4 + 2 * self.top_k) * len(self.token_ids)
 
 
+class ChecksumMessage(msgspec.Struct, frozen=True):
+    """The checksums of the weights in an engine's memory, for the request with this nonce. digests: by tensor, in the
+    order of the model; empty if there are none, as `detail` says. facts: what kernels and layouts depend on."""
+
+    nonce: Name
+    digests: Annotated[
+        dict[Annotated[str, msgspec.Meta(max_length=512)], Fingerprint], msgspec.Meta(max_length=MAX_TENSORS)
+    ]
+    facts: Annotated[dict[Text, Annotated[str, msgspec.Meta(max_length=256)]], msgspec.Meta(max_length=32)]
+    seconds: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
+    """The time that it took."""
+    detail: Annotated[str, msgspec.Meta(max_length=256)] = ""
+
+
 class AnswerMessage(msgspec.Struct, frozen=True):
     """A message of answers. dropped: the number of answers that the API server's process had no room for, or could not
     send, since its start.
@@ -193,6 +208,7 @@ class AnswerMessage(msgspec.Struct, frozen=True):
     dropped: Count
     passive: PassiveCounts | None = None
     """The counts of what the plugin samples itself; None of an older plugin."""
+    checksums: ChecksumMessage | None = None
 
 
 class Trace(msgspec.Struct, frozen=True):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from hemostat.engines.answer_buffer import AnswerBuffer
-from hemostat.engines.messages import EVENTS, AnswerMessage, InvalidEngineMessage, RankReport
+from hemostat.engines.messages import EVENTS, AnswerMessage, ChecksumMessage, InvalidEngineMessage, RankReport
 from hemostat.engines.passive import PassivePlugins
 from hemostat.engines.request_secrets import RequestSecrets
 from hemostat.engines.taps import TapBuffer
@@ -28,6 +28,8 @@ from hemostat_calibration.plugin_version import fits
 SILENCE_SECONDS = 15.0
 """A rank that has not reported for this long, and with it its engine, is gone."""
 MAX_ENGINES = 256
+MAX_CHECKSUMS = 4
+"""The largest number of messages of checksums that are kept until they are taken."""
 MAX_HELD_VERSIONS = 8
 """The largest number of versions that an engine is asked to hold (the plugin holds as many)."""
 
@@ -58,6 +60,8 @@ class PluginReports:
         self.taps = TapBuffer()
         self.answers = AnswerBuffer()
         self.passive = PassivePlugins()
+        self.checksums: dict[str, ChecksumMessage] = {}
+        """The last checksums of weights that engines have sent, by nonce; whoever has asked takes them."""
         self.newest = 0.0
         """The time when an engine last reported that had not been known before."""
 
@@ -89,6 +93,10 @@ class PluginReports:
             own = [answer for answer in message.answers if answer.nonce.startswith(f"{self.nonce_prefix}-")]
             message = msgspec.structs.replace(message, answers=own)
         self.passive.update(message, now)
+        if (sent := message.checksums) is not None and sent.nonce.startswith(self.nonce_prefix):
+            self.checksums[sent.nonce] = sent
+            while len(self.checksums) > MAX_CHECKSUMS:
+                del self.checksums[next(iter(self.checksums))]
         relayed = [answer for answer in message.answers if answer.request is None]
         self.answers.update(msgspec.structs.replace(message, answers=relayed), now)
 

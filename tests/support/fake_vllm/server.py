@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,8 @@ class FakeVllm(FakeModel):
     """It does not schedule by priority, and says so."""
     replace_body: str | None = None
     """The body of every answer with status 200."""
+    on_checksums: Callable[[str], None] = field(default=lambda nonce: None)
+    """Called with the nonce of a request that asks for checksums of the weights."""
     prefix_caching: bool = False
     """Its metrics say that it has a prefix cache."""
     pooling: FakePooling | None = None
@@ -301,6 +303,9 @@ class FakeVllm(FakeModel):
             data = dumps(as_chat(path, own, kept=self.keeps_responses))
         body, prompts, limit = self._check(chat, data)
         self.requests.append(body if own is None else own)
+        xargs = body.get("vllm_xargs") or {}
+        if "hemostat_checksums" in xargs and self.acts_on(xargs):
+            self.on_checksums(xargs["hemostat_checksums"])
         asked = (body.get("top_logprobs") if chat else body.get("logprobs")) or 0
         if asked > self.max_logprobs:
             refused = RefusedError(

@@ -23,6 +23,7 @@ export function Canaries({ s }) {
       ["at", (r) => when(r.at), (r) => r.at]]} />
     ${c.engines.filter((r) => r.cause).map((r) => html`<p>Cause at ${r.engine} (${r.model}): ${r.cause}.</p>`)}
     ${Object.entries(c.short ?? {}).map(([engine, t]) => html`<p>Short sequences at ${engine}: <${Coloured} as=${known(t.since) ? "bad" : "good"}>${t.detail}<//>.</p>`)}
+    ${Object.entries(c.weights ?? {}).map(([engine, t]) => html`<p>Weights in the memory of ${engine}: <${Coloured} as=${known(t.since) ? "bad" : "good"}>${t.detail}<//>.</p>`)}
     ${Object.entries(c.prefix ?? {}).map(([engine, t]) => html`<p>Behind a cached prefix of ${whole(t.tokens)} tokens at ${engine}: <${Coloured} as=${known(t.since) ? "bad" : "good"}>${t.detail}<//>.</p>`)}
     ${Object.entries(c.texts ?? {}).map(([engine, t]) => html`<p>Texts as clients send them at ${engine}: <${Coloured} as=${known(t.since) ? "bad" : "good"}>${t.detail}<//>.</p>`)}
     <p><${Action} label="Accept the canaries' present scores" asks=${["Accept what the engines compute now?",
