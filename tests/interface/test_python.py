@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,41 @@ def test_examples_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     result = doctest.testfile(str(ROOT / "docs/python.md"), module_relative=False, optionflags=OPTIONS)
     assert result.attempted > 15
     assert result.failed == 0
+
+
+WITHOUT_EXTRAS = """
+import doctest, json, sys
+for name in ("pyarrow", "cryptography", "torch", "transformers"):
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+
+failed = {}
+
+class Runner(doctest.DocTestRunner):
+    def report_unexpected_exception(self, out, test, example, error):
+        failed[example.source] = error[0].__name__
+
+    def report_failure(self, out, test, example, got):
+        failed[example.source] = "another output"
+
+test = doctest.DocTestParser().get_doctest(open(sys.argv[1]).read(), {}, "python.md", None, 0)
+attempted = Runner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(test).attempted
+print(json.dumps([attempted, failed]))
+"""
+
+
+def test_the_page_says_what_needs_an_extra() -> None:
+    """`compare` and the estimators need the package alone; the others name the packages that are missing."""
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, str(ROOT / "docs/python.md")]
+    attempted, failed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert attempted > 15
+    needs = [source for source, error in failed.items() if error == "MissingPackageError"]
+    assert [source.split("(")[0] for source in needs] == [
+        "report.to_arrow",
+        "report = hemostat.score",
+        "hemostat.Report.read",
+    ]
+    # These two show the report that `score` returns.
+    assert [source for source in failed if source not in needs] == ["report\n", list(failed)[-1]]
 
 
 async def test_it_works_in_a_notebook_whose_loop_runs() -> None:
