@@ -19,6 +19,7 @@ outlier     three engines, one of which is further from the uncompressed model: 
             same direction (log-probabilities c + (√factor − 1) (c − r) of the real c and r). Computed, of `checkpoint`
 
 cause       which cause is said for six faults: `tests/bench/canary_causes.py`
+faults      which of ten faults are found, and by what: `tests/bench/canary_faults.py`
 
 --simulate needs no vLLM: engines whose replays differ by noise with heavy tails (Student's t, 3 degrees of freedom), of
 the size that kernels of GPUs have, and changes that shift each token's log-probability by ± a size. Beside the test, an
@@ -50,7 +51,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.bench import canary_causes  # noqa: E402
+from tests.bench import canary_causes, canary_faults  # noqa: E402
 from tests.bench.forked_vllm import ForkedVllm, Imported  # noqa: E402
 
 from hemostat.canaries.client import CanaryClient  # noqa: E402
@@ -114,7 +115,7 @@ SERVERS = {
     "texts": Server("gptq b", "gptq"),
     "float32": Server("reference", "uncompressed", ("--dtype", "float32")),
 }
-ROWS = [*SERVERS, "loaded", "outlier", "cause"]
+ROWS = [*SERVERS, "loaded", "outlier", "cause", "faults"]
 
 
 def checkpoint(name: str) -> Path:
@@ -398,6 +399,8 @@ def main() -> None:
                 row = outlier()
             elif name == "cause":
                 row = canary_causes.report(out_of_time)
+            elif name == "faults":
+                row = canary_faults.report(out_of_time)
             elif name == "loaded":
                 row = null(arguments.null, out_of_time)
             else:

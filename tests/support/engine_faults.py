@@ -220,7 +220,38 @@ def not_a_number(layer: int, name: str) -> None:
     _hook(_linear(layer, name), lambda _, y: torch.full_like(y, torch.nan))
 
 
+def head(layer: int, head: int, value: float | None = 0.0) -> None:
+    """The outputs of one attention head are another value before o_proj; None: they are not a number."""
+    attention = _layers()[layer].self_attn
+    columns = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+
+    def hook(_: Any, inputs: Any) -> Any:
+        x = inputs[0].clone()
+        x[..., columns] = torch.nan if value is None else value
+        return (x, *inputs[1:])
+
+    _state.undo.append(attention.o_proj.register_forward_pre_hook(hook).remove)
+
+
+def token_zero(streams: int = 8) -> None:
+    """From so many requests in the batch on, all of them get token 0 for ever."""
+    model = _state.runner.model
+    compute = model.compute_logits
+
+    def logits(hidden: torch.Tensor, *more: Any, **named: Any) -> Any:
+        values = compute(hidden, *more, **named)
+        if values is not None and len(_parts()) >= streams:
+            values = torch.full_like(values, -30.0)
+            values[..., 0] = 30.0
+        return values
+
+    model.compute_logits = logits
+    _state.undo.append(lambda: setattr(model, "compute_logits", compute))
+
+
 KINDS = {
+    "head": head,
+    "token_zero": token_zero,
     "weights": weights,
     "kv_cast": kv_cast,
     "stale_prefix": stale_prefix,
