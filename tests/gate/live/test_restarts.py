@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,6 +133,27 @@ async def test_a_verdict_is_shown_once_the_store_has_it(world: Worlds) -> None:
         assert gate.report()["state"] == "pass"
         successor = here.process()
         assert successor.report() == gate.report()
+
+
+async def test_an_upgrade_keeps_the_evidence(world: Worlds) -> None:
+    """`stored_1.json` is a gate after five requests, as a version with `SCHEMA` 1 stored it. CANDIDATE is in the place
+    of the candidate's address."""
+    async with world(FakeVllm(noise=1.0), FakeVllm(noise=0.3)) as here:
+        written = Path(__file__).with_name("stored_1.json").read_text()
+        here.writes.blobs[BLOB_KEY] = written.replace("CANDIDATE", here.candidate).encode()
+        here.now += 300.0
+        gate = here.process()
+        report = gate.report()
+        assert (report["state"], report["units"], report["budget"]["tokens"]) == ("running", 5, 180)
+        means = {question["question"]: question["mean"] for question in report["questions"]}
+        expected = {"stable_tokens": -0.1967, "own_answers": -0.2016, "bad_answers": 0.0}
+        assert means == pytest.approx(expected, abs=1e-4)
+        for _ in range(5):
+            gate.update(await here.scored())  # the same prompts as then
+        assert gate.waiting == 0
+        await here.feed(gate, 2)
+        assert gate.report()["units"] == 7
+        assert here.process().report() == gate.report()
 
 
 async def test_what_cannot_be_read_is_lost_and_said(world: Worlds, caplog: Any) -> None:
