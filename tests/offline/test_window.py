@@ -107,6 +107,22 @@ async def test_a_window_that_closes_ends_a_segment_which_goes_on_the_next_day(tm
     assert world.handed == world.expected
 
 
+async def test_an_error_of_our_own_costs_its_segment_and_no_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(tmp_path, rows=3)
+
+    def fail() -> None:
+        if len(world.reference.asked) == 2:
+            raise RuntimeError("a bug")
+
+    world.reference.before = fail
+    scoring = await world.process()
+    await scoring.look()
+    assert (scoring.left_out, world.handed) == (1, world.expected[3:])
+    assert "left out from row 0 on" in caplog.text
+
+
 @pytest.mark.parametrize("reason", [FailureReason.DOWN, FailureReason.TIMEOUT])
 async def test_a_reference_that_is_down_loses_no_row(tmp_path: Path, reason: FailureReason) -> None:
     world = World(tmp_path)

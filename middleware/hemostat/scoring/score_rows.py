@@ -77,10 +77,15 @@ async def score_rows(rows: pa.Table, scorer: RowScorer) -> pa.Table:
     A row that can never be scored has the reason in `unscored`, and no scores; so has one on which the reference fails
     although it works. Raises NotScored if the reference cannot score now.
     """
-    limit = asyncio.Semaphore(AT_ONCE)
-    captures = list(from_rows(rows))
+    return _with_scores(rows, await answers(list(from_rows(rows)), scorer))
 
-    async def score(spooled: Spooled) -> Answered | str:
+
+async def answers(captures: Sequence[Spooled], scorer: RowScorer) -> list[Answered | str]:
+    """Returns what the scorer says of each capture, in their order, or the reason of `score_rows` in its place. Raises
+    NotScored if the reference cannot score now."""
+    limit = asyncio.Semaphore(AT_ONCE)
+
+    async def answer(spooled: Spooled) -> Answered | str:
         async with limit:
             try:
                 return await scorer.ask(spooled.capture, None if spooled.tap is None else spooled.tap.result())
@@ -91,10 +96,10 @@ async def score_rows(rows: pa.Table, scorer: RowScorer) -> pa.Table:
 
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(score(spooled)) for spooled in captures]
+            tasks = [group.create_task(answer(spooled)) for spooled in captures]
     except* NotScored as failed:
         raise failed.exceptions[0] from None
-    return _with_scores(rows, [task.result() for task in tasks])
+    return [task.result() for task in tasks]
 
 
 def _with_scores(rows: pa.Table, results: Sequence[Answered | str]) -> pa.Table:

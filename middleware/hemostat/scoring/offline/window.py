@@ -14,15 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hemostat.ipc.messages import Capture
-from hemostat.metrics.reasons import Outcome
 from hemostat.scoring.endings import NotScored
 from hemostat.scoring.offline.evidence_time import EvidenceTime
-from hemostat.scoring.score_rows import AT_ONCE, FAILURES_OF_A_ROW
+from hemostat.scoring.score_rows import AT_ONCE, answers
 from hemostat.scoring.spool.columns import SCHEMA_VERSION, VERSION_KEY, from_rows
 from hemostat.scoring.spool.keys import SpoolError, SpoolKey
 from hemostat.scoring.spool.segments import read_segment, segments, set_taken, taken
 from hemostat.scoring.spool.spooled import Spooled
-from hemostat.scoring.stages import ScoringStages
+from hemostat.scoring.stages import Answered, ScoringStages
 from hemostat_calibration.records import TokenRecord
 
 log = logging.getLogger("hemostat.spool")
@@ -70,7 +69,7 @@ class SpoolScoring:
         self._emit, self._save, self._may_score, self._wall = emit, save, may_score, wall
         self.evidence_time = evidence_time
         self._refused: set[Path] = set()
-        """The segments that could not be read."""
+        """The segments that could not be read, or not be scored for an error of Hemostat's own."""
         self.scored = 0
         self.unscored: Counter[str] = Counter()
         """The number of rows that could not be scored, by reason."""
@@ -120,9 +119,14 @@ class SpoolScoring:
             if not self._may_score():
                 return False
             batch = list(from_rows(rows.slice(done, BATCH_ROWS)))
-            results = await asyncio.gather(*(self._ask(spooled) for spooled in batch))
-            if any(isinstance(result, NotScored) for result in results):
+            try:
+                results = await answers(batch, self._stages)
+            except NotScored:
                 return False
+            except Exception:
+                self._refused.add(path)
+                log.exception("spool.score: left out from row %d on: %s", done, path)
+                return True
             done += len(batch)
             await asyncio.to_thread(set_taken, path, done)
             for spooled, result in zip(batch, results, strict=True):
@@ -130,23 +134,13 @@ class SpoolScoring:
         self._save()
         return True
 
-    async def _ask(self, spooled: Spooled) -> tuple[TokenRecord, Capture] | str | NotScored:
-        """Returns a record and its capture; the reason why the row can never be scored; or why it cannot be now."""
-        try:
-            tap = None if spooled.tap is None else spooled.tap.result()
-            return await self._stages.score(spooled.capture, tap)
-        except NotScored as ending:
-            if ending.reason.outcome is Outcome.DROPPED and ending.detail not in FAILURES_OF_A_ROW:
-                return ending
-            return ending.reason.label(ending.detail)
-
-    def _hand_on(self, spooled: Spooled, result: tuple[TokenRecord, Capture] | str | NotScored) -> None:
+    def _hand_on(self, spooled: Spooled, result: Answered | str) -> None:
         self.evidence_time.update(spooled.at)
-        if isinstance(result, tuple):
-            self.scored += 1
-            try:
-                self._emit(*result, spooled.probability)
-            except RuntimeError:  # the log has it
-                self.unscored["internal_error"] += 1
-        else:
-            self.unscored[str(result)] += 1
+        if isinstance(result, str):
+            self.unscored[result] += 1
+            return
+        self.scored += 1
+        try:
+            self._emit(result.record, result.capture, spooled.probability)
+        except RuntimeError:  # the log has it
+            self.unscored["internal_error"] += 1
