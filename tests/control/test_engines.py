@@ -143,12 +143,13 @@ async def test_engines_that_were_not_drawn_are_not_compared(tmp_path: Path, affi
 
 
 async def test_an_engine_that_was_named_is_not_shown_when_none_was_drawn_for_a_day(tmp_path: Path) -> None:
-    async with control(tmp_path) as plane:
+    now = 1000.0
+    async with control(tmp_path, clock=lambda: now, wall=lambda: now, steady=lambda: now) as plane:
         observe(plane, 20, outlier=C)
         await plane.writer.write()  # the numbers of the tests
         observe(plane, 100, outlier=C, first=20)
         assert plane.measured.by_engine.outliers == {C}
-        plane.measured.by_engine._drawn_at -= ACTIVE_SECONDS
+        now += ACTIVE_SECONDS
         assert not plane.measured.by_engine.outliers
         assert not [row for row in plane.measured.by_engine.report() if row["outlier"]]
 

@@ -170,11 +170,15 @@ def test_names_that_clients_make_up_reach_the_admin_port_at_a_bounded_rate(
     assert sum(map(source.may_look_up, names)) == int(3.0 * sources.LOOKUPS_PER_SECOND)
 
 
-def test_what_is_remembered_is_bounded(make_source: Callable[..., AdapterSource]) -> None:
+def test_what_is_remembered_is_bounded(
+    make_source: Callable[..., AdapterSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_REMEMBERED", 3)
     source = make_source("http://127.0.0.1:9")
-    for i in range(sources.MAX_REMEMBERED + 10):
-        source._refuse(f"{i:032x}", ValueError("x"), 10.0)
-    assert len(source._not_before) == sources.MAX_REMEMBERED
+    names = [f"{i:032x}" for i in range(5)]
+    for name in names:
+        assert find(source, name) is None
+    assert [source.may_look_up(name) for name in names] == [True, True, False, False, False]
 
 
 def test_full_disk_is_one_line_and_leaves_nothing_half_written(

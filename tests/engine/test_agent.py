@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,11 @@ class Rank:
         self.counters = Counters()
         self.taps = Taps(self.counters)
         identity = Identity(boot_id, rank, world_size, VOCAB_SIZE, "v1", "test")
-        self.agent = Agent(identity, settings, self.library, self.counters, self.taps, spawn=lambda run: run())
+        self.spawn: Callable[[Callable[[], None]], None] = lambda run: run()
+        self.agent = Agent(identity, settings, self.library, self.counters, self.taps, spawn=self._spawn)
+
+    def _spawn(self, run: Callable[[], None]) -> None:
+        self.spawn(run)
 
     def tick(self, now: float) -> None:
         """What both threads do, one after the other."""
@@ -490,9 +494,9 @@ def test_where_no_thread_can_start_the_call_is_made_later(admin: EngineAdmin) ->
 
     rank = Rank(at(admin))
     rank.agent.tick(0.0)
-    spawn, rank.agent._spawn = rank.agent._spawn, refuse
+    spawn, rank.spawn = rank.spawn, refuse
     with pytest.raises(RuntimeError, match="thread"):
         rank.agent.tick(2.0)
-    rank.agent._spawn = spawn
+    rank.spawn = spawn
     rank.agent.tick(4.0)
     assert admin.seen.count("/api/v1/engine/report") == 2

@@ -193,10 +193,10 @@ def test_engine_and_api_server_learn_the_secrets_from_the_admin_port(admin: Engi
     for _ in range(2):  # the first one finds the address
         agent.tick(1.0)
     assert agent.secrets.signed(request)
-    sender = AnswerSender(AnswerQueue(), Peers(settings), "boot", Secrets())
-    sender.look()
-    assert sender._secrets.signed(request)
-    assert "secret" not in repr(agent._peers.all[0].last_response)
+    peers, secrets = Peers(settings), Secrets()
+    AnswerSender(AnswerQueue(), peers, "boot", secrets).look()
+    assert secrets.signed(request)
+    assert "secret" not in repr(peers.all[0].last_response)
 
 
 def test_the_sender_asks_for_secrets_before_there_is_an_answer(admin: EngineAdmin) -> None:

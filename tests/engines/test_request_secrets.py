@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from itertools import count
 from pathlib import Path
 
@@ -39,8 +38,8 @@ def test_each_control_process_has_secrets_of_its_own() -> None:
 async def test_relays_and_engines_get_them_and_nobody_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     made = settings(admin={"port": 0, "token": "secret", "engine_token": "engines"})
-    async with control(tmp_path, made) as plane:
-        now = time.monotonic()
+    now = 1000.0
+    async with control(tmp_path, made, clock=lambda: now) as plane:
         secrets = plane.engines.reports.secrets.for_engines(now)
         plane.engines.reports.update(RankReport("one", 0, 1, [], 100, {}, "v1", "0.32.0"), now)
         assert told(plane).secret == secrets[0]
@@ -53,5 +52,5 @@ async def test_relays_and_engines_get_them_and_nobody_else(tmp_path: Path, caplo
             pages = [(await client.get(path)).text for path in ("/metrics", "/api/v1/status", "/api/v1/profiles")]
         text = "\n".join([*pages, str(status_json(plane)), caplog.text])
         assert not [secret for secret in secrets if secret in text]
-        plane.engines.reports.secrets._rotates_at = now
+        now += ROTATE_SECONDS
         assert told(plane).secret == secrets[1], "a rotation is a new policy"

@@ -141,7 +141,9 @@ class Bench:
             tracing=None,
         )
         monitor: Any = SimpleNamespace(served=self.served)
-        self.pipeline = record_pipeline(consumers, self.served)
+        self.known: Any = SimpleNamespace(served=self.served)
+        """The served models, as records are read."""
+        self.pipeline = record_pipeline(consumers, self.served, monitor=self.known)
         floor: Any = SimpleNamespace(
             samples=list, offer=lambda prompt, record, reference: self.noted["floor"].append(record)
         )
@@ -371,8 +373,7 @@ async def test_one_of_another_model_is_measured_by_itself_and_not_judged() -> No
     request = Request(7)
     bench = Bench(request)
     [first] = bench.served.pairs
-    monitor: Any = bench.pipeline._monitor
-    monitor.served = served_models(pair("other", bench.reference, INFO), first)
+    bench.known.served = served_models(pair("other", bench.reference, INFO), first)
     await bench.score(request.capture())
     assert bench.noted == {"alarms": [], "judged": [], "learned": [], "floor": []}
     assert bench.measured.conditional.tokens == 0, "the figures are of the calibrated model"
@@ -392,8 +393,7 @@ async def test_a_part_of_an_output_counts_in_no_conditional_mean(of_another: boo
     part = replace(record, position=100, context_tokens=105, conversation=b"part")
     if of_another:
         [first] = bench.served.pairs
-        monitor: Any = bench.pipeline._monitor
-        monitor.served = served_models(pair("other", bench.reference, INFO), first)
+        bench.known.served = served_models(pair("other", bench.reference, INFO), first)
     bench.pipeline.update(part, request.capture())
     result = bench.measured.conditional
     assert result.report()["raw"]["requests"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import queue
 import signal
@@ -19,6 +20,7 @@ from tests.support.constants import with_constants
 from tests.support.learner_world import D, V, World, kl, learners, logprobs, make, save
 from tests.support.waiting import until
 
+from hemostat.checkpoints.output_embedding import load
 from hemostat.config.schema import Calibration
 from hemostat.ipc.turns import Turns
 from hemostat.learner import client, learner_messages, record_queue
@@ -26,6 +28,7 @@ from hemostat.learner.client import Learner, LearningTarget
 from hemostat.learner.learner_process import ProcessLearner, RequestLoop
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.learning.contextual import storage
+from hemostat_calibration.learning.contextual.choose import ProfileLimits
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.contextual import CONTEXTUAL
@@ -291,10 +294,20 @@ def test_what_an_earlier_version_learned_from_parts_of_the_traffic_is_left_out(t
     digest = transform.anchors_digest(anchors)
     rows = [learner_messages.to_row(world.record(seed, anchors, digest)) for seed in range(5)]
     assert before.update(learner_messages.Learn(rows)).tokens == 80
-    part = before._family.update(before._state, [world.record(5, anchors, digest)])
-    stored = storage.save({"": before._state, "gold": part}, before._family, before._about, 1 << 24)
+    family = ContextualLearner(
+        load(Path(start.folder), V),
+        anchors,
+        limits=ProfileLimits(start.rank, start.clamp_nats, start.kl_limit),
+        half_life_tokens=start.half_life_tokens,
+        recent_tokens=start.recent_tokens,
+        min_tokens=start.min_tokens,
+    )
+    about = json.dumps([start.model, V, D, start.reference])
+    states = storage.load(b"".join(exported.part for exported in before.export()), family, about)
+    part = family.update(states[""], [world.record(5, anchors, digest)])
+    stored = storage.save({**states, "gold": part}, family, about, 1 << 24)
     assert ProcessLearner(start, stored).ready.learned.tokens == 80
-    only_a_part = storage.save({"gold": part}, before._family, before._about, 1 << 24)
+    only_a_part = storage.save({"gold": part}, family, about, 1 << 24)
     assert ProcessLearner(start, only_a_part).ready.learned.tokens == 0
 
 

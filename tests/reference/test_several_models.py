@@ -42,8 +42,7 @@ class Bench:
         before = status_json(self.one)["requests"]
         for item in captures:
             self.one.pipeline.offer(item)
-        endings = self.one.pipeline.endings
-        await until(lambda: sum(endings._counts.values()) >= self.total(before) + len(captures))
+        await until(lambda: self.total(status_json(self.one)["requests"]) >= self.total(before) + len(captures))
         result: dict[str, Any] = status_json(self.one)["requests"]
         return result
 

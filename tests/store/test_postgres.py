@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import psycopg
@@ -21,6 +22,7 @@ from tests.support.postgres import ESCAPED, PASSWORD, Postgres
 from hemostat.store import postgres as store_module
 from hemostat.store import postgres_session as session_module
 from hemostat.store.postgres import PostgresStore
+from hemostat.store.postgres_session import PostgresSession
 from hemostat.store.protocol import (
     SCHEMA,
     VERIFY_SECONDS,
@@ -50,7 +52,20 @@ def database(server: Postgres) -> str:
 
 
 @pytest.fixture
-def opened() -> Iterator[Opener]:
+def sessions(monkeypatch: pytest.MonkeyPatch) -> list[PostgresSession]:
+    """The sessions that stores begin, in order."""
+    begun: list[PostgresSession] = []
+
+    def begin(*given: Any) -> PostgresSession:
+        begun.append(PostgresSession(*given))
+        return begun[-1]
+
+    monkeypatch.setattr(store_module, "PostgresSession", begin)
+    return begun
+
+
+@pytest.fixture
+def opened(sessions: list[PostgresSession]) -> Iterator[Opener]:
     """A store at an address. What was opened is closed."""
     stores: list[PostgresStore] = []
 
@@ -106,11 +121,10 @@ def test_an_owner_without_its_session_writes_nothing(
 
 
 def test_a_lock_that_was_released_in_its_session_is_noticed_in_the_commit(
-    server: Postgres, database: str, store: PostgresStore, opened: Opener
+    server: Postgres, database: str, store: PostgresStore, sessions: list[PostgresSession], opened: Opener
 ) -> None:
     """As a pooler does that gives the session to somebody else, and resets it."""
-    assert store._session is not None
-    store._session.run("DISCARD ALL")
+    sessions[-1].run("DISCARD ALL")
     other = opened(server.url(database))
     assert other.acquire()
     with pytest.raises(ExclusionLost, match="does not hold the lock"):
@@ -154,14 +168,13 @@ def test_two_processes_that_begin_at_once(server: Postgres, database: str, opene
 
 
 def test_a_commit_is_on_the_disk_also_where_the_user_turned_that_off(
-    server: Postgres, database: str, opened: Opener
+    server: Postgres, database: str, sessions: list[PostgresSession], opened: Opener
 ) -> None:
     for asked, is_set in (("off", "on"), ("remote_apply", "remote_apply")):
         server.execute(f"ALTER DATABASE {database} SET synchronous_commit = {asked}")
         store = opened(server.url(database))
         store.acquire()
-        assert store._session is not None
-        assert store._session.one("SHOW synchronous_commit") == is_set
+        assert sessions[-1].one("SHOW synchronous_commit") == is_set
         store.close()
 
 
@@ -266,10 +279,9 @@ def test_tables_that_were_made_anew_have_another_owner(
 
 
 def test_a_locked_table_is_written_later(
-    server: Postgres, database: str, store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+    server: Postgres, database: str, store: PostgresStore, sessions: list[PostgresSession]
 ) -> None:
-    assert store._session is not None
-    store._session.run("SET lock_timeout = 50")
+    sessions[-1].run("SET lock_timeout = 50")
     with server.superuser(database) as other, other.transaction():
         other.execute("LOCK TABLE hemostat_states")
         with pytest.raises(StoreFailure, match="lock timeout") as failed:

@@ -23,9 +23,11 @@ def record_pipeline(
     *,
     distances: DistanceSource | None = None,
     on_change: Callable[[], None] = lambda: None,
+    monitor: Any = None,
 ) -> ScoringPipeline:
-    """Nothing is scored or measured anew by it. consumers: what they hand records to. served: the served models."""
-    monitor: Any = SimpleNamespace(served=served)
+    """Nothing is scored or measured anew by it. consumers: what they hand records to. served: the served models.
+    monitor: what knows them; a test may have it know others."""
+    monitor = monitor or SimpleNamespace(served=served)
     measured: Any = SimpleNamespace(
         measurements=consumers.measurements, alarms=consumers.alarms, by_engine=consumers.engines
     )

@@ -449,8 +449,7 @@ async def test_a_job_that_cannot_be_written_is_tried_again_later(
     monkeypatch.setattr(np, "savez", save)
     now = 0.0
     receiver = Receiver()
-    async with learner(receiver) as learning:
-        learning._clock = lambda: now
+    async with learner(receiver, clock=lambda: now) as learning:
         learning.set_target(target(folders))
         texts(learning, 5)
         await until(lambda: learning.outcomes == {"disk": 1})

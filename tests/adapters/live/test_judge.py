@@ -330,6 +330,20 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
         assert live_judge.status()["max_tokens"] is not None
 
 
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> list[AnswerLimit]:
+    """The limits of judges, in the order in which they are made."""
+    made: list[AnswerLimit] = []
+
+    def make() -> AnswerLimit:
+        made.append(AnswerLimit())
+        return made[-1]
+
+    for module in (judging, judge_requests):
+        monkeypatch.setattr(module, "AnswerLimit", make)
+    return made
+
+
 @pytest.mark.usefixtures("fake")
 async def test_what_is_asked_first_starts_it_and_what_comes_while_it_starts_waits(
     folders: CheckpointFolders, monkeypatch: pytest.MonkeyPatch
@@ -357,16 +371,15 @@ async def test_what_is_asked_first_starts_it_and_what_comes_while_it_starts_wait
         assert live_judge.dropped == {"not_ready": 1}
 
 
-@pytest.mark.usefixtures("fake")
 async def test_a_record_whose_answer_would_take_too_long_is_counted_and_not_asked_for(
-    folders: CheckpointFolders,
+    folders: CheckpointFolders, limits: list[AnswerLimit]
 ) -> None:
     async with judge(JudgeTarget(folders, V, 0), {}) as live_judge:
         await ready(live_judge)
         assert live_judge.status()["max_tokens"] is None
         scored = record_of(1)
         tokens = 2 * (len(prompt_of(1)) + TOKENS)  # both models are run
-        live_judge._requests.limit.late(tokens, TARGET_SECONDS / 2)
+        limits[-1].late(tokens, TARGET_SECONDS / 2)
         assert live_judge.status()["max_tokens"] == tokens // 2
         assert not live_judge.offer(scored, prompt_of(1), (IDENTITY,), lambda _: None)
         assert live_judge.dropped["too_long"] == 1
@@ -448,10 +461,12 @@ async def test_another_checkpoint_than_the_one_that_serves_is_refused(folders: C
         assert not live_judge.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
 
 
-async def test_how_fast_one_model_was_says_nothing_of_another(folders: CheckpointFolders) -> None:
+async def test_how_fast_one_model_was_says_nothing_of_another(
+    folders: CheckpointFolders, limits: list[AnswerLimit]
+) -> None:
     adapter_judge = AdapterJudge({}.get)
     adapter_judge.judge_about(JudgeTarget(folders, V, 0))
-    adapter_judge._requests.limit.late(100, 50.0)
+    limits[-1].late(100, 50.0)
     adapter_judge.judge_about(JudgeTarget(folders, V, 0))
     assert adapter_judge.status()["max_tokens"] is not None, "the same target"
     adapter_judge.judge_about(JudgeTarget(folders, V, D))
