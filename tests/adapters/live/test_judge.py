@@ -371,6 +371,7 @@ async def test_what_is_asked_first_starts_it_and_what_comes_while_it_starts_wait
         assert live_judge.dropped == {"not_ready": 1}
 
 
+@pytest.mark.usefixtures("fake")
 async def test_a_record_whose_answer_would_take_too_long_is_counted_and_not_asked_for(
     folders: CheckpointFolders, limits: list[AnswerLimit]
 ) -> None:
