@@ -3,8 +3,8 @@
 `python -m tests.bench.gate.whole`: the verdict is the first one of each life, as the command ends at it. There are
 three worlds, and the prompts of a life are in random order:
 
-one      one mean that a pass requires, another one in each life, is exactly at its margin, and all others are 0: a pass
-         is wrong
+one      one mean that a pass requires, another one in each life, is exactly at its margin, and none is above it: a pass
+         is wrong, and a fail, too
 all      every mean is as large as a candidate may have it: over all prompts at the margin, and in the smallest kind at
          that kind's margin: a fail is wrong
 equal    all means are 0: a pass is right
@@ -87,8 +87,12 @@ def means(world: str, lives: int, prompts: int, random: np.random.Generator) -> 
         at = required(prompts)
         for life, chosen in enumerate(random.integers(len(at), size=lives)):
             number, kind = at[chosen]
-            where = slice(None) if kind == ALL else kinds.index(kind)
-            result[life, where, number] = QUESTIONS[number].allowed(kind)
+            allowed = QUESTIONS[number].allowed(kind)
+            if kind == ALL:
+                result[life, :, number] = allowed
+            else:  # and 0 over all prompts
+                result[life, :, number] = -allowed * KINDS[kind] / (1.0 - KINDS[kind])
+                result[life, kinds.index(kind), number] = allowed
     elif world == "all":
         for number, question in enumerate(QUESTIONS):
             others = (question.margin - parts[-1] * question.kind_margin) / (1.0 - parts[-1])
@@ -110,7 +114,7 @@ def drawn(world: str, lives: int, prompts: int, seed: int) -> Lives:
     for number, name in enumerate(NAMES):
         each = mean[:, :, number]
         if name in BAD:
-            bad = random.random((2, *each.shape)) < np.stack([BAD[name] + each, np.full(each.shape, BAD[name])])
+            bad = random.random((2, *each.shape)) < BAD[name] + np.maximum([each, -each], 0.0)
             excess[:, :, number] = bad[0].astype(np.float64) - bad[1]
         elif name in OPPOSITES:
             opposite, spread = OPPOSITES[name]
@@ -190,9 +194,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lives", type=int, default=2000)
     parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--only", choices=WORLDS, help="one of the worlds")
     options = parser.parse_args()
     print(f"{len(required(options.prompts))} means have to pass, of {len(NAMES)} questions in {len(KINDS)} kinds")
-    for world in WORLDS:
+    for world in WORLDS if options.only is None else (options.only,):
         batches = [
             verdicts(drawn(world, min(BATCH, options.lives - begin), options.prompts, seed=begin))
             for begin in range(0, options.lives, BATCH)
