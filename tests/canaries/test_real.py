@@ -161,8 +161,9 @@ def test_a_set_with_decoded_answers_finds_what_a_prefill_does_not(
     faults: dict[str, Any] = {
         "none": [],
         "decoding": ["decoding", {"layer": 9, "name": "o_proj", "scale": 1.3}],
-        "not a number": ["not_a_number", {"layer": 9, "name": "o_proj"}],
         "none again": [],
+        "not a number": ["not_a_number", {"layer": 9, "name": "o_proj"}],
+        "none at last": [],
     }
     found: dict[str, tuple[bool, bool]] = {}
 
@@ -196,6 +197,7 @@ def test_a_set_with_decoded_answers_finds_what_a_prefill_does_not(
     assert found == {
         "none": (False, False),
         "decoding": (True, False),
-        "not a number": (True, True),
         "none again": (False, False),
+        "not a number": (True, True),
+        "none at last": (False, False),
     }

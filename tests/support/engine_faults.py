@@ -215,8 +215,15 @@ def decoding(layer: int, name: str, scale: float = 1.1) -> None:
     _hook(_linear(layer, name), change)
 
 
+def _clear_caches() -> None:
+    """NaN stays in the blocks of the KV cache, and a kernel that reads whole blocks gives NaN to later requests."""
+    for cache in _caches():
+        cache.zero_()
+
+
 def not_a_number(layer: int, name: str) -> None:
     """A layer that gives NaN."""
+    _state.undo.append(_clear_caches)
     _hook(_linear(layer, name), lambda _, y: torch.full_like(y, torch.nan))
 
 
@@ -230,6 +237,8 @@ def head(layer: int, head: int, value: float | None = 0.0) -> None:
         x[..., columns] = torch.nan if value is None else value
         return (x, *inputs[1:])
 
+    if value is None:
+        _state.undo.append(_clear_caches)
     _state.undo.append(attention.o_proj.register_forward_pre_hook(hook).remove)
 
 
