@@ -19,7 +19,7 @@ import json
 import platform
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,15 +125,21 @@ def checkpoint(name: str, original: Path, folder: Path) -> Path:
 
 
 @contextmanager
-def serving(name: str, model: Path, folder: Path, arguments: Sequence[str] = ()) -> Iterator[str]:
-    """Yields the URL of a vLLM server with the checkpoint."""
-    server = VllmServer(model, name, folder / f"vllm-{name}.log", [*ARGUMENTS, dtype(), *arguments])
+def serving(models: Mapping[str, tuple[Path, Sequence[str]]], folder: Path) -> Iterator[dict[str, str]]:
+    """Yields the URLs of vLLM servers, by name. models: the checkpoint of each, and its own arguments."""
+    servers = {
+        name: VllmServer(model, name, folder / f"vllm-{name}.log", [*ARGUMENTS, dtype(), *arguments])
+        for name, (model, arguments) in models.items()
+    }
     try:
-        server.start()
-        server.wait_ready(READY_SECONDS, progress=print)
-        yield server.url
+        for server in servers.values():
+            server.start()
+        for server in servers.values():
+            server.wait_ready(READY_SECONDS, progress=print)
+        yield {name: server.url for name, server in servers.items()}
     finally:
-        server.stop()
+        for server in servers.values():
+            server.stop()
 
 
 def run(name: str, within: str) -> int:
@@ -148,12 +154,12 @@ def run(name: str, within: str) -> int:
     digest = hashlib.sha256(asked.read_bytes()).hexdigest()[:12]
     print(f"{PROMPTS} prompts from Python {platform.python_version()}, digest {digest}")
     reference = ("--reference", str(original)) if row.expect == "other" else ()
-    with ExitStack() as opened:
-        urls = [
-            opened.enter_context(serving(role, checkpoint(model, original, folder), folder, arguments))
-            for role, model, arguments in (("stable", row.stable, ()), ("candidate", row.candidate, row.arguments))
-        ]
-        where = ("--stable", urls[0], "--candidate", urls[1], "--expect", row.expect, *reference)
+    models: dict[str, tuple[Path, Sequence[str]]] = {
+        "stable": (checkpoint(row.stable, original, folder), ()),
+        "candidate": (checkpoint(row.candidate, original, folder), row.arguments),
+    }
+    with serving(models, folder) as urls:
+        where = ("--stable", urls["stable"], "--candidate", urls["candidate"], "--expect", row.expect, *reference)
         kept = ("--prompts", str(asked), "--state", str(folder / f"{name}.state"), "--json", str(result))
         code = hemostat(["gate", *where, *kept, "--within", within, *row.gate])
     print(json.dumps(json.loads(result.read_text()), indent=1))
