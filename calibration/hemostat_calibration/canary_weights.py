@@ -19,6 +19,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+BUSY = "requests are in progress"
+"""The reason why an engine's plugin has computed no checksums, if it may compute them a little later."""
+
 
 @dataclass(frozen=True, slots=True)
 class WeightChecksums:

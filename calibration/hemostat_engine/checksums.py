@@ -10,12 +10,13 @@ import logging
 import time
 from typing import Any
 
+from hemostat_calibration.canary_weights import BUSY
+
 log = logging.getLogger("vllm.hemostat")
 
 DIGEST_CHARACTERS = 32
 """The number of a digest's first characters that are sent."""
 MAX_TENSORS = 1 << 16
-BUSY = "requests are in progress"
 
 
 async def measure(engine: Any, nonce: str, in_progress: int) -> dict[str, Any]:

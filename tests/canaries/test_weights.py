@@ -14,6 +14,7 @@ from hemostat.canaries.replay import FIRST_SECONDS
 from hemostat.canaries.weights import DAY_SECONDS, RETRY_SECONDS
 from hemostat.engines.messages import ChecksumMessage
 from hemostat.metrics import names
+from hemostat_calibration.canary_weights import BUSY
 
 pytestmark = pytest.mark.usefixtures("without_variants", "quick")
 
@@ -94,10 +95,10 @@ async def test_a_change_of_the_canaries_asks_at_once_and_a_busy_engine_is_asked_
         assert memory.asked == 2
         await bench.settle(HOUR_SECONDS)
         assert memory.asked == 2, "once for each statement"
-        memory.detail = "requests are in progress"
+        memory.detail = BUSY
         await bench.settle(DAY_SECONDS)
         assert memory.asked == 3
-        assert bench.canaries.report()["weights"][bench.names[0]]["detail"] == "no checksums: requests are in progress"
+        assert bench.canaries.report()["weights"][bench.names[0]]["detail"] == f"no checksums: {BUSY}"
         memory.detail = ""
         await bench.settle(RETRY_SECONDS)
         assert memory.asked == 4
@@ -121,7 +122,17 @@ async def test_nothing_is_asked_under_load_or_without_the_setting(
 async def test_an_engine_whose_plugin_sends_none_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "TICK_SECONDS", 0.001)
     monkeypatch.setattr(weights, "MAX_SECONDS", 0.02)
-    async with world(tmp_path, FakeVllm(), weights=True) as bench:
+    fake = FakeVllm()
+    async with world(tmp_path, fake, weights=True) as bench:
         await bench.settle(FIRST_SECONDS)
         detail = bench.canaries.report()["weights"][bench.names[0]]["detail"]
         assert detail == "no checksums: the engine's plugin has sent no checksums"
+
+        def asked() -> int:
+            return sum("hemostat_checksums" in (body.get("vllm_xargs") or {}) for body in fake.requests)
+
+        assert asked() == 1
+        await bench.settle(RETRY_SECONDS)
+        assert asked() == 1
+        await bench.settle(DAY_SECONDS)
+        assert asked() == 2

@@ -12,6 +12,7 @@ from tests.support.engine_admin import TOKEN, EngineAdmin
 pytest.importorskip("vllm")
 from tests.support.async_llm import PROMPT, Engine, params
 
+from hemostat_calibration.canary_weights import BUSY
 from hemostat_calibration.engine_keys import CHECKSUMS_KEY
 from hemostat_engine import checksums
 from hemostat_engine.answer_sender import AnswerQueue, AnswerSender
@@ -97,7 +98,7 @@ def test_nobody_else_can_ask_for_them(admin: EngineAdmin) -> None:
 @pytest.mark.parametrize(
     ("engine", "detail"),
     [
-        (WithChecksums(others=1), checksums.BUSY),
+        (WithChecksums(others=1), BUSY),
         (WithChecksums(fails=True), "RuntimeError: out of memory"),
     ],
 )

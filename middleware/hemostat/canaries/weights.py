@@ -23,7 +23,7 @@ from hemostat.engines.reports import PluginReports
 from hemostat.reference.protocol import ReferenceFailure
 from hemostat.store.protocol import BlobKey, StoreWrites, alarm_event
 from hemostat_calibration import state_codec
-from hemostat_calibration.canary_weights import WeightChecksums
+from hemostat_calibration.canary_weights import BUSY, WeightChecksums
 from hemostat_calibration.engine_keys import CHECKSUMS_KEY
 
 log = logging.getLogger("hemostat.canaries")
@@ -128,6 +128,8 @@ class Weights:
                 await request
         if message is None or not message.digests:
             detail = "the engine's plugin has sent no checksums" if message is None else message.detail
+            if detail != BUSY:
+                self._due[name] = self._clock() + DAY_SECONDS
             self.details[name] = f"no checksums: {detail}"
             return
         self._due[name] = self._clock() + DAY_SECONDS
