@@ -11,7 +11,17 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.support.admin_server import admin_client
-from tests.support.control import AUTHORIZED, TOKEN, connect_relay, control, profile, relay_stats, scored, settings
+from tests.support.control import (
+    AUTHORIZED,
+    TOKEN,
+    connect_relay,
+    control,
+    profile,
+    relay_stats,
+    scored,
+    set_gate,
+    settings,
+)
 
 from hemostat.admin import access
 from hemostat.admin import app as admin
@@ -310,8 +320,7 @@ async def test_a_gate_is_begun_shown_asked_by_webhooks_and_ended(tmp_path: Path)
         assert shown["waived"]
         flagger = {"name": "podinfo", "namespace": "test", "phase": "Progressing", "metadata": {}}
         for state, confirmed, rolled_back in (("running", 409, 409), ("pass", 200, 409), ("fail", 409, 200)):
-            assert plane.gate._gate is not None
-            plane.gate._gate.stored.state, plane.gate._gate.decision = state, 0
+            set_gate(plane, state)
             for name, code in (("confirm-promotion", confirmed), ("rollback", rolled_back)):
                 answer = await client.post(f"/api/v1/gate/{name}", json=flagger)
                 assert (answer.status_code, answer.text.partition(":")[0].strip()) == (code, state)

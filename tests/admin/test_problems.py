@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from tests.support.admin_server import everything
 from tests.support.captures import V
-from tests.support.control import connect_relay, control, lose, relay_stats, scored, settings, status_json
+from tests.support.control import connect_relay, control, lose, relay_stats, scored, set_gate, settings, status_json
 from tests.support.prometheus import rules
 from tests.support.waiting import until
 
@@ -440,8 +440,7 @@ async def test_a_gate_that_fails_or_cannot_decide_is_a_problem(tmp_path: Path) -
         await plane.one.writer.write()
         text = "undecided: the stored evidence is about other models: the candidate was compared with others"
         assert ("HemostatGateUndecided", f"The live gate: {text}") in plane.found()
-        assert gate._gate is not None
-        gate._gate.stored.state = "fail"
+        set_gate(plane.one, "fail")
         assert "HemostatGateFailed" in [alert for alert, _ in plane.found()]
 
 

@@ -163,10 +163,10 @@ class World:
     """A spool on a simulated clock. Above half of its limit it would admit fewer captures."""
 
     def __init__(self, folder: Path, max_bytes: int = 1 << 40) -> None:
-        self.now = 0.0
+        self.now, self.key = 0.0, SpoolKey(os.urandom(32))
         self.spool = Spool(
             folder,
-            SpoolKey(os.urandom(32)),
+            self.key,
             journals=folder,
             max_bytes=max_bytes,
             max_age=1e9,
@@ -251,7 +251,7 @@ async def keep(folder: Path, seconds: int, per_second: int, tokens: int) -> tupl
     grown = resident_mib(os.getpid()) - first
     kept = set[str]()
     for path in segments(folder):
-        kept.update(read_segment(path, world.spool._key, {VERSION_KEY: SCHEMA_VERSION})["request_id"].to_pylist())
+        kept.update(read_segment(path, world.key, {VERSION_KEY: SCHEMA_VERSION})["request_id"].to_pylist())
     return seconds * per_second, len(kept), grown
 
 

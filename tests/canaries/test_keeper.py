@@ -190,8 +190,7 @@ async def test_a_replay_waits_for_low_load_and_for_the_budget(tmp_path: Path, mo
         assert bench.asked() == [SEQUENCES]
 
         assert engine.base is not None
-        spent = engine.pace._spent
-        spent.append((bench.now, BUDGET_TOKENS))
+        engine.pace.spend(BUDGET_TOKENS)
         engine.base.due = 0.0
         await bench.settle()
         assert bench.asked() == [0]

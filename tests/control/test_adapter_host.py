@@ -58,9 +58,10 @@ async def test_relays_may_ask_for_an_adapter_once_it_is_loaded_and_probed(tmp_pa
         assert policy.adapters == {ADAPTER.version}
         assert ADAPTER.version in policy.acknowledged
         assert plane.profile_manager.serving.max_adapters == 1
-        assert ADAPTER.version in plane.engines.reports._wanted, "engines keep it"
         engine = status_json(plane)["adapter"]["engine"]
         assert (engine["state"], engine["ready"]) == ("ready", [ADAPTER.version])
+        report = RankReport("another", 0, 1, [], VOCAB, {}, "v1", "0.32.0")
+        assert ADAPTER.version in plane.engines.reports.update(report, time.monotonic()), "engines keep it"
 
 
 async def test_a_version_that_the_engine_applies_wrongly_is_not_tested_any_more(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ class Process:
         try:
             await self.ownership.writer.write()
         except (ExclusionLost, StoreConflict) as failure:
-            self.ownership._lose(failure)
+            await support.lose(self.control, str(failure))
         except StoreFailure:
             pass
 

@@ -16,6 +16,7 @@ from hemostat.config.schema import Settings
 from hemostat.engines import identification
 from hemostat.engines.messages import TapMessage, TapRun
 from hemostat.engines.reports import SILENCE_SECONDS, PluginReports
+from hemostat.ipc.origin import Lookup, Origin, parse_origin
 
 V, W = "a" * 32, "b" * 32
 
@@ -207,11 +208,18 @@ async def test_an_engine_s_parts_end_when_it_leaves_and_one_that_returns_has_non
     assert (engines.parts(Part), parts[1].ended) == ({}, 1)
 
 
-async def test_the_only_address_has_an_engine_before_any_relay_and_adapters_are_loaded_at_it() -> None:
+async def test_the_only_address_has_an_engine_before_any_relay_and_adapters_are_loaded_at_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     upstream = Settings.model_validate({"upstream": {"url": "dns+http://vllm:8000"}}).upstream
     names: list[str] = []
     engines = engine_registry(upstream, lambda: names)
-    engines.configured._resolved = {"10.0.0.1:8000": 0.0, "10.0.0.2:8000": 0.0}
+
+    async def addresses(_: Lookup) -> list[Origin]:
+        return [parse_origin(f"http://10.0.0.{number}:8000") for number in (1, 2)]
+
+    monkeypatch.setattr(Lookup, "addresses", addresses)
+    await engines.configured.resolve()
     assert engines.serving() == [engines.only]
     names.append("10.0.0.1:8000")
     assert engines.serving() == [engines.only]

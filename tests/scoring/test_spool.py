@@ -57,8 +57,10 @@ RICH = {
 class World:
     """A spool whose clocks and draws a test sets."""
 
-    def __init__(self, folder: Path, key: SpoolKey | None = KEY, max_bytes: int = 1 << 30) -> None:
-        self.folder, self.key, self.max_bytes = folder, key, max_bytes
+    def __init__(
+        self, folder: Path, key: SpoolKey | None = KEY, max_bytes: int = 1 << 30, max_age: float = 3600.0
+    ) -> None:
+        self.folder, self.key, self.max_bytes, self.max_age = folder, key, max_bytes, max_age
         self.now, self.wall, self.drawn = 0.0, 1_700_000_000.0, 0.0
         self.spool = self.opened()
 
@@ -68,7 +70,7 @@ class World:
             self.key,
             journals=self.folder,
             max_bytes=self.max_bytes,
-            max_age=3600.0,
+            max_age=self.max_age,
             clock=lambda: self.now,
             wall=lambda: self.wall,
             draw=lambda: self.drawn,
@@ -556,8 +558,7 @@ def killed_at_random(folder: Path, times: int) -> None:
         said += [line.strip() for line in child.stdout if line.endswith("\n")]
         child.stdout.close()
         child.wait()
-    world = World(folder)
-    world.spool._max_age = 1e18
+    world = World(folder, max_age=1e18)
     world.spool.recover()
     ids = world.ids()
     assert len(ids) == len(set(ids))

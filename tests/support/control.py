@@ -19,8 +19,10 @@ from tests.support.waiting import until
 
 from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
+from hemostat.gate.live import stored
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Policy, Stats, encode
-from hemostat.store.protocol import ExclusionLost
+from hemostat.store.protocol import BlobKey, ExclusionLost
+from hemostat_calibration import state_codec
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
 
@@ -77,6 +79,18 @@ async def lose(plane: Control, why: str) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(plane.store, "verify", verify)
         await plane.ownership.verify()
+
+
+def set_gate(plane: Control, state: str) -> None:
+    """Has the gate go on from what it would store, with another verdict."""
+    blobs: dict[BlobKey, bytes] = {}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plane.writer, "put_blob", blobs.__setitem__)
+        plane.gate.save()
+    kept = state_codec.decode(stored.Stored, blobs[stored.BLOB_KEY], stored.SCHEMA)
+    assert kept.gate is not None
+    kept.gate.state = state
+    plane.gate.restore({stored.BLOB_KEY: state_codec.encode(kept, stored.SCHEMA)})
 
 
 def listen_to_policies(plane: Control) -> None:
