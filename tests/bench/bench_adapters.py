@@ -133,7 +133,7 @@ def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> dict[in
     """By rank: seconds of every decoding step, float64 [starts, rounds, arms, steps]; the arms are those of `names`."""
     order = random.Random(1)
     adapted = (0, arguments.batch // 2, arguments.batch)
-    arms, processor_time = names(), arguments.processor_time
+    arms, processor_time = names(ours=arguments.ours), arguments.processor_time
     result = {
         rank: np.zeros((arguments.starts, arguments.rounds, len(arms), arguments.steps)) for rank in arguments.ranks
     }
@@ -142,12 +142,14 @@ def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> dict[in
         try:
             for rank in arguments.ranks:
                 adapter = folder_of(rank, folder)
-                logs = {grouped: folder / f"{rank}-{grouped}-{start}.log" for grouped in (False, True)}
-                loaded = [
-                    Engine(model, logs[g], arguments.batch, rank, str(adapter), g, processor_time=processor_time)
-                    for g in (False, True)
-                ]
-                engines = {PLAIN: plain, VLLM: loaded[0], GROUPED: loaded[1]}
+                logs = {g: folder / f"{rank}-{g}-{start}.log" for g in ((True,) if arguments.ours else (False, True))}
+                loaded = {
+                    VLLM if not g else GROUPED: Engine(
+                        model, log, arguments.batch, rank, str(adapter), g, processor_time=processor_time
+                    )
+                    for g, log in logs.items()
+                }
+                engines = {PLAIN: plain, **loaded}
                 try:
                     for engine in engines.values():
                         engine.ready()
@@ -159,16 +161,18 @@ def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> dict[in
                             if number >= 0:
                                 result[rank][start, number, arm] = seconds
                 finally:
-                    for engine in loaded:
+                    for engine in loaded.values():
                         engine.stop()
         finally:
             plain.stop()
     return result
 
 
-def names() -> list[tuple[str, str]]:
-    """(engine, rows) of every arm; the first is the one that the others are compared with."""
-    return [(PLAIN, "none"), *((which, rows) for which in (VLLM, GROUPED) for rows in ROWS)]
+def names(*, ours: bool = False) -> list[tuple[str, str]]:
+    """Returns (engine, rows) of every arm; the first is the one that the others are compared with. ours: without vLLM's
+    operations."""
+    operations = (GROUPED,) if ours else (VLLM, GROUPED)
+    return [(PLAIN, "none"), *((which, rows) for which in operations for rows in ROWS)]
 
 
 def folder_of(rank: int, parent: Path) -> Path:
@@ -195,7 +199,9 @@ def ratio(quotients: npt.NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def compare(seconds: npt.NDArray[np.float64], rank: int, batch: int, steps: int) -> list[dict[str, Any]]:
+def compare(
+    seconds: npt.NDArray[np.float64], rank: int, batch: int, steps: int, *, ours: bool = False
+) -> list[dict[str, Any]]:
     """A row for each arm: tokens/s relative to the engine without --enable-lora, in the same rounds."""
     rates = batch / seconds.mean(axis=-1)
     fastest = batch / np.sort(seconds, axis=-1)[..., : max(1, steps // 4)].mean(axis=-1)
@@ -208,7 +214,7 @@ def compare(seconds: npt.NDArray[np.float64], rank: int, batch: int, steps: int)
             **ratio(rates[..., arm] / rates[..., 0]),
             "fastest_quarter": ratio(fastest[..., arm] / fastest[..., 0]),
         }
-        for arm, (which, rows) in enumerate(names())
+        for arm, (which, rows) in enumerate(names(ours=ours))
         if arm
     ]
 
@@ -284,6 +290,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=8, help="of each start and rank")
     parser.add_argument("--warmups", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--starts", type=int, default=2, help="times that the engines are started")
+    parser.add_argument(
+        "--ours", action="store_true", help="without vLLM's own operations, which take most of the time"
+    )
     parser.add_argument("--alone", action="store_true", help="only the operations, without an engine: a minute")
     add_option(parser)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -316,7 +325,9 @@ def main() -> int:
         seconds = measure(arguments, checkpoint, Path(folder))
     result = {
         "rows": [
-            row for rank in arguments.ranks for row in compare(seconds[rank], rank, arguments.batch, arguments.steps)
+            row
+            for rank in arguments.ranks
+            for row in compare(seconds[rank], rank, arguments.batch, arguments.steps, ours=arguments.ours)
         ],
         "dtype": dtype(),
         "batch": arguments.batch,
