@@ -15,7 +15,7 @@ NONCE_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DIGITS = re.compile(r"[0-9]{1,3}")
 MAX_TOP = 128
 """The largest number of ids at each position of an answer that is handed out."""
-MAX_FORCED = 64
+MAX_FORCED = 4_096
 """The largest number of forced tokens."""
 
 

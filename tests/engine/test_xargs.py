@@ -69,8 +69,8 @@ def test_forced_ids_are_read_alone_and_beside_others() -> None:
         ({"hemostat_tap": "a/b"}, "vllm_xargs.hemostat_tap must"),
         ({"hemostat_tap": 1.5}, "vllm_xargs.hemostat_tap must"),
         *(
-            ({"hemostat_force": value}, "vllm_xargs.hemostat_force must be 1 to 64 token ids")
-            for value in ([], [-1], [True], [1.0], ["3"], 3, "3", [1] * 65)
+            ({"hemostat_force": value}, "vllm_xargs.hemostat_force must be 1 to 4096 token ids")
+            for value in ([], [-1], [True], [1.0], ["3"], 3, "3", [1] * 4097)
         ),
         *(
             ({"hemostat_tap": "n", "hemostat_tap_top": value}, "vllm_xargs.hemostat_tap_top must be an integer from 1")
@@ -135,3 +135,8 @@ def test_logit_editing_parameters_are_detected(edit: dict[str, Any]) -> None:
 def test_penalties_count_only_where_the_processor_runs_after_them(edit: dict[str, Any]) -> None:
     assert edited(edit, after_penalties=True)
     assert not edited(edit, after_penalties=False)
+
+
+def test_as_many_tokens_may_be_forced_as_a_long_answer_has() -> None:
+    ids = list(range(4096))
+    assert parse({"hemostat_force": ids}).forced == tuple(ids)
