@@ -2,8 +2,8 @@
 
     rate     captures of 128 tokens that are scored later in a second of CPU time, and the same on the live path, both
              by a reference that costs nothing, in one process
-    bytes    bytes of a segment for each token, at K = 20 and without taps
-    append   CPU time that the control process's event loop takes for a capture, the one of its segments, and both; the
+    append   bytes of a segment for each token, at K = 20, without and with what the plugin reports of one profile;
+             CPU time that the control process's event loop takes for a capture, the one of its segments, and both; the
              same where no plugin hands out the tokens, so that the capture has the JSON of the response
     outage   a reference that is down for 12 hours at 20 sampled requests a second, on a simulated clock: nothing is
              lost, and memory does not grow
@@ -35,6 +35,7 @@ from tests.bench.load.control import StoredReference, made  # noqa: E402
 from tests.bench.rows import Row, publish, timed_rows  # noqa: E402
 from tests.support.memory import resident_mib  # noqa: E402
 
+from hemostat.engines.taps import TapResult  # noqa: E402
 from hemostat.ipc.messages import Capture  # noqa: E402
 from hemostat.metrics.reasons import Outcome  # noqa: E402
 from hemostat.reference.monitor import ReferenceState  # noqa: E402
@@ -192,19 +193,25 @@ def as_responses(given: Iterable[Capture]) -> Iterator[Capture]:
         yield msgspec.structs.replace(capture, logprobs=[msgspec.json.encode({"content": content})], **empty)
 
 
-def spent(given: Sequence[Capture]) -> tuple[float, float, int]:
+def tap(number: int) -> TapResult:
+    """Returns what the plugin reports of a capture where one profile was measured."""
+    values = np.random.default_rng(number).normal(0.0, 0.1, TOKENS)
+    return TapResult("boot", "b" * 32, False, {"b" * 32: values}, None, [])
+
+
+def spent(given: Sequence[Capture], taps: Sequence[TapResult | None] | None = None) -> tuple[float, float, int]:
     """Returns the CPU seconds of the event loop, the ones of the segments, each of which is made as soon as its journal
     is full, and the bytes of the segments. Each of them is the least of `ROUNDS`: other processes of the machine only
-    add to it."""
-    loops, threads, size = [], [], 0
+    add to it. taps: of each capture; None: there are none."""
+    loops, threads, size, taps = [], [], 0, taps or [None] * len(given)
     for _ in range(ROUNDS):
         loop = thread = 0.0
         with tempfile.TemporaryDirectory() as name:
             spool = World(Path(name)).spool
             for at in range(0, len(given), BATCH):
                 began = time.process_time()
-                for capture in given[at : at + BATCH]:
-                    assert spool.update(capture, None) is None
+                for capture, reported in zip(given[at : at + BATCH], taps[at : at + BATCH], strict=True):
+                    assert spool.update(capture, reported) is None
                 loop += time.process_time() - began
                 full = sum(path.stat().st_size for path in Path(name).glob("*.journal")) >= SEGMENT_BYTES
                 began = time.process_time()
@@ -228,6 +235,8 @@ def append(count: int) -> Iterator[Row]:
     each = size / (count * TOKENS)
     yield Row("bytes a token", each, f"<= {MAX_TOKEN_BYTES:.0f}", each <= MAX_TOKEN_BYTES)
     count //= 10
+    _, _, size = spent(list(varied(count)), [tap(number) for number in range(count)])
+    yield Row("bytes a token, with taps", size / (count * TOKENS), "bytes", True)
     loop, thread, _ = spent(list(as_responses(captures(count))))
     yield Row("append of a response's JSON, event loop", 1e3 * loop / count, "ms a capture", True)
     yield Row("segment of it, in a thread", 1e3 * thread / count, "ms a capture", True)
