@@ -21,7 +21,14 @@ from tests.support import (
     temperature_bias,  # noqa: F401  registers the family that only tests have, also where a file runs alone
 )
 from tests.support.minutes import Minutes
-from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, RAISING_ARGUMENTS, RunningVllm, running_vllm
+from tests.support.running_vllm import (
+    CLIENT_HEADERS_ARGUMENTS,
+    LORA_ARGUMENTS,
+    LORA_ENVIRONMENT,
+    RAISING_ARGUMENTS,
+    RunningVllm,
+    running_vllm,
+)
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from hemostat_lab.demo import vllm_server as vllm_process
@@ -61,8 +68,10 @@ def vllm_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def lora_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningVllm]:
-    """The same with adapters: two slots, rank 16. A test unloads the adapters that it has loaded."""
-    with running_vllm(checkpoints, tmp_path_factory.mktemp("lora"), LORA_ARGUMENTS, LORA_ENVIRONMENT) as server:
+    """The same with adapters: two slots, rank 16. A test unloads the adapters that it has loaded. Passive mode reads
+    the headers of clients on it."""
+    arguments = [*LORA_ARGUMENTS, *CLIENT_HEADERS_ARGUMENTS]
+    with running_vllm(checkpoints, tmp_path_factory.mktemp("lora"), arguments, LORA_ENVIRONMENT) as server:
         yield server
 
 

@@ -1,4 +1,7 @@
-"""Passive mode with a real vLLM: the answers are the same, and what is handed on is what the server said."""
+"""Passive mode with a real vLLM: the answers are the same, and what is handed on is what the server said.
+
+Without the logits processor, as a server that is only measured is started: test_real_passive_processes.py.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.passive_vllm import PASSIVE_ARGUMENTS, PassiveVllm, ids_of
-from tests.support.running_vllm import running_vllm
-
-from hemostat_lab.demo.checkpoints import Checkpoints
+from tests.support.passive_vllm import PassiveVllm, ids_of
+from tests.support.running_vllm import RunningVllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-ARGUMENTS = [*PASSIVE_ARGUMENTS, "--middleware", "hemostat_engine.client_headers.ClientHeaders"]
 MESSAGES = [{"role": "user", "content": "Name three colours."}]
 CHAT: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 9, "temperature": 0.0, "return_token_ids": True}
 PLAIN: dict[str, Any] = {"prompt": "Three colours are", "max_tokens": 9, "temperature": 0.0, "return_token_ids": True}
 
 
 @pytest.fixture(scope="module")
-def passive(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PassiveVllm]:
-    with running_vllm(checkpoints, tmp_path_factory.mktemp("passive"), ARGUMENTS) as server:
-        yield PassiveVllm(server)
+def passive(lora_server: RunningVllm) -> Iterator[PassiveVllm]:
+    """The shared server, in passive mode for as long as these tests take."""
+    server = PassiveVllm(lora_server)
+    yield server
+    server.end()
 
 
 def test_the_first_answer_is_whole_and_its_ids_and_logprobs_are_what_the_server_says(passive: PassiveVllm) -> None:

@@ -35,9 +35,15 @@ class PassiveVllm:
         self.server = server
         self.taken: list[TapAnswer] = []
         self.plugins = server.admin.registry.passive
+        self.before = self.plugins.on_answer, self.plugins.policy, self.plugins.enabled
         self.plugins.on_answer = self.taken.append
         self.plugins.policy, self.plugins.enabled = POLICY, True
         time.sleep(5.0)  # the plugin asks for its policy every two seconds
+
+    def end(self) -> None:
+        """Ends passive mode on a server that other tests use, too."""
+        self.plugins.on_answer, self.plugins.policy, self.plugins.enabled = self.before
+        time.sleep(5.0)
 
     def post(self, route: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> bytes:
         data = json.dumps({"model": self.server.model, **body}).encode()

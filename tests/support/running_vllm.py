@@ -31,6 +31,8 @@ FAULTS_ARGUMENTS = ["--worker-extension-cls", "tests.support.engine_faults.Fault
 FAULTS_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 
 LORA_ARGUMENTS = [*VLLM_ARGUMENTS, "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2"]
+CLIENT_HEADERS_ARGUMENTS = ["--middleware", "hemostat_engine.client_headers.ClientHeaders"]
+"""With them, passive mode reads which headers clients send."""
 LORA_ENVIRONMENT = {"HEMOSTAT_ADAPTERS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
 
