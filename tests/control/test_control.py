@@ -161,7 +161,7 @@ async def test_relays_are_informed_of_adapters_as_they_come_and_go(
 
 
 async def test_an_adapter_that_the_reference_serves_too_is_scored_with_it(
-    upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
+    upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (fake, url), (other, other_url) = upstream, reference
     fake.adapters, other.adapters = ("sql", "chat"), ("sql", "more")
@@ -170,14 +170,16 @@ async def test_an_adapter_that_the_reference_serves_too_is_scored_with_it(
         await until(lambda: plane.monitor.state == "ready")
         assert told[-1].unscorable_models == {"chat"}
         assert status_json(plane)["compressed"] == {"models": ["fake"], "adapters": ["sql"]}
+        assert plane.noise_floor is not None
+        offered: list[Any] = []
+        monkeypatch.setattr(plane.noise_floor, "offer", lambda *given: offered.append(given))
         for model in ("sql", "fake", "chat"):
             plane.pipeline.offer(capture(model=model))
         await until(lambda: plane.pipeline.scorer is not None and plane.pipeline.scorer.pending == 0)
         assert status_json(plane)["requests"]["scored"] == 2
         assert status_json(plane)["requests"]["skipped"] == {"unknown_model": 1}
         assert {r["model"] for r in other.requests if "prompt_logprobs" in r} == {"sql", "fake"}
-        assert plane.noise_floor is not None
-        assert plane.noise_floor._queue.qsize() == 1, "the noise floor is of the model itself"
+        assert len(offered) == 1, "the noise floor is of the model itself"
         own = temperature_bias("fake", VOCAB, 1.0, np.linspace(-0.5, 0.5, VOCAB), 1.0)
         version = plane.profile_manager.operator.import_profile(own)
         plane.profile_manager.operator.promote(version, "rest")

@@ -19,6 +19,7 @@ from hemostat.metrics.reasons import Unscored
 from hemostat.openai.reading import read_request
 from hemostat.openai.routes import Form
 from hemostat.scoring.passive_captures import Conversations, decoding_of, kind_of
+from hemostat.scoring.pipeline import ScoringPipeline
 from hemostat_calibration.passive import PassiveCounts, PassivePolicy, PassiveRequest
 
 REQUEST = PassiveRequest("/v1/chat/completions", "chatcmpl-1", "served", temperature=0.0, max_tokens=100)
@@ -48,14 +49,14 @@ def message(prefix: str, unscored: int = 1) -> AnswerMessage:
     return AnswerMessage("boot", [answer], 0, counts)
 
 
-def test_what_a_plugin_samples_is_offered_and_its_counts_are_those_of_a_relay() -> None:
+def test_what_a_plugin_samples_is_offered_and_its_counts_are_those_of_a_relay(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = list[Capture]()
+    monkeypatch.setattr(ScoringPipeline, "offer", lambda _, capture: taken.append(capture))
     control = Control(settings(), 0, passive=True)
-    reports, taken = control.engines.reports, list[Capture]()
+    reports = control.engines.reports
     assert reports.passive.told() is None
     reports.passive.policy = POLICY
     assert reports.passive.told() == POLICY
-    control.pipeline.offer = taken.append  # type: ignore[method-assign]
-    control._connect_plugins(settings())
     for unscored in (1, 1, 3):
         reports.update_answers(message(reports.nonce_prefix, unscored), 0.0)
     assert len(taken) == 3

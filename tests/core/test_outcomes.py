@@ -70,6 +70,12 @@ def test_later_versions_spend_less():
     assert sum(spent) * TESTS < 0.05
 
 
+class Units(list):
+    """All units, as a trial is given them."""
+
+    update = list.append
+
+
 def attack(trial, honest, attacker, seed=0, share=0.2, units=3000):
     """One client's treated answers are all bad, and its control answers all good."""
     rng = np.random.default_rng(seed)
@@ -84,9 +90,10 @@ def attack(trial, honest, attacker, seed=0, share=0.2, units=3000):
 
 def test_one_client_cannot_prove_harm():
     trial = attack(Trial(Settings(), "v", 1), clients(40)[:-1], clients(40)[-1])
-    total = TwoArms()
-    for counts in trial._counts[Outcome.JSON]:
-        total = total.merge(counts)
+    total, everything = TwoArms(), Units()
+    attack(everything, clients(40)[:-1], clients(40)[-1])
+    for unit in everything:
+        total = total.update(treated=unit.treated, bad=unit.bad[Outcome.JSON])
     assert total.log_e(0.05) > 3 * -math.log(trial.alpha), "the attack would succeed against all units together"
     assert trial.harm() is None
 
@@ -94,11 +101,14 @@ def test_one_client_cannot_prove_harm():
 def test_a_client_has_at_most_its_share():
     who = clients(30)
     trial = Trial(Settings(client_share=0.25), "v", 1)
+    counted = 0
     for n in range(400):
+        before = trial.units
         trial.update(Unit(who[0] if n % 10 else who[1 + n // 10 % 29], True, {}))
+        counted += trial.units - before if n % 10 else 0
     assert trial.limits_clients
     assert trial.refused > 200
-    assert trial._clients[who[0]] <= 0.25 * trial.units + 31
+    assert counted <= 0.25 * trial.units + 31
 
 
 def test_few_clients_are_not_limited():

@@ -161,7 +161,7 @@ async def test_short_chunks_take_up_the_turn() -> None:
         await until(lambda: any(inside.exchange for inside in relay.clients))
 
         def waiting() -> int:
-            return sum(inside._waits for inside in relay.clients)
+            return sum(not inside.transport.is_reading() for inside in relay.clients)
 
         async with growth(waiting) as grown:
             await client.send(b"1\r\nx\r\n" * MAX_SMALL_CHUNKS)
@@ -176,7 +176,7 @@ async def test_a_connection_that_is_closed_while_it_waits_is_forgotten() -> None
         flood = [await connect("127.0.0.2") for _ in range(5)]
         for client in flood:
             client.writer.write(REFUSED * 500)
-        await until(lambda: any(inside._waits for inside in relay.clients))
+        await until(lambda: any(not inside.transport.is_reading() for inside in relay.clients))
         for inside in relay.clients:
             inside.transport.abort()
         await until(lambda: not len(relay.clients))
