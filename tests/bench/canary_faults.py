@@ -238,7 +238,7 @@ def _own_server(case: Case) -> bool:
 
 def _keep(fault: str, number: int, found: Found) -> None:
     _path(fault, number).write_bytes(state_codec.encode(found, SCHEMA))
-    print(f"{fault} {number}: {json.dumps(state_codec.encode(found, SCHEMA).decode())}", file=sys.stderr, flush=True)
+    print(f"{fault} {number}: {found}", file=sys.stderr, flush=True)
 
 
 def measure_missing(out_of_time: Callable[[], bool]) -> None:
