@@ -205,6 +205,11 @@ def take_endpoint(
     lists too few tokens.
 
     passes: R of them, R ≥ 2. model: its name. at: Unix time. Other arguments: see `EndpointSet`.
+
+    >>> answers = [FirstToken("yes", {"yes": -0.25 + n / 1000, "no": -1.5}) for n in range(2)]
+    >>> taken = take_endpoint(("Is it?",) * 16, [[answer] * 16 for answer in answers], "model")
+    >>> taken.tokens[0], taken.median[:2].round(4).tolist()
+    (('yes', 'no'), [-0.2495, -1.5])
     """
     tokens = tuple(_tracked([answers[n].top for answers in passes]) for n in range(len(prompts)))
     if few := sum(len(each) < MIN_TRACKED for each in tokens):
@@ -219,12 +224,26 @@ def take_endpoint(
 
 
 def is_suspicious(taken: EndpointSet, passes: Sequence[Pass], tolerance: float = TOLERANCE_NATS) -> bool:
-    """Returns True if a pass shows anything, so that PASSES further ones are to be made."""
+    """Returns True if a pass shows anything, so that PASSES further ones are to be made.
+
+    >>> answers = [FirstToken("yes", {"yes": -0.25 + n / 1000, "no": -1.5}) for n in range(3)]
+    >>> taken = take_endpoint(("Is it?",) * 16, [[answer] * 16 for answer in answers[:2]], "model")
+    >>> is_suspicious(taken, [[answers[2]] * 16])
+    False
+    >>> is_suspicious(taken, [[FirstToken("no", {"yes": -3.0, "no": -0.05})] * 16])
+    True
+    """
     return any(comparison.differs or comparison.changed for comparison in compare_passes(taken, passes, tolerance))
 
 
 def judge_endpoint(taken: EndpointSet, passes: Sequence[Pass], tolerance: float = TOLERANCE_NATS) -> EndpointVerdict:
-    """Returns what a replay shows. passes: two, and PASSES further ones if these are suspicious. tolerance: nats."""
+    """Returns what a replay shows. passes: two, and PASSES further ones if these are suspicious. tolerance: nats.
+
+    >>> same = [[FirstToken("yes", {"yes": -0.1, "no": -2.5})] * 16] * 8
+    >>> verdict = judge_endpoint(take_endpoint(("Is it?",) * 16, same, "model"), same[:2])
+    >>> verdict.outcome.value, verdict.comparison.mean, len(verdict.reasons)
+    ('could not tell', 0.0, 1)
+    """
     compared = compare_passes(taken, passes, tolerance)
     first, second = compared[:2]
     then, now = taken.habits, _habits(taken.tokens, passes, taken.median, tolerance)
@@ -243,7 +262,13 @@ def judge_endpoint(taken: EndpointSet, passes: Sequence[Pass], tolerance: float 
 
 
 def compare_passes(taken: EndpointSet, passes: Sequence[Pass], tolerance: float = TOLERANCE_NATS) -> list[Comparison]:
-    """Returns the comparison of each pass with the baseline. tolerance: nats."""
+    """Returns the comparison of each pass with the baseline. tolerance: nats.
+
+    >>> answers = [FirstToken("yes", {"yes": -0.25 + n / 1000, "no": -1.5}) for n in range(3)]
+    >>> taken = take_endpoint(("Is it?",) * 16, [[answer] * 16 for answer in answers[:2]], "model")
+    >>> [round(each.mean, 5) for each in compare_passes(taken, [[answer] * 16 for answer in answers])]
+    [0.0, 0.0, 0.0005]
+    """
     values = (_values(taken.tokens, answers, taken.median) for answers in passes)
     return [taken.taken.compare(each, tolerance) for each in values]
 

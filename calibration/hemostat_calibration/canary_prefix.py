@@ -83,5 +83,10 @@ def prefix_sequences(canaries: Sequence[Canary], length: int, max_model_len: int
 
 
 def cost(sequences: Sequence[Canary]) -> int:
-    """Returns the number of tokens of one replay, with those that are generated: the prefix is computed once."""
+    """Returns the number of tokens of one replay, with those that are generated: the prefix is computed once.
+
+    >>> short = Canary("chat", np.arange(130, dtype=np.int32), np.arange(10, dtype=np.int32), 128)
+    >>> short.tokens, cost([short, short])
+    (13, 155)
+    """
     return sequences[0].cached + 1 + sum(canary.tokens for canary in sequences)
