@@ -140,10 +140,10 @@ class StoreWriter:
         """Writes what waits until it is cancelled."""
         backoff = Backoff(RETRY_SECONDS, random.random)
         while True:
-            await self._active.wait()
             await self._work.wait()
+            await self._active.wait()  # the last wait: what comes while the process is suspended waits, too
             try:
-                await self.write()
+                await self._write_commit()
                 backoff.reset()
             except (ExclusionLost, StoreConflict) as failure:
                 self._errors.record(failure)
@@ -155,13 +155,19 @@ class StoreWriter:
     async def write(self) -> None:
         """Tries once to write what waits, the commit whose outcome is not known first. Raises StoreFailure."""
         while self._queued > self._written:
+            await self._write_commit()
+
+    async def _write_commit(self) -> None:
+        """Tries once to write the commit whose outcome is not known, or else what waits. Raises StoreFailure."""
+        if self._queued > self._written:
             commit = self._commit or self._begin()
             given = commit.writes, self.head.revision, commit.commit_id
             revision = await self._thread.call(self._store.commit, *given)
             self.head, self._written, self._commit = Head(revision, commit.commit_id), commit.last, None
             self._errors.clear()
             self._note_progress()
-        self._work.clear()
+        if self._queued == self._written:
+            self._work.clear()
 
     def _note_progress(self) -> None:
         self._progress.set()
