@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -123,6 +124,7 @@ def profile(seed: int = 0, vocabulary: int = V) -> CalibrationProfile:
 def scored(request_id: str = "r", prompt: int = 0, **more: Any) -> tuple[TokenRecord, Capture]:
     """A record and its capture, as the scorer hands them on."""
     prompt_ids = np.array([prompt % V, prompt // V % V], "<i4").tobytes()
+    more.setdefault("captured_at", time.monotonic())
     captured = capture(request_id, prompt_token_ids=prompt_ids, **more)
     return record_of(captured), captured
 
