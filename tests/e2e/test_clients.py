@@ -291,6 +291,16 @@ def shape(value: Any) -> str:
     return ""
 
 
+def assert_same_forms(ours: list[str], theirs: list[str]) -> None:
+    """A stream may lack the events that have nothing but a piece of the text: on a busy machine, all tokens come in the
+    first event and in the last one."""
+    pieces = [
+        {form for form in forms if "delta:{content:}" in form and "stop_reason" not in form} for forms in (ours, theirs)
+    ]
+    assert set(ours) - pieces[0] == set(theirs) - pieces[1]
+    assert pieces[0] == pieces[1] or not all(pieces)
+
+
 # --- the tests --------------------------------------------------------------------------------------------------------
 
 
@@ -340,7 +350,11 @@ def test_the_answer_is_vllms(
     for rate, stack in proxies.by_rate.items():
         answer = CASES[case].send(stack.url, vllm_server.model)
         proxies.sent[CASES[case].becomes] += rate * CASES[case].choices
-        assert answer == expected, f"at rate {rate}"
+        if isinstance(answer, dict) and "forms" in answer:
+            assert_same_forms(answer.pop("forms"), expected["forms"])
+            assert answer == {"answer": expected["answer"]}, f"at rate {rate}"
+        else:
+            assert answer == expected, f"at rate {rate}"
 
 
 def test_every_sampled_request_is_accounted_for(proxies: Proxies, before: dict[str, Any]) -> None:
