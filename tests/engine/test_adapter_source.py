@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -318,12 +319,15 @@ async def test_slow_source_blocks_neither_the_event_loop_nor_more_than_a_few_req
             return None
 
     monkeypatch.setattr(api_server, "RESOLVE_SECONDS", 0.05)
-    resolver = Resolver(Slow(), Request)  # type: ignore[arg-type]
+    thread = ThreadPoolExecutor(1)
+    with monkeypatch.context() as making:
+        making.setattr("concurrent.futures.ThreadPoolExecutor", lambda *_: thread)
+        resolver = Resolver(Slow(), Request)  # type: ignore[arg-type]
     names = [f"{i:032x}" for i in range(1, 30)]
     result = await asyncio.gather(*(resolver.resolve_lora(BASE, name) for name in names))
     assert result == [None] * len(names)
     release.set()
-    resolver._thread.shutdown()
+    thread.shutdown()
     assert len(asked) <= api_server.MAX_WAITING
 
 
